@@ -1,0 +1,175 @@
+"""What the commands share: flags read by jsonargparse into a Config, errors as one line, and `jaxcats NAME ...`."""
+
+import argparse
+import dataclasses
+import importlib
+import re
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxcats.config import Config, Phase, field_types, known_keys, nearest, read_yaml, unknown_key, validate
+from jaxcats.errors import RunError, UserError
+
+COMMANDS = {
+    "train": "train a classifier on a folder of pictures, and judge it",
+    "evaluate": "judge a trained run on its validation pictures or on another folder",
+}
+
+
+def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a command; a user's mistake is one line on stderr and exit code 2, a failed run 1, Ctrl-C 130."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except RunError as e:
+        print(f"stopped: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped by the keyboard; --resume goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script: `jaxcats NAME ...` does what `python -m jaxcats.NAME ...` does."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: jaxcats COMMAND ...\n")
+        print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
+        print("\n`jaxcats COMMAND --help` says more.")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"error: there is no command '{argv[0]}'.{nearest(argv[0], list(COMMANDS))} "
+              f"Commands: {', '.join(COMMANDS)}.", file=sys.stderr)  # fmt: skip
+        return 2
+    return run_command(importlib.import_module(f"jaxcats.{argv[0]}").main, argv[1:])
+
+
+def _phase_help() -> str:
+    doc = re.split(r"\n\s*Args:\n", Phase.__doc__ or "")[1]
+    lines = ["Phase, as --phases.NAME.FIELD VALUE:"]
+    for name, text in re.findall(r"(\w+): (.+)", doc):
+        kind = field_types(Phase)[name]
+        choices = " | ".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal else ""
+        default = next(f.default for f in dataclasses.fields(Phase) if f.name == name)
+        lines.append(f"  {name:13} {text}{' [' + choices + ']' if choices else ''} (default: {default})")
+    return "\n".join(lines)
+
+
+def make_parser(prog: str, description: str):
+    """A jsonargparse parser that raises UserError instead of exiting."""
+    import argparse
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return ArgumentParser(prog=prog, description=description, exit_on_error=False, print_config=None,
+                          formatter_class=Formatter)  # fmt: skip
+
+
+def readable_error(message: str) -> str:
+    """A jsonargparse message as one line without Python's names in it."""
+    text = " ".join(message.split())
+    keys = re.findall(r'Parser key "([^"]+)"', text)
+    union = re.search(r"Subtypes: \[(.+)\] Errors.* Given value: (.*)$", text)
+    if keys and union:
+        names = {"int": "a whole number", "float": "a number", "NoneType": "null", "str": "text", "tuple": "a list of them"}
+        kinds = [names[k] for k in re.findall(r"tuple|int|float|str|NoneType", union.group(1).replace("tuple[float", "tuple["))]
+        return f"{keys[-1]}: expected {' or '.join(dict.fromkeys(kinds))}, got '{union.group(2)}'."
+    expected = re.search(r"(?:Expected|expected) (?:a |an |one of )?(.+?)\.? Got value: (.*)$", text)
+    if not keys or not expected:
+        return re.sub(r"<class '(\w+)'>", r"\1", text)
+    kind, value = expected.groups()
+    choices = re.findall(r"'(\w+)'", kind) if "Literal" in kind else []
+    kind = re.sub(r"<class '(\w+)'>", r"\1", kind)
+    wanted = f"one of {', '.join(choices)}" if choices else kind
+    return f"{'.'.join(dict.fromkeys(keys))}: expected {wanted}, got '{value}'.{nearest(value, choices)}"
+
+
+def _check_flags(argv: Sequence[str], phases: Sequence[str], own: Sequence[str]) -> None:
+    known = known_keys(phases=phases)
+    for token in argv:
+        key = token[2:].split("=", 1)[0]
+        if not token.startswith("--") or not key or key in own or key in known:
+            continue
+        parts = key.split(".")
+        if parts[0] == "phases" and len(parts) > 1 and parts[1] not in phases:
+            raise UserError(f"--{key}: there is no phase '{parts[1]}'; the configuration has {', '.join(phases)}.")
+        raise unknown_key(key, f"--{key}", [*known, *own])
+
+
+def parse(argv: Sequence[str], *, prog: str, description: str, options: Mapping[str, Any] | None = None):
+    """A Config from `--config FILE` and flags, and the command's own options.
+
+    Args:
+        argv: command-line words.
+        prog: name shown in the help.
+        description: shown in the help.
+        options: name -> keyword arguments of `add_argument` for the command's own flags.
+
+    Returns:
+        (Config, namespace of the own options; it has `config`, the file's path or None).
+
+    Raises:
+        UserError: unknown key, wrong type, bad choice, unreadable file.
+    """
+    from jsonargparse import ArgumentError
+
+    parser = make_parser(prog, description + "\n\n" + _phase_help())
+    parser.add_argument("--config", type=str, help="YAML file; only what differs from the defaults")
+    for name, kwargs in (options or {}).items():
+        parser.add_argument(f"--{name}", **kwargs)
+    if any(a in ("-h", "--help") for a in argv):
+        parser.add_class_arguments(Config)
+        parser.print_help()
+        sys.exit(0)
+    words = list(argv)
+    path = next((w.split("=", 1)[1] if "=" in w else (words[i + 1 : i + 2] or [None])[0]
+                 for i, w in enumerate(words) if w == "--config" or w.startswith("--config=")), None)  # fmt: skip
+    tree = read_yaml(path) if path else {}
+    tree.setdefault("phases", {"head": {"precompute": True}})
+    tree["phases"] = {str(k): v or {} for k, v in tree["phases"].items()}
+    _check_flags(words, list(tree["phases"]), ["config", "help", *(options or {})])
+    parser.add_class_arguments(Config, skip={"phases"})
+    for name in tree["phases"]:
+        parser.add_class_arguments(Phase, f"phases.{name}")
+    try:
+        space = parser.parse_object(tree, defaults=True)
+        space = parser.parse_args(words, namespace=space, defaults=False)
+        made = parser.instantiate(space)
+    except (ArgumentError, TypeError, ValueError) as e:
+        raise UserError(readable_error(str(e))) from None
+    own = {name: getattr(made, name) for name in ["config", *(options or {})]}
+    phases = {name: getattr(made.phases, name) for name in tree["phases"]}
+    values = {f.name: getattr(made, f.name) for f in dataclasses.fields(Config) if f.name != "phases"}
+    return validate(Config(phases=phases, **values)), own
+
+
+def from_file(path: str | Path) -> Config:
+    """The Config in a YAML file, defaults filled in."""
+    return parse(["--config", str(path)], prog="jaxcats", description="")[0]
+
+
+def parse_own(parser: Any, argv: Sequence[str]) -> Any:
+    """A command's own flags; UserError with the nearest known flag when one is wrong."""
+    from jsonargparse import ArgumentError
+
+    known = [option for action in parser._actions for option in action.option_strings]
+    for word in argv:
+        name = word.split("=", 1)[0]
+        if name.startswith("--") and name not in known:
+            raise UserError(f"{name}: there is no such option.{nearest(name, known)}")
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        sys.exit(0)
+    try:
+        return parser.parse_args(list(argv))
+    except ArgumentError as e:
+        raise UserError(readable_error(str(e))) from None

@@ -1,0 +1,279 @@
+"""The configuration: frozen dataclasses, YAML files with every key checked, validation, saving. Flags: cli.py."""
+
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from jaxcats.errors import UserError
+
+GROUPS = 3  # every backbone has three layer groups: early, late, head
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pictures are and how they become arrays.
+
+    Args:
+        root: folder that holds train/ and valid/ (or val/, validation/) with a folder per class; or a folder of class folders, with valid_fraction.
+        size: side of the square input in pixels; empty: the size the weights were trained with.
+        policy: lesson: shorter side to size, centre crop; weights: shorter side to size / crop fraction, centre crop.
+        valid_fraction: share of each class set aside for validation when there is no valid/ folder.
+        manifest: file that records the split made by valid_fraction; empty: in the cache folder.
+        on_bad_file: what to do with a picture that can't be decoded.
+        workers: threads that decode; empty: one per processor.
+        rehash: read every file again instead of trusting size and modification time.
+    """
+
+    root: str = "data/dogscats"
+    size: int | None = None
+    policy: Literal["lesson", "weights"] = "lesson"
+    valid_fraction: float | None = None
+    manifest: str | None = None
+    on_bad_file: Literal["skip", "fail"] = "skip"
+    workers: int | None = None
+    rehash: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network.
+
+    Args:
+        backbone: resnet18, resnet34, resnet50 or efficientnet_lite0, or a name registered by your own code.
+        head: lesson: concat pool, BN, dropout, 512, BN, dropout, classes; linear: average pool and one dense layer.
+        pretrained: false starts from random weights.
+        weights: a .safetensors, .pth or .npz file, hf:OWNER/REPO/FILE or package:MODULE/FILE; empty: the backbone's own source.
+    """
+
+    backbone: str = "resnet34"
+    head: Literal["lesson", "linear"] = "lesson"
+    pretrained: bool = True
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training; phases run in the order of the file, each with a fresh optimizer.
+
+    Args:
+        epochs: passes over the training pictures.
+        lr: peak learning rate, or three of them: early layers, late layers, head.
+        freeze: backbone: only the head learns; first: the early layers don't; nothing: all learn.
+        precompute: compute the frozen backbone's features once and train the head on them.
+        optimizer: sgd (with momentum), adam or adamw.
+        momentum: of sgd.
+        weight_decay: never applied to biases and BatchNorm; decoupled for adamw, added to the gradient otherwise.
+        schedule: course of the learning rate over the phase.
+        batch_size: pictures per step.
+        bn: frozen: the backbone's BatchNorms run on their stored averages; train: on the batch's, and update them.
+        augment: none; flip (left-right); crop (random crop); side_on (crop and flip). Not with precompute.
+        driver: stream: batches decoded on the fly; scan: everything resident on the device; auto: scan with precompute.
+    """
+
+    epochs: int = 3
+    lr: float | tuple[float, ...] = 0.01
+    freeze: Literal["backbone", "first", "nothing"] = "backbone"
+    precompute: bool = False
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    batch_size: int = 64
+    bn: Literal["frozen", "train"] = "frozen"
+    augment: Literal["none", "flip", "crop", "side_on"] = "none"
+    driver: Literal["auto", "stream", "scan"] = "auto"
+
+    @property
+    def lrs(self) -> tuple[float, ...]:
+        """One learning rate per layer group."""
+        return self.lr if isinstance(self.lr, tuple) else (self.lr,) * GROUPS
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved, and which one is judged.
+
+    Args:
+        every_steps: save every so many steps as well as after each epoch (with scan: at the next chunk boundary); 0: no.
+        every_epochs: save after every so many epochs; the last epoch of a phase is always saved.
+        use: last or best (fewest validation errors, then lowest loss): what the final evaluation uses.
+    """
+
+    every_steps: int = 0
+    every_epochs: int = 1
+    use: Literal["last", "best"] = "last"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run.
+
+    Args:
+        seed: of initial weights, order, augmentation, dropout and split.
+        data: see below.
+        model: see below.
+        phases: name -> Phase, run in order; --phases.NAME.FIELD VALUE changes one of the file's.
+        checkpoint: see below.
+        precision: of the arithmetic; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32 always.
+        chunk_steps: steps per compiled scan; checkpoints fall on its boundaries.
+        feature_batch: pictures per call of the frozen backbone, and in evaluation.
+        cache_dir: for the index, features and compiled programs; empty: JAXCATS_CACHE or the user's cache folder.
+    """
+
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    phases: dict[str, Phase] = field(default_factory=lambda: {"head": Phase(precompute=True)})
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    chunk_steps: int = 100
+    feature_batch: int = 32
+    cache_dir: str | None = None
+
+
+# These may change between a run and its resumption: they don't change what is computed.
+RESUMABLE = {"data.workers", "data.rehash", "data.on_bad_file", "checkpoint.every_steps", "checkpoint.every_epochs",
+             "checkpoint.use", "cache_dir"}  # fmt: skip
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Field name -> type of a dataclass."""
+    return typing.get_type_hints(cls)
+
+
+def known_keys(cls: type = Config, prefix: str = "", phases: Sequence[str] = ()) -> list[str]:
+    """Every dotted key of the configuration, sections included; phases under the given names."""
+    keys = []
+    for name, kind in field_types(cls).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            keys += known_keys(typing.cast(type, kind), f"{prefix}{name}.")
+        elif name == "phases":
+            for phase in phases:
+                keys += [f"phases.{phase}", *known_keys(Phase, f"phases.{phase}.")]
+    return keys
+
+
+def nearest(name: str, choices: Sequence[str]) -> str:
+    """' Did you mean X?' or an empty string."""
+    found = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def unknown_key(key: str, where: str, known: Sequence[str]) -> UserError:
+    """The error for a key that isn't there: the nearest known one, or all of its section."""
+    hint = nearest(key, known)
+    section = key.rpartition(".")[0]
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
+    return UserError(f"{where}: unknown key '{key}'.{hint or ' Known here: ' + ', '.join(siblings) + '.'}")
+
+
+def _check_tree(tree: Any, cls: type, where: str, prefix: str = "") -> None:
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where}: '{prefix[:-1] or 'the file'}' must hold 'key: value' lines, not {tree!r}.")
+    for key, value in tree.items():
+        kind = field_types(cls).get(key)
+        if kind is None:
+            names = list(value) if key == "phases" and isinstance(value, Mapping) else ["head"]
+            raise unknown_key(f"{prefix}{key}", where, [k for k in known_keys(cls, prefix, names) if k])
+        if dataclasses.is_dataclass(kind) and value is not None:
+            _check_tree(value, typing.cast(type, kind), where, f"{prefix}{key}.")
+        elif prefix + key == "phases":
+            if not isinstance(value, Mapping) or not value:
+                raise UserError(f"{where}: 'phases' must map at least one name to its settings, not {value!r}.")
+            for phase, settings in value.items():
+                _check_tree(settings or {}, Phase, where, f"phases.{phase}.")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A configuration file as a tree, with every key checked; UserError when it can't be read or holds unknown keys."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--config {path}: can't be read ({getattr(e, 'strerror', None) or e}).") from None
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}: not valid YAML{line} ({getattr(e, 'problem', None) or e}).") from None
+    _check_tree(tree, Config, str(path))
+    return tree
+
+
+def validate(config: Config) -> Config:
+    """The same Config, or UserError for values that no run can have."""
+
+    def need(ok: bool, key: str, value: Any, expected: str) -> None:
+        if not ok:
+            raise UserError(f"{key}: {value!r} can't be used; expected {expected}.")
+
+    d = config.data
+    need(d.size is None or 32 <= d.size <= 2048, "data.size", d.size,
+         "32 to 2048 pixels (the backbones halve the picture five times)")  # fmt: skip
+    need(d.valid_fraction is None or 0 < d.valid_fraction < 1, "data.valid_fraction", d.valid_fraction, "0 < x < 1")
+    need(d.workers is None or d.workers >= 1, "data.workers", d.workers, "at least 1")
+    need(config.chunk_steps >= 1, "chunk_steps", config.chunk_steps, "at least 1")
+    need(config.feature_batch >= 1, "feature_batch", config.feature_batch, "at least 1")
+    need(config.checkpoint.every_steps >= 0, "checkpoint.every_steps", config.checkpoint.every_steps, "0 or more")
+    need(config.checkpoint.every_epochs >= 1, "checkpoint.every_epochs", config.checkpoint.every_epochs, "at least 1")
+    need(0 <= config.seed < 2**31, "seed", config.seed, "0 to 2147483647")
+    for name, p in config.phases.items():
+        key = f"phases.{name}"
+        need(bool(re.fullmatch(r"\w[\w-]*", name)), "phases", name, "a name of letters, digits, _ and -")
+        need(len(p.lrs) == GROUPS, f"{key}.lr", p.lr, "one number, or three: early layers, late layers, head")
+        need(all(math.isfinite(x) and x >= 0 for x in p.lrs) and max(p.lrs) > 0, f"{key}.lr", p.lr, "a number above 0")
+        need(p.epochs >= 1, f"{key}.epochs", p.epochs, "at least 1")
+        need(p.batch_size >= 2, f"{key}.batch_size", p.batch_size, "at least 2 (the head's BatchNorm needs two)")
+        need(0 <= p.momentum < 1, f"{key}.momentum", p.momentum, "0 <= x < 1")
+        need(p.weight_decay >= 0, f"{key}.weight_decay", p.weight_decay, "0 or more")
+        if p.precompute:
+            need(p.freeze == "backbone", f"{key}.freeze", p.freeze, "backbone with precompute: true")
+            need(p.bn == "frozen", f"{key}.bn", p.bn, "frozen with precompute: true")
+            need(p.augment == "none", f"{key}.augment", p.augment,
+                 "none with precompute: true (features are computed once, so augmentation has no effect)")  # fmt: skip
+        elif p.driver == "scan":
+            need(p.augment in ("none", "flip"), f"{key}.augment", p.augment,
+                 "none or flip with driver: scan (random crops are cut while decoding: use driver: stream)")  # fmt: skip
+    return config
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The Config as plain dicts, lists and scalars, every field written out."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {k: plain(v) for k, v in x.items()}
+        return [plain(v) for v in x] if isinstance(x, (tuple, list)) else x
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved Config as YAML that `--config` reads back to an equal Config."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted key -> value."""
+
+    def walk(tree: Any, prefix: str) -> dict[str, Any]:
+        out = {}
+        for k, v in tree.items():
+            out |= walk(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+        return out
+
+    return walk(to_tree(config), "")
+
+
+def training_changes(old: Config, new: Config) -> list[str]:
+    """What differs between two Configs in fields that decide the result: 'key: old -> new' each, in order of the keys."""
+    a, b = flat(old), flat(new)
+    keys = [k for k in dict.fromkeys([*a, *b]) if k not in RESUMABLE and a.get(k) != b.get(k)]
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys]

@@ -1,0 +1,43 @@
+"""The training state: arrays only, in a registered frozen dataclass; and the split into what learns and what doesn't."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "batch_stats", "opt_state"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What one step changes.
+
+    Attributes:
+        step: int32 scalar; steps taken since the start of the run, over all phases.
+        params: {"backbone": ..., "head": ...}, nested dicts of float32 arrays.
+        batch_stats: the same two keys; running averages of BatchNorm.
+        opt_state: the optimizer's state, for the trainable leaves only.
+    """
+
+    step: jax.Array
+    params: Tree
+    batch_stats: Tree
+    opt_state: Tree
+
+
+def select(tree: Tree, mask: Tree) -> Tree:
+    """The leaves where `mask` is True; None, which JAX counts as no leaf at all, elsewhere."""
+    return jax.tree.map(lambda x, keep: x if keep else None, tree, mask)
+
+
+def merge(chosen: Tree, rest: Tree) -> Tree:
+    """The whole tree again from two `select`ed halves."""
+    return jax.tree.map(lambda a, b: b if a is None else a, chosen, rest, is_leaf=lambda x: x is None)
+
+
+def create(params: Tree, batch_stats: Tree, tx, *, trainable: Tree, step: int = 0) -> TrainState:
+    """A state with a fresh optimizer for the leaves where `trainable` (a tree of bools like `params`) is True."""
+    return TrainState(jnp.asarray(step, jnp.int32), params, batch_stats, tx.init(select(params, trainable)))

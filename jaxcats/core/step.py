@@ -1,0 +1,105 @@
+"""The one idea: pure steps `(state, batch) -> (state, metrics)`, made by factories of explicit arguments.
+
+Nothing here jits; the drivers do. A batch holds "label" int32 [B], "mask" bool [B], "index" int32 [B], and either
+"image" uint8 [B, H, W, 3] or "features" float32 [B, F].
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcats.core.state import TrainState, merge, select
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[jax.Array], jax.Array]:
+    """A function from uint8 pixels [..., 3] to float32, `(x / 255 - mean) / std` per channel."""
+    scale = jnp.asarray([1 / (255 * s) for s in std], jnp.float32)
+    shift = jnp.asarray([-m / s for m, s in zip(mean, std, strict=True)], jnp.float32)
+    return lambda images: images.astype(jnp.float32) * scale + shift
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of each example: logits float32 [B, C], labels int32 [B] -> float32 [B], in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def _inputs(batch: Batch, preprocess: Callable) -> jax.Array:
+    return batch["features"] if "features" in batch else preprocess(batch["image"])
+
+
+def _sums(logits: jax.Array, losses: jax.Array, batch: Batch) -> Metrics:
+    mask = batch["mask"]
+    right = (logits.argmax(-1) == batch["label"]) & mask
+    return {"loss": jnp.where(mask, losses, 0).sum(), "correct": right.sum(), "n": mask.sum()}
+
+
+def make_train_step(
+    *,
+    apply_fn: Callable,
+    tx: optax.GradientTransformation,
+    loss_fn: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+    trainable: Any,
+    preprocess: Callable[[jax.Array], jax.Array],
+    augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    key: jax.Array,
+    epoch_of: Callable[[jax.Array], jax.Array] = lambda step: jnp.zeros_like(step),
+    bn_train: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A pure training step.
+
+    Args:
+        apply_fn: `(params, batch_stats, inputs, *, train, bn_train, key) -> (logits, new_batch_stats)`.
+        tx: optimizer of the trainable leaves.
+        loss_fn: `(logits, labels) -> losses [B]`.
+        trainable: tree of bools like params. Leaves with False get no gradient, no update and no optimizer state.
+        preprocess: uint8 pictures -> the network's input.
+        augment: `(images uint8, epoch, index [B]) -> images uint8`, before `preprocess`.
+        key: base of the step's randomness; dropout uses `fold_in(key, step)`.
+        epoch_of: step -> epoch, both int32 scalars; for `augment`.
+        bn_train: whether the backbone's BatchNorms use and update statistics of the batch.
+
+    Returns:
+        `(state, batch) -> (state, {"loss", "correct", "n"})`; the metrics are sums over the batch, from before the update.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if augment is not None and "image" in batch:
+            batch = batch | {"image": augment(batch["image"], epoch_of(state.step), batch["index"])}
+        frozen = select(state.params, jax.tree.map(lambda t: not t, trainable))
+
+        def loss_of(chosen):
+            logits, stats = apply_fn(
+                merge(chosen, frozen), state.batch_stats, _inputs(batch, preprocess),
+                train=True, bn_train=bn_train, key=jax.random.fold_in(key, state.step),
+            )  # fmt: skip
+            metrics = _sums(logits, loss_fn(logits, batch["label"]), batch)
+            return metrics["loss"] / jnp.maximum(metrics["n"], 1), (stats, metrics)
+
+        chosen = select(state.params, trainable)
+        grads, (stats, metrics) = jax.grad(loss_of, has_aux=True)(chosen)
+        updates, opt_state = tx.update(grads, state.opt_state, chosen)
+        params = merge(optax.apply_updates(chosen, updates), frozen)
+        return TrainState(state.step + 1, params, stats, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    *,
+    apply_fn: Callable,
+    loss_fn: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+    preprocess: Callable[[jax.Array], jax.Array],
+) -> Callable[[Any, Any, Batch], tuple[jax.Array, Metrics]]:
+    """A pure evaluation step `(params, batch_stats, batch) -> (logits [B, C], sums)`; masked rows count for nothing."""
+
+    def eval_step(params, batch_stats, batch: Batch) -> tuple[jax.Array, Metrics]:
+        logits, _ = apply_fn(params, batch_stats, _inputs(batch, preprocess), train=False)
+        return logits, _sums(logits, loss_fn(logits, batch["label"]), batch)
+
+    return eval_step

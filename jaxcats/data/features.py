@@ -1,0 +1,133 @@
+"""Features of the frozen backbone, computed once and kept in a cache that is keyed by content."""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+SHARD_ROWS = 4096  # what a killed process can lose
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Features and where they came from.
+
+    Attributes:
+        features: float32 [N, F].
+        reused: rows answered from the cache.
+        computed: pictures that went through the backbone.
+        damaged: cache files that were unreadable and are computed again.
+    """
+
+    features: np.ndarray
+    reused: int
+    computed: int
+    damaged: tuple[str, ...]
+
+
+def tree_hash(tree: Any) -> str:
+    """SHA-256 over the names, shapes and bytes of nested dicts of arrays."""
+    digest = hashlib.sha256()
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, Mapping):
+            for k in sorted(node):
+                walk(node[k], f"{path}/{k}")
+        else:
+            a = np.ascontiguousarray(node)
+            digest.update(f"{path} {a.dtype} {a.shape}\n".encode())
+            digest.update(a.data if a.size else b"")
+
+    walk(tree, "")
+    return digest.hexdigest()
+
+
+def _write(folder: Path, hashes: Sequence[str], features: np.ndarray) -> None:
+    rows = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
+    data = save({"hashes": np.ascontiguousarray(rows), "features": np.ascontiguousarray(features)})
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    with os.fdopen(handle, "wb") as f:
+        f.write(data)
+    # The name is the content's hash: a file cut short or altered later no longer matches it.
+    os.replace(temporary, folder / f"{hashlib.sha256(data).hexdigest()}.safetensors")
+
+
+def _read(folder: Path, wanted: set[str], width: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    found: dict[str, np.ndarray] = {}
+    damaged = []
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        try:
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != path.stem:
+                raise ValueError("content does not match its name")
+            tensors = load(data)
+            rows, features = tensors["hashes"], tensors["features"]
+            if features.shape != (len(rows), width) or rows.shape[1:] != (32,):
+                raise ValueError("unexpected shapes")
+        except Exception:  # whatever is wrong with a cache file, the answer is to compute it again
+            damaged.append(str(path))
+            path.unlink(missing_ok=True)
+            continue
+        names = (bytes(r).hex() for r in rows)
+        found |= {h: f for h, f in zip(names, features, strict=True) if h in wanted}
+    return found, damaged
+
+
+def cached_features(
+    hashes: Sequence[str],
+    *,
+    facts: Mapping[str, Any],
+    width: int,
+    compute: Callable[[np.ndarray], Iterator[tuple[np.ndarray, np.ndarray]]],
+    cache_dir: Path,
+) -> Cached:
+    """Features of pictures, from the cache where their content is known.
+
+    Args:
+        hashes: SHA-256 (hex) of each picture's content, N of them.
+        facts: everything else the features depend on; their JSON names the cache folder.
+        width: F.
+        compute: rows to compute, int [M] -> iterator of (rows [m], features float32 [m, F]).
+        cache_dir: parent of the cache folders. When it can't be written, the features are used and not kept.
+    """
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache_dir / "features" / key
+    known, damaged = _read(folder, set(hashes), width)
+    features = np.zeros((len(hashes), width), np.float32)
+    for row, h in enumerate(hashes):
+        if h in known:
+            features[row] = known[h]
+    # Equal pictures are computed once.
+    first = {h: row for row, h in reversed(list(enumerate(hashes))) if h not in known}
+    missing = np.asarray(sorted(first.values()), np.int64)
+    if len(missing):
+        unsaved: list[int] = []
+
+        def keep(rows: list[int]) -> None:
+            try:
+                _write(folder, [hashes[r] for r in rows], features[rows])
+                (folder / "facts.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+            except OSError as e:
+                print(f"Features are not kept: {folder} can't be written ({e.strerror}).", file=sys.stderr)
+
+        for rows, values in compute(missing):
+            features[rows] = values
+            unsaved += [int(r) for r in rows]
+            if len(unsaved) >= SHARD_ROWS:
+                keep(unsaved)
+                unsaved = []
+        if unsaved:
+            keep(unsaved)
+        for row, h in enumerate(hashes):
+            if h in first:
+                features[row] = features[first[h]]
+    return Cached(features, len(hashes) - len(missing), len(missing), tuple(damaged))

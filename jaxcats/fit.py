@@ -1,0 +1,252 @@
+"""The one place that runs phases: precompute, driver, checkpoints, resumption, logging."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxcats.config import to_yaml
+from jaxcats.core.scan import epoch_order
+from jaxcats.errors import RunError, UserError
+from jaxcats.inputs import Evaluator, decoding, make_driver, precompute
+from jaxcats.job import Plan, Setup, abstract_state, make_phase, plans, schedules
+from jaxcats.results import metrics
+from jaxcats.storage.checkpoint import Checkpoints
+from jaxcats.storage.log import RunLog
+
+SMOOTHING = 0.98  # of the shown training loss, as fastai's
+
+
+@dataclass
+class Progress:
+    """Where a run is; the JSON half of a checkpoint.
+
+    Attributes:
+        plan: index of the phase.
+        epoch: whole epochs done, over all phases.
+        epoch_step: steps done of the epoch under way.
+        step: steps done, over all phases.
+        smooth: average of the training loss since the phase began, not yet debiased.
+        smooth_steps: losses in it.
+        best: the fewest errors so far and where, or None.
+    """
+
+    plan: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    step: int = 0
+    smooth: float = 0.0
+    smooth_steps: int = 0
+    best: dict[str, Any] | None = None
+
+    def add_loss(self, loss: float) -> None:
+        self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
+        self.smooth_steps += 1
+
+    @property
+    def train_loss(self) -> float:
+        """Debiased average, as fastai shows it."""
+        return self.smooth / (1 - SMOOTHING**self.smooth_steps) if self.smooth_steps else float("nan")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training leaves.
+
+    Attributes:
+        params: of the checkpoint that the configuration wants judged.
+        batch_stats: likewise.
+        step: its step.
+        valid_features: of the validation pictures, where they were computed with this very backbone; else None.
+        seconds: by phase and part.
+        counts: features {"reused", "computed"} of the last precompute.
+    """
+
+    params: Any
+    batch_stats: Any
+    step: int
+    valid_features: np.ndarray | None
+    seconds: dict[str, float]
+    counts: dict[str, int]
+
+
+def resume_point(setup: Setup, checkpoints: Checkpoints) -> tuple[Progress, Any] | None:
+    """(Progress, TrainState) of the latest checkpoint, or None; UserError when the pictures have changed since."""
+    steps = checkpoints.steps()
+    if not steps:
+        return None
+    meta = checkpoints.meta(steps[-1])
+    if meta["fingerprint"] != setup.fingerprint:
+        raise UserError(f"{setup.config.data.root}: the pictures have changed since this run was started; a resumed run would "
+                        f"not be the same. Restore the folder, or train into a new --workdir.")  # fmt: skip
+    progress = Progress(**meta["progress"])
+    target = abstract_state(setup.model, plans(setup)[progress.plan])
+    return progress, checkpoints.restore(steps[-1], target)
+
+
+class Trainer:
+    """Runs the phases of one run folder."""
+
+    def __init__(self, setup: Setup, workdir: Path, *, say: Callable[[str], None] = print):
+        self.setup, self.workdir, self.say = setup, workdir, say
+        self.checkpoints = Checkpoints(workdir / "checkpoints")
+        self.seconds: dict[str, float] = {}
+
+    def run(self, initial: Callable[[], tuple[Any, Any]]) -> Fitted:
+        """All phases, from the latest checkpoint where there is one, else from `initial()` = (params, batch_stats)."""
+        point = resume_point(self.setup, self.checkpoints)
+        progress, state = point or (Progress(), None)
+        self.log = RunLog(self.workdir, resume_step=progress.step if point else None)
+        if point:
+            self.say(f"Resuming at step {progress.step:,} (epoch {progress.epoch}).")
+        params, stats = (state.params, state.batch_stats) if state else initial()
+        feats, counts = None, {}
+        try:
+            for plan in plans(self.setup)[progress.plan :]:
+                if plan.index != progress.plan:
+                    progress.plan, progress.smooth, progress.smooth_steps, state = plan.index, 0.0, 0, None
+                feats = None
+                if plan.phase.precompute:
+                    with self.clock(plan, "features"):
+                        feats, counts = precompute(self.setup, params, stats)
+                state = self.run_phase(plan, progress, state, (params, stats), feats)
+                params, stats = state.params, state.batch_stats
+        finally:
+            with self.clock(None, "checkpoint_wait"):
+                self.checkpoints.close()
+            self.log.close()
+        valid = feats["valid"] if feats else None
+        if self.setup.config.checkpoint.use == "best" and progress.best and progress.best["step"] != progress.step:
+            state, plan = self.best(progress.best["step"])
+            return Fitted(state.params, state.batch_stats, progress.best["step"],
+                          valid if plan == progress.plan else None, self.seconds, counts)  # fmt: skip
+        return Fitted(params, stats, progress.step, valid, self.seconds, counts)
+
+    def best(self, step: int) -> tuple[Any, int]:
+        """The best state, and the index of its phase."""
+        saved = Checkpoints(self.checkpoints.folder, read_only=True)
+        plan = saved.meta(step)["progress"]["plan"]
+        state = saved.restore(step, abstract_state(self.setup.model, plans(self.setup)[plan]))
+        saved.close()
+        return state, plan
+
+    def clock(self, plan: Plan | None, what: str):
+        """Adds the time of a `with` block to `seconds`."""
+        return Clock(self.seconds, f"{plan.name}.{what}" if plan else what)
+
+    def run_phase(self, plan: Plan, progress: Progress, state: Any, start: tuple[Any, Any], feats: Any) -> Any:
+        """One phase, from where `progress` says; the state at its end."""
+        phase, n = plan.phase, len(self.setup.index.splits["train"])
+        last_epoch = plan.first_epoch + phase.epochs
+        step, create = make_phase(self.setup, plan)
+        state = create(*start) if state is None else state
+        if progress.epoch >= last_epoch:
+            return state
+        drive = make_driver(self.setup, plan, step, feats["train"] if feats else None)
+        evaluate = Evaluator(self.setup.model, self.setup.index.splits["valid"], feats=feats["valid"] if feats else None,
+                             **decoding(self.setup))  # fmt: skip
+        self.say(metrics.table_head())
+        # Donation deletes what the caller may still hold, so the driver gets a copy.
+        state = jax.tree.map(jax.numpy.copy, state)
+        while progress.epoch < last_epoch:
+            order = epoch_order(n, batch_size=phase.batch_size, seed=self.setup.config.seed, epoch=progress.epoch)
+            before = time.perf_counter()
+            pictures = (len(order) - progress.epoch_step) * order.shape[1]
+            with self.clock(plan, "train"):
+                state = self.run_epoch(plan, progress, state, drive, order)
+            seconds = time.perf_counter() - before
+            with self.clock(plan, "evaluate"):
+                logits = evaluate(state.params, state.batch_stats)
+            self.end_epoch(plan, progress, state, logits, seconds, pictures / seconds)
+        return state
+
+    def run_epoch(self, plan: Plan, progress: Progress, state: Any, drive: Callable, order: np.ndarray) -> Any:
+        """The rest of an epoch; saves in the middle where the configuration says so."""
+        every, lrs = self.setup.config.checkpoint.every_steps, [jax.jit(s) for s in schedules(plan)]
+        size = order.shape[1]
+        pending = None
+        desc, total = f"{plan.name} {progress.epoch}", len(order) * size
+        with tqdm(total=total, initial=progress.epoch_step * size, desc=desc, unit="img", disable=None, leave=False) as bar:
+            for state, sums in drive(state, order[progress.epoch_step :], progress.epoch):
+                if pending:
+                    self.read(plan, progress, pending, lrs, bar)
+                done = len(sums["n"])
+                pending = (progress.step, sums)
+                last, progress.step = progress.step, progress.step + done
+                progress.epoch_step += done
+                due = every and progress.step // every > last // every
+                if due and progress.epoch_step < len(order):
+                    self.read(plan, progress, pending, lrs, bar)
+                    pending = None
+                    self.save(plan, progress, state)
+            if pending:
+                self.read(plan, progress, pending, lrs, bar)
+        return state
+
+    def read(self, plan: Plan, progress: Progress, pending: tuple[int, Any], lrs: list, bar: Any) -> None:
+        """Metrics of steps already dispatched: the log, the bar, and the end of a run whose loss is not a number."""
+        at, sums = pending[0], jax.device_get(pending[1])
+        losses = (sums["loss"] / sums["n"]).astype(float)
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if len(bad):
+            raise RunError(f"phase '{plan.name}': the loss is {losses[bad[0]]} at step {at + bad[0]} (steps {at} to "
+                           f"{at + len(losses) - 1} were run together). Try a lower phases.{plan.name}.lr (now "
+                           f"{plan.phase.lr}), or precision: float32.")  # fmt: skip
+        rows = []
+        for i, loss in enumerate(losses.tolist()):
+            progress.add_loss(loss)
+            rates = [float(s(at + i - plan.first_step)) for s in lrs]
+            rows.append({"step": at + i + 1, "loss": loss, "lr": rates[-1] if len(set(rates)) == 1 else rates})
+        self.log.write(rows)
+        bar.update(int(sums["n"].sum()))
+        bar.set_postfix_str(f"loss {progress.train_loss:.4f}")
+
+    def end_epoch(self, plan: Plan, progress: Progress, state: Any, logits: np.ndarray, seconds: float, rate: float) -> None:
+        """Validation numbers into table, log and checkpoint."""
+        found = metrics.summary(logits, self.setup.index.splits["valid"].labels)
+        if not math.isfinite(found["log_loss"]):
+            raise RunError(f"phase '{plan.name}': the validation loss after epoch {progress.epoch} is not a number. Try a lower "
+                           f"phases.{plan.name}.lr (now {plan.phase.lr}).")  # fmt: skip
+        row = {"step": progress.step, "phase": plan.name, "epoch": progress.epoch, "train_loss": progress.train_loss,
+               "valid_loss": found["log_loss"], "errors": found["errors"], "n": found["n"],
+               "accuracy": found["accuracy"], "interval": found["interval"], "seconds": seconds,
+               "images_per_second": rate}  # fmt: skip
+        self.say(metrics.table_row(row))
+        self.log.write([row])
+        progress.epoch, progress.epoch_step = progress.epoch + 1, 0
+        judged = {"errors": float(found["errors"]), "loss": found["log_loss"]}
+        if progress.best is None or (judged["errors"], judged["loss"]) < (progress.best["errors"], progress.best["loss"]):
+            progress.best = judged | {"step": progress.step}
+        done = progress.epoch - plan.first_epoch
+        if done % self.setup.config.checkpoint.every_epochs == 0 or done == plan.phase.epochs:
+            with self.clock(plan, "checkpoint"):
+                self.save(plan, progress, state, judged)
+
+    def save(self, plan: Plan, progress: Progress, state: Any, judged: dict[str, float] | None = None) -> None:
+        """Starts a checkpoint."""
+        meta = {"step": progress.step, "phase": plan.name, "progress": vars(progress).copy(),
+                "seed": self.setup.config.seed, "classes": list(self.setup.index.classes),
+                "config_hash": hashlib.sha256(to_yaml(self.setup.config).encode()).hexdigest(),
+                "fingerprint": self.setup.fingerprint}  # fmt: skip
+        self.checkpoints.save(state, meta, metrics=judged)
+
+
+class Clock:
+    """Adds the seconds of a `with` block to an entry of a dict."""
+
+    def __init__(self, seconds: dict[str, float], name: str):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> "Clock":
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start

@@ -1,0 +1,170 @@
+"""What feeds a phase: features or pictures, as batches or resident on the device; the drivers; exact evaluation."""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxcats.core import scan
+from jaxcats.core.step import make_eval_step, normalise
+from jaxcats.data import features
+from jaxcats.data.index import Split
+from jaxcats.data.preprocess import TRANSFORM_VERSION, Preprocess
+from jaxcats import models
+from jaxcats.errors import RunError
+from jaxcats.job import Plan, Setup, head_on_features
+
+ARRAY_BATCH = 1024  # rows per evaluation call on features
+
+Batches = Iterator[dict[str, np.ndarray]]
+
+
+def picture_batches(
+    split: Split, *, preprocess: Preprocess, batch_size: int, workers: int | None, rows: np.ndarray | None = None
+) -> Batches:
+    """Evaluation batches of pictures; the first use of TensorFlow in the process."""
+    from jaxcats.data.pipeline import evaluation_batches
+
+    return evaluation_batches(split, preprocess=preprocess, batch_size=batch_size, indices=rows, workers=workers)
+
+
+def decoding(setup: Setup) -> dict[str, Any]:
+    """The arguments of `picture_batches` that a Setup decides."""
+    config = setup.config
+    return {"preprocess": setup.preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
+
+
+def precompute(setup: Setup, params: Any, batch_stats: Any) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Features of train and valid by split name, and how many were {"reused", "computed"}."""
+    parts = list(setup.index.splits.values())
+    ends = np.cumsum([len(s) for s in parts])
+    whole = Split(
+        parts[0].root, sum((s.paths for s in parts), ()), np.concatenate([s.labels for s in parts]),
+        sum((s.hashes for s in parts), ()), np.concatenate([s.plain for s in parts]),
+        np.concatenate([s.orientation for s in parts]),
+    )  # fmt: skip
+    prepare = normalise(setup.preprocess.mean, setup.preprocess.std)
+    run = jax.jit(lambda p, s, images: setup.model.features(p, s, prepare(images)))
+    only = {"backbone": params["backbone"], "head": {}}, {"backbone": batch_stats["backbone"], "head": {}}
+
+    def compute(rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        pending = None  # read one batch late, so that the device and the decoder overlap
+        with tqdm(total=len(rows), desc="features", unit="img", disable=None, leave=False) as bar:
+            for batch in picture_batches(whole, rows=rows, **decoding(setup)):
+                out = run(*only, batch["image"])
+                if pending:
+                    yield _unmask(*pending)
+                pending = batch, out
+                bar.update(int(batch["mask"].sum()))
+            if pending:
+                yield _unmask(*pending)
+
+    facts = {"backbone": setup.model.name, "head": setup.model.head, "dtype": setup.model.dtype,
+             "weights": features.tree_hash(jax.device_get(only)), "preprocess": setup.preprocess.to_dict(),
+             "transform": TRANSFORM_VERSION, "platform": jax.default_backend()}  # fmt: skip
+    got = features.cached_features(whole.hashes, facts=facts, width=setup.model.feature_size, compute=compute,
+                                   cache_dir=setup.cache)  # fmt: skip
+    for path in got.damaged:
+        print(f"{path}: damaged, removed and computed again.", file=sys.stderr)
+    by_split = dict(zip(setup.index.splits, np.split(got.features, ends[:-1]), strict=True))
+    return by_split, {"reused": got.reused, "computed": got.computed}
+
+
+def _unmask(batch: dict[str, np.ndarray], out: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    return batch["index"][batch["mask"]], np.asarray(out)[batch["mask"]]
+
+
+def array_batches(arrays: dict[str, np.ndarray], batch_size: int) -> Batches:
+    """Padded and masked evaluation batches of arrays that have a row per picture."""
+    n = len(arrays["label"])
+    size = min(batch_size, n)
+    for at in range(0, n, size):
+        rows = np.arange(at, at + size)
+        mask = rows < n
+        keep = np.where(mask, rows, 0)
+        yield {k: v[keep] for k, v in arrays.items()} | {"mask": mask, "index": keep.astype(np.int32)}
+
+
+def resident(setup: Setup, split: Split, feats: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Arrays with a row per picture, for the scan driver: features, or the pictures themselves."""
+    n = len(split)
+    arrays = {"label": split.labels, "index": np.arange(n, dtype=np.int32), "mask": np.ones(n, bool)}
+    if feats is not None:
+        return arrays | {"features": feats}
+    size = setup.preprocess.size
+    images = np.zeros((n, size, size, 3), np.uint8)
+    for batch in picture_batches(split, **decoding(setup)):
+        images[batch["index"][batch["mask"]]] = batch["image"][batch["mask"]]
+    return arrays | {"image": images}
+
+
+def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: Batches, *, n: int) -> np.ndarray:
+    """Logits float32 [n, C] of every picture once, in the order of their index."""
+    logits, pending, seen = None, None, 0
+
+    def take(batch, out):
+        nonlocal logits, seen
+        rows, values = _unmask(batch, out)
+        logits = np.zeros((n, values.shape[1]), np.float32) if logits is None else logits
+        logits[rows] = values
+        seen += len(rows)
+
+    for batch in batches:
+        out, _ = eval_step(params, batch_stats, batch)
+        if pending:
+            take(*pending)
+        pending = batch, out
+    if pending:
+        take(*pending)
+    if logits is None or seen != n:
+        raise RunError(f"The evaluation saw {seen} of {n} pictures.")
+    return logits
+
+
+class Evaluator:
+    """`(params, batch_stats) -> logits [n, C]` of a split, from features where there are some, else from the pictures."""
+
+    def __init__(
+        self,
+        model: models.Model,
+        split: Split,
+        *,
+        feats: np.ndarray | None = None,
+        preprocess: Preprocess,
+        batch_size: int,
+        workers: int | None,
+    ):
+        self.split, self.arrays = split, None if feats is None else {"label": split.labels, "features": feats}
+        self.decoding = {"preprocess": preprocess, "batch_size": batch_size, "workers": workers}
+        apply_fn = model.apply if feats is None else head_on_features(model)
+        self.step = jax.jit(make_eval_step(apply_fn=apply_fn, preprocess=normalise(preprocess.mean, preprocess.std)))
+
+    def __call__(self, params: Any, batch_stats: Any) -> np.ndarray:
+        batches = array_batches(self.arrays, ARRAY_BATCH) if self.arrays else picture_batches(self.split, **self.decoding)
+        return run_evaluation(self.step, params, batch_stats, batches, n=len(self.split))
+
+
+def make_driver(setup: Setup, plan: Plan, step: Callable, feats: np.ndarray | None) -> Callable:
+    """`(state, order, epoch) -> iterator of (state, metrics [k])` for the phase's driver."""
+    phase, split = plan.phase, setup.index.splits["train"]
+    if phase.driver == "scan" or (phase.driver == "auto" and phase.precompute):
+        arrays = jax.device_put(resident(setup, split, feats))
+        scan_steps = jax.jit(scan.make_scan(step), donate_argnums=0)
+        return lambda state, order, epoch: scan.scan_epoch(scan_steps, state, arrays, order=order,
+                                                           chunk=setup.config.chunk_steps)  # fmt: skip
+    jitted = jax.jit(step, donate_argnums=0)
+
+    def batches(order: np.ndarray, epoch: int) -> Batches:
+        if feats is not None:
+            arrays = resident(setup, split, feats)
+            return ({k: v[rows] for k, v in arrays.items()} for rows in order)
+        from jaxcats.data.pipeline import training_batches
+
+        crop = "random" if phase.augment in ("crop", "side_on") else "center"
+        return training_batches(split, preprocess=setup.preprocess, order=order, epoch=epoch, seed=setup.config.seed,
+                                crop=crop, workers=setup.config.data.workers)  # fmt: skip
+
+    return lambda state, order, epoch: scan.stream_epoch(jitted, state, batches(order, epoch))

@@ -1,0 +1,88 @@
+"""Checkpoints through Orbax: the latest and the best state, saved in the background, complete or absent.
+
+Only this module knows Orbax.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from jaxcats.errors import UserError
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO and WARNING
+
+
+def badness(metrics: Mapping[str, float]) -> float:
+    """What `best` minimises: validation errors, ties broken by the lower loss (a loss of any size counts for less than one error)."""
+    loss = metrics["loss"]
+    return metrics["errors"] + (loss / (1 + loss) if loss < float("inf") else 1.0)
+
+
+class Checkpoints:
+    """The checkpoints of one run, numbered by the global step.
+
+    Keeps the latest, and the best of those that have metrics.
+    """
+
+    def __init__(self, folder: str | Path, *, read_only: bool = False):
+        keep = [policies.LatestN(1), policies.BestN(get_metric_fn=lambda m: -badness(m), n=1,
+                                                    keep_checkpoints_without_metrics=False)]  # fmt: skip
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep), best_fn=lambda m: -badness(m), best_mode="max",
+            create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only,
+            enable_async_checkpointing=not read_only,
+        )  # fmt: skip
+        self.folder = Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state: Any, meta: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
+        """Starts saving a TrainState and JSON-able facts; returns when the arrays are copied, so the state may be donated."""
+        copy = jax.tree.map(jnp.copy, state)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(copy), meta=ocp.args.JsonSave(dict(meta)))
+        self._manager.save(int(meta["step"]), args=args, metrics=dict(metrics) if metrics else None, force=True)
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def pick(self, which: str) -> int:
+        """The step that "last", "best" or a number names; UserError when there is none."""
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"{self.folder}: holds no complete checkpoint; train first, or name another run.")
+        if which == "last":
+            return steps[-1]
+        if which == "best":
+            best = self._manager.best_step()
+            return steps[-1] if best is None else best
+        if not which.isdigit() or int(which) not in steps:
+            raise UserError(f"--checkpoint {which}: not there; choose last, best or one of {', '.join(map(str, steps))}.")
+        return int(which)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON facts saved at `step`."""
+        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+
+    def restore(self, step: int, target: Any) -> Any:
+        """The state saved at `step`, with the structure, shapes and placement of `target`."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+        return self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
+
+    def _restore(self, step: int, **args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as e:  # Orbax and tensorstore raise many kinds for a damaged file
+            reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+            raise UserError(f"{self.folder / str(step)}: this checkpoint can't be read ({reason}). "
+                            f"Remove that folder to use an older one, or train again.") from e  # fmt: skip
+
+    def close(self) -> None:
+        """Waits for saves under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,61 @@
+"""What a run writes while it goes: metrics.jsonl and TensorBoard events."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Writes JSON so that the file is the old one or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+class RunLog:
+    """Rows of metrics, one JSON object a line, mirrored to TensorBoard; each row has "step".
+
+    Args:
+        folder: the run folder.
+        resume_step: rows of later steps are dropped (they will be written again), or None for a new log.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None):
+        from tensorboardX import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        kept = self.rows(path, resume_step) if resume_step is not None else []
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        purge = None if resume_step is None else resume_step + 1
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    @staticmethod
+    def rows(path: Path, last_step: int) -> list[dict[str, Any]]:
+        """The rows up to a step; a last line cut short by a killed process is passed over."""
+        found = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if row["step"] <= last_step:
+                    found.append(row)
+        return found
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Appends rows, flushed."""
+        self._file.write("".join(json.dumps(r) + "\n" for r in rows))
+        self._file.flush()
+        for row in rows:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        self._board.close()

@@ -1,0 +1,142 @@
+"""`python -m jaxcats.train --config FILE [--KEY VALUE ...]`: trains, evaluates, and leaves everything in the run folder."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcats.cli import from_file, parse, run_command
+from jaxcats.config import Config, to_yaml, training_changes
+from jaxcats.errors import UserError
+from jaxcats.storage.log import write_json
+
+DESCRIPTION = "Trains an image classifier on a folder of pictures and judges it on the validation pictures."
+OPTIONS = {
+    "workdir": {"type": str, "help": "run folder (default: runs/NAME OF THE CONFIG-TIME)"},
+    "resume": {"action": "store_true", "help": "go on from the last checkpoint in --workdir; start if there is none"},
+    "print_config": {"action": "store_true", "help": "print the resolved configuration and stop"},
+}
+VERSIONS = ["jaxcats", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "numpy",
+            "pillow", "safetensors"]  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides the numbers."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def open_run(config: Config, name: str | None, *, workdir: str | None, resume: bool) -> Path:
+    """The run folder with its config.yaml; UserError when it holds another run, or one that differs where it matters."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(workdir) if workdir else Path("runs") / f"{Path(name).stem if name else 'train'}-{stamp}"
+    saved = folder / "config.yaml"
+    if saved.exists() and not resume:
+        raise UserError(f"--workdir {folder}: there is a run in it already. Add --resume to go on with it, or name another folder.")
+    if saved.exists():
+        changed = training_changes(from_file(saved), config)
+        if changed:
+            raise UserError(f"--resume: the run in {folder} was started with other settings ({'; '.join(changed)}). "
+                            f"Resume without them, or use another --workdir.")  # fmt: skip
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--workdir {folder}: not empty, and not a run folder. Name a new folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        saved.write_text(to_yaml(config), encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"--workdir {folder}: can't be written ({e.strerror}).") from None
+    return folder
+
+
+def describe(setup: Any) -> str:
+    """What is about to be trained, in two or three lines."""
+    index, c = setup.index, setup.config
+    train, valid = index.splits["train"], index.splits["valid"]
+    lines = [f"{len(train):,} training and {len(valid):,} validation pictures in {len(index.classes)} classes "
+             f"({', '.join(index.classes[:6])}{', ...' if len(index.classes) > 6 else ''}) from {index.root}"]  # fmt: skip
+    for bad in index.bad[:5]:
+        lines.append(f"skipped {bad.path}: {bad.reason}")
+    if len(index.bad) > 5:
+        lines.append(f"... and {len(index.bad) - 5:,} more pictures skipped; all are in bad_files.json")
+    start = "pretrained" if c.model.pretrained else "random weights"
+    lines.append(f"{c.model.backbone} ({start}), {c.model.head} head, {setup.preprocess.size} px, {setup.model.dtype}; "
+                 + "; ".join(f"{n}: {p.epochs} epochs, {p.optimizer} {p.schedule} lr {p.lr}, {p.freeze} frozen, BatchNorm {p.bn}"
+                             for n, p in c.phases.items()))  # fmt: skip
+    return "\n".join(lines)
+
+
+def train(config: Config, workdir: Path, *, started: float) -> None:
+    """Runs everything that a Config says, into a run folder."""
+    imports = time.perf_counter()
+    from jaxcats import job
+    from jaxcats.evaluate import write_results
+    from jaxcats.fit import Trainer
+    from jaxcats.inputs import Evaluator, decoding
+
+    seconds = {"imports": time.perf_counter() - imports + (imports - started)}
+    at = time.perf_counter()
+    setup = job.setup(config)
+    seconds["index"] = time.perf_counter() - at
+    facts = {"versions": versions(), "fingerprint": setup.fingerprint}
+    write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
+    print(describe(setup))
+
+    def initial() -> tuple[Any, Any]:
+        before = time.perf_counter()
+        params, stats, weights = job.initial_params(setup)
+        write_json(workdir / "versions.json", facts | {"weights": weights})
+        seconds["weights"] = time.perf_counter() - before
+        return params, stats
+
+    fitted = Trainer(setup, workdir).run(initial)
+    at = time.perf_counter()
+    judge = Evaluator(setup.model, setup.index.splits["valid"], feats=fitted.valid_features, **decoding(setup))
+    logits = judge(fitted.params, fitted.batch_stats)
+    seconds |= fitted.seconds | {"evaluate": time.perf_counter() - at}
+    seconds["total"] = time.perf_counter() - started
+    note = {"use": config.checkpoint.use, "step": fitted.step,
+            "valid_used_for": ["choosing the best epoch"] if config.checkpoint.use == "best" else []}  # fmt: skip
+    write_results(workdir, setup.index.splits["valid"], classes=setup.index.classes, logits=logits,
+                  facts={"checkpoint": note, "seconds": {k: round(v, 3) for k, v in seconds.items()},
+                         "features": fitted.counts, "bad_files": len(setup.index.bad)})  # fmt: skip
+    print(summary(seconds, fitted.counts))
+    print(f"Results: {workdir}/metrics.json, predictions.csv; again: python -m jaxcats.evaluate --run {workdir}")
+
+
+def summary(seconds: dict[str, float], counts: dict[str, int]) -> str:
+    """Where the time went, in a line."""
+    parts = [f"{k} {v:.1f} s" for k, v in seconds.items() if v >= 0.05 and k != "total"]
+    warm = f" ({counts['reused']:,} features from the cache)" if counts.get("reused") else ""
+    return f"{seconds['total']:.1f} s in all{warm}: {', '.join(parts)}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    started = time.perf_counter()
+    words = list(argv)
+    if "--resume" in words and not any(w.split("=")[0] == "--config" for w in words):
+        saved = next((Path(words[i + 1]) if w == "--workdir" and i + 1 < len(words) else Path(w[10:])
+                      for i, w in enumerate(words) if w == "--workdir" or w.startswith("--workdir=")), None)  # fmt: skip
+        if saved is None or not (saved / "config.yaml").is_file():
+            raise UserError(f"--resume: {saved or 'no --workdir given'}; name the run folder to go on with, or a --config to start with.")
+        words += ["--config", str(saved / "config.yaml")]
+    config, options = parse(words, prog="python -m jaxcats.train", description=DESCRIPTION, options=OPTIONS)
+    if options["print_config"]:
+        print(to_yaml(config), end="")
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    workdir = open_run(config, options["config"], workdir=options["workdir"], resume=options["resume"])
+    train(config, workdir, started=started)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

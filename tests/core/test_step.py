@@ -1,0 +1,151 @@
+"""The pure step: what learns, what doesn't, and what the numbers are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcats.core import optim, scan
+from jaxcats.core import state as states
+from jaxcats.core.step import cross_entropy, make_eval_step, make_train_step, normalise
+
+KEY = jax.random.key(0)
+
+
+def apply_fn(params, batch_stats, x, *, train, bn_train=False, key=None):
+    """Two dense layers; counts its training calls in batch_stats, as BatchNorm would."""
+    hidden = jnp.tanh(x @ params["backbone"]["w"] + params["backbone"]["b"])
+    return hidden @ params["head"]["w"], {"seen": batch_stats["seen"] + (1.0 if bn_train else 0.0)}
+
+
+def params_of(seed=0):
+    a, b, c = jax.random.split(jax.random.key(seed), 3)
+    backbone = {"w": jax.random.normal(a, (4, 8)), "b": jax.random.normal(b, (8,))}
+    return {"backbone": backbone, "head": {"w": jax.random.normal(c, (8, 3))}}
+
+
+GROUPS = {"backbone": {"w": 0, "b": 1}, "head": {"w": 2}}
+
+
+def batch_of(n=6, seed=0):
+    rng = np.random.default_rng(seed)
+    return {"features": rng.normal(size=(n, 4)).astype(np.float32), "label": rng.integers(0, 3, n).astype(np.int32),
+            "mask": np.ones(n, bool), "index": np.arange(n, dtype=np.int32)}  # fmt: skip
+
+
+def setup(freeze="nothing", lrs=(0.1, 0.1, 0.1), kind="sgd", **kwargs):
+    trainable = optim.trainable_mask(GROUPS, freeze)
+    tx = optim.make_tx(kind, schedules=[optim.make_schedule("constant", lr, 10) for lr in lrs], groups=GROUPS, **kwargs)
+    step = make_train_step(apply_fn=apply_fn, tx=tx, trainable=trainable, preprocess=lambda x: x, key=KEY)
+    return step, states.create(params_of(), {"seen": jnp.zeros(())}, tx, trainable=trainable)
+
+
+def test_step_equals_the_formula_of_sgd_with_momentum():
+    step, state = setup(lrs=(0.1, 0.2, 0.3))
+    batch = batch_of()
+
+    def loss(p):
+        logits, _ = apply_fn(p, {"seen": 0.0}, batch["features"], train=True)
+        return cross_entropy(logits, batch["label"]).mean()
+
+    params, velocity = params_of(), jax.tree.map(jnp.zeros_like, params_of())
+    for _ in range(3):
+        grads = jax.grad(loss)(params)
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, grads)
+        rates = jax.tree.map(lambda g: (0.1, 0.2, 0.3)[g], GROUPS)
+        params = jax.tree.map(lambda p, v, r: p - r * v, params, velocity, rates)
+        state, _ = step(state, batch)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert int(state.step) == 3
+
+
+@pytest.mark.parametrize(("freeze", "learns"), [("nothing", "wbh"), ("first", "bh"), ("backbone", "h")])
+def test_frozen_leaves_keep_their_bits_and_have_no_optimizer_state(freeze, learns):
+    step, state = setup(freeze, kind="adamw", weight_decay=0.1)
+    after, _ = jax.jit(step)(state, batch_of())
+    same = {
+        "w": np.array_equal(after.params["backbone"]["w"], state.params["backbone"]["w"]),
+        "b": np.array_equal(after.params["backbone"]["b"], state.params["backbone"]["b"]),
+        "h": np.array_equal(after.params["head"]["w"], state.params["head"]["w"]),
+    }
+    assert {k for k, unchanged in same.items() if not unchanged} == set(learns)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if jnp.ndim(x)]
+    assert len(moments) == 2 * len(learns)  # Adam keeps two per learning leaf
+
+
+def test_weight_decay_spares_vectors():
+    params = params_of()
+    tx = optim.make_tx("adamw", schedules=[optim.make_schedule("constant", 1.0, 1)] * 3, groups=GROUPS, weight_decay=0.1)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["head"]["w"], -0.1 * params["head"]["w"], rtol=1e-6)
+    assert not np.any(updates["backbone"]["b"])
+
+
+def test_masked_rows_count_for_nothing():
+    evaluate = make_eval_step(apply_fn=apply_fn, preprocess=lambda x: x)
+    params, whole = params_of(), batch_of(6)
+    padded = {k: np.concatenate([v, v[:2]]) for k, v in whole.items()} | {"mask": np.arange(8) < 6}
+    _, a = evaluate(params, {"seen": 0.0}, whole)
+    _, b = evaluate(params, {"seen": 0.0}, padded)
+    assert int(b["n"]) == 6
+    assert int(a["correct"]) == int(b["correct"])
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
+
+
+def test_normalise_is_the_usual_formula():
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    want = (pixels / 255.0 - np.array(mean)) / np.array(std)
+    np.testing.assert_allclose(normalise(mean, std)(jnp.asarray(pixels)), want, atol=2e-6)
+
+
+def test_stream_and_scan_agree_and_scan_equals_itself_from_the_middle():
+    step, state = setup()
+    arrays = {k: jnp.asarray(v) for k, v in batch_of(20).items()}
+    order = scan.epoch_order(20, batch_size=4, seed=1, epoch=0)
+    batches = ({k: v[rows] for k, v in arrays.items()} for rows in order)
+    for streamed, _ in scan.stream_epoch(jax.jit(step), state, batches):  # noqa: B007
+        pass
+    scanner = jax.jit(scan.make_scan(step))
+    chunks = list(scan.scan_epoch(scanner, state, arrays, order=order, chunk=2))
+    scanned = chunks[-1][0]
+    for a, b in zip(jax.tree.leaves(streamed), jax.tree.leaves(scanned), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    resumed = list(scan.scan_epoch(scanner, chunks[0][0], arrays, order=order[2:], chunk=2))[-1][0]
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(scanned), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_order_is_a_permutation_that_changes_with_epoch_and_seed():
+    order = scan.epoch_order(10, batch_size=3, seed=0, epoch=0)
+    assert order.shape == (3, 3)
+    assert len(set(order.ravel().tolist())) == 9
+    assert np.array_equal(order, scan.epoch_order(10, batch_size=3, seed=0, epoch=0))
+    assert not np.array_equal(order, scan.epoch_order(10, batch_size=3, seed=0, epoch=1))
+    assert not np.array_equal(order, scan.epoch_order(10, batch_size=3, seed=1, epoch=0))
+    assert scan.epoch_order(5, batch_size=64, seed=0, epoch=0).shape == (1, 5)
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "one_cycle"])
+def test_schedules_equal_their_formulas(kind):
+    n, peak = 40, 0.5
+    schedule = optim.make_schedule(kind, peak, n)
+
+    def wanted(t):
+        if kind == "constant":
+            return peak
+        if kind == "cosine":
+            return peak / 2 * (1 + np.cos(np.pi * t / n))
+        up = n // 4
+        low, high, x = (peak / 25, peak, t / up) if t <= up else (peak, peak / 1e5, (t - up) / (n - up))
+        return low + (high - low) * (1 - np.cos(np.pi * x)) / 2
+
+    np.testing.assert_allclose([schedule(t) for t in range(n + 1)], [wanted(t) for t in range(n + 1)], rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_of_the_frozen_part_is_not_computed():
+    step, state = setup("backbone")
+    text = str(jax.make_jaxpr(step)(state, batch_of()))
+    unfrozen, free = setup("nothing")
+    assert text.count("dot_general") < str(jax.make_jaxpr(unfrozen)(free, batch_of())).count("dot_general")
