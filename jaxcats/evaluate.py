@@ -81,14 +81,14 @@ def find_pictures(config: Any, folder: str | None, classes: Sequence[str]):
     """The split to judge: the run's own validation pictures, or a labelled or unlabelled folder."""
     from jaxcats.data import index
 
-    d, cache = config.data, index.cache_folder(config.cache_dir)
+    d, cache = config.data, index.Path(config.cache_dir) if config.cache_dir else cache_folder()
     options = {"on_bad_file": d.on_bad_file, "cache_dir": cache, "workers": d.workers, "rehash": d.rehash}
     if folder is None:
         found = index.scan(d.root, valid_fraction=d.valid_fraction, seed=config.seed, manifest=d.manifest, **options)
         if found.classes != tuple(classes):
             raise UserError(f"{d.root}: has the classes {', '.join(found.classes)}, the run was trained on {', '.join(classes)}.")
         return found.splits["valid"]
-    if index.is_labelled(folder):
+    if any(p.is_dir() and not p.name.startswith(".") for p in Path(folder).glob("*")):
         return index.scan_labelled(folder, classes=classes, **options)[0]
     return index.scan_unlabelled(folder, **options)[0]
 

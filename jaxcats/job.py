@@ -59,7 +59,7 @@ class Plan:
 
 def start_jax(config: Config) -> Path:
     """Turns on the persistent compilation cache; the cache folder."""
-    cache = cache_folder(config.cache_dir)
+    cache = Path(config.cache_dir) if config.cache_dir else cache_folder()
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return cache

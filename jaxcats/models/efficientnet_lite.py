@@ -1,0 +1,101 @@
+"""EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excitation and with ReLU6 (TensorFlow's TPU models, 2020).
+
+The numbers are those of the Python package efficientnet_lite_pytorch built for the picture's own size: TensorFlow's
+"SAME" padding, BatchNorm with momentum 0.99 and epsilon 1e-3. Drop-connect (stochastic depth), which that package
+applies when it trains, is left out.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxcats.models.conv import ConvNorm
+
+CHANNELS = 1280
+# repeats, window, stride, expansion, features
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+FIRST_GROUP = ("stem", "stage1", "stage2", "stage3")  # down to stride 8
+_FIRST_BLOCK = {f"stage{n + 1}": sum(stage[0] for stage in STAGES[:n]) for n in range(len(STAGES))}
+_TORCH_UNITS = {
+    "stem": ("_conv_stem", "_bn0"),
+    "tail": ("_conv_head", "_bn1"),
+    "expand": ("_expand_conv", "_bn0"),
+    "depthwise": ("_depthwise_conv", "_bn1"),
+    "project": ("_project_conv", "_bn2"),
+}
+
+
+class Block(nn.Module):
+    """An inverted bottleneck: widen 1x1, convolve each channel, narrow 1x1, and add the input where shapes agree."""
+
+    features: int
+    window: int
+    stride: int
+    expansion: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images, *, train: bool):
+        channels = images.shape[-1]
+        x = images
+        if self.expansion != 1:
+            x = nn.relu6(_unit("expand", channels * self.expansion, dtype=self.dtype)(x, train=train))
+        depthwise = _unit(
+            "depthwise", x.shape[-1], window=self.window, stride=self.stride, depthwise=True, dtype=self.dtype
+        )
+        x = nn.relu6(depthwise(x, train=train))
+        x = _unit("project", self.features, dtype=self.dtype)(x, train=train)
+        return x + images if self.stride == 1 and channels == self.features else x
+
+
+class Stage(nn.Module):
+    """Blocks of one width; the first one has the stride."""
+
+    spec: tuple[int, int, int, int, int]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        repeats, window, stride, expansion, features = self.spec
+        for number in range(repeats):
+            block = Block(features, window, stride if number == 0 else 1, expansion, self.dtype, name=f"block{number}")
+            x = block(x, train=train)
+        return x
+
+
+class EfficientNetLite0(nn.Module):
+    """The network up to its last feature map: images [N,H,W,3] to [N,H/32,W/32,1280]."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, *, train: bool):
+        x = nn.relu6(_unit("stem", 32, window=3, stride=2, dtype=self.dtype)(images, train=train))
+        for number, spec in enumerate(STAGES, start=1):
+            x = Stage(spec, self.dtype, name=f"stage{number}")(x, train=train)
+        return nn.relu6(_unit("tail", CHANNELS, dtype=self.dtype)(x, train=train))
+
+
+def _unit(name: str, features: int, *, window: int = 1, stride: int = 1, depthwise: bool = False, dtype: Any):
+    return ConvNorm(
+        features, window, stride, "SAME", depthwise, momentum=0.99, epsilon=1e-3, dtype=dtype, name=name
+    )
+
+
+def torch_module(path: tuple[str, ...]) -> str:
+    """The reference's module for ours, such as ("stage2", "block1", "expand", "bn") -> "_blocks.2._bn0"."""
+    *place, unit, kind = path
+    module = _TORCH_UNITS[unit][0 if kind == "conv" else 1]
+    if not place:
+        return module
+    stage, block = place
+    return f"_blocks.{_FIRST_BLOCK[stage] + int(block.removeprefix('block'))}.{module}"
