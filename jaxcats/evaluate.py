@@ -74,14 +74,14 @@ def load_run(run: Path, which: str | None):
     state = checkpoints.restore(step, job.abstract_state(model, plan))
     checkpoints.close()
     facts = {"use": which or config.checkpoint.use, "step": step, "epochs": meta["progress"]["epoch"]}
-    return config, model, preprocess, tuple(meta["classes"]), state, facts
+    return config, model, preprocess, tuple(meta["classes"]), state, facts | {"phase": meta["phase"]}
 
 
 def find_pictures(config: Any, folder: str | None, classes: Sequence[str]):
     """The split to judge: the run's own validation pictures, or a labelled or unlabelled folder."""
     from jaxcats.data import index
 
-    d, cache = config.data, index.Path(config.cache_dir) if config.cache_dir else cache_folder()
+    d, cache = config.data, Path(config.cache_dir) if config.cache_dir else index.cache_folder()
     options = {"on_bad_file": d.on_bad_file, "cache_dir": cache, "workers": d.workers, "rehash": d.rehash}
     if folder is None:
         found = index.scan(d.root, valid_fraction=d.valid_fraction, seed=config.seed, manifest=d.manifest, **options)
@@ -108,10 +108,15 @@ def main(argv: Sequence[str]) -> None:
     split = find_pictures(config, options.data, classes)
     indexed = time.perf_counter()
 
-    from jaxcats.inputs import Evaluator
+    from jaxcats.data import index
+    from jaxcats.inputs import Evaluator, backbone_features
 
-    judge = Evaluator(model, split, preprocess=preprocess, batch_size=config.feature_batch, workers=config.data.workers)
-    logits = judge(state.params, state.batch_stats)
+    how = {"preprocess": preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
+    feats = None
+    if config.phases[facts["phase"]].precompute:  # the features of the run's own pictures are in the cache
+        cache = Path(config.cache_dir) if config.cache_dir else index.cache_folder()
+        feats = backbone_features(model, split, params=state.params, batch_stats=state.batch_stats, cache_dir=cache, **how).features
+    logits = Evaluator(model, split, feats=feats, **how)(state.params, state.batch_stats)
     done = time.perf_counter()
     seconds = {"load": loaded - started, "index": indexed - loaded, "evaluate": done - indexed}
     folder = options.out or (run / "evaluations" / Path(options.data).absolute().name if options.data else run)

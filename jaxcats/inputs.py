@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,23 +38,26 @@ def decoding(setup: Setup) -> dict[str, Any]:
     return {"preprocess": setup.preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
 
 
-def precompute(setup: Setup, params: Any, batch_stats: Any) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Features of train and valid by split name, and how many were {"reused", "computed"}."""
-    parts = list(setup.index.splits.values())
-    ends = np.cumsum([len(s) for s in parts])
-    whole = Split(
-        parts[0].root, sum((s.paths for s in parts), ()), np.concatenate([s.labels for s in parts]),
-        sum((s.hashes for s in parts), ()), np.concatenate([s.plain for s in parts]),
-        np.concatenate([s.orientation for s in parts]),
-    )  # fmt: skip
-    prepare = normalise(setup.preprocess.mean, setup.preprocess.std)
-    run = jax.jit(lambda p, s, images: setup.model.features(p, s, prepare(images)))
+def backbone_features(
+    model: models.Model,
+    split: Split,
+    *,
+    params: Any,
+    batch_stats: Any,
+    preprocess: Preprocess,
+    batch_size: int,
+    workers: int | None,
+    cache_dir: Path,
+) -> features.Cached:
+    """Pooled features [n, F] of a split's pictures, from the cache where their content and the backbone are known."""
+    prepare = normalise(preprocess.mean, preprocess.std)
+    run = jax.jit(lambda p, s, images: model.features(p, s, prepare(images)))
     only = {"backbone": params["backbone"], "head": {}}, {"backbone": batch_stats["backbone"], "head": {}}
 
     def compute(rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         pending = None  # read one batch late, so that the device and the decoder overlap
         with tqdm(total=len(rows), desc="features", unit="img", disable=None, leave=False) as bar:
-            for batch in picture_batches(whole, rows=rows, **decoding(setup)):
+            for batch in picture_batches(split, preprocess=preprocess, batch_size=batch_size, workers=workers, rows=rows):
                 out = run(*only, batch["image"])
                 if pending:
                     yield _unmask(*pending)
@@ -62,13 +66,33 @@ def precompute(setup: Setup, params: Any, batch_stats: Any) -> tuple[dict[str, n
             if pending:
                 yield _unmask(*pending)
 
-    facts = {"backbone": setup.model.name, "head": setup.model.head, "dtype": setup.model.dtype,
-             "weights": features.tree_hash(jax.device_get(only)), "preprocess": setup.preprocess.to_dict(),
-             "transform": TRANSFORM_VERSION, "platform": jax.default_backend()}  # fmt: skip
-    got = features.cached_features(whole.hashes, facts=facts, width=setup.model.feature_size, compute=compute,
-                                   cache_dir=setup.cache)  # fmt: skip
+    weights = features.tree_hash(jax.device_get({"params": only[0], "batch_stats": only[1]}))
+    facts = {"backbone": model.name, "head": model.head, "dtype": model.dtype, "weights": weights,
+             "preprocess": preprocess.to_dict(), "transform": TRANSFORM_VERSION,
+             "platform": jax.default_backend()}  # fmt: skip
+    got = features.cached_features(split.hashes, facts=facts, width=model.feature_size, compute=compute, cache_dir=cache_dir)
     for path in got.damaged:
         print(f"{path}: damaged, removed and computed again.", file=sys.stderr)
+    return got
+
+
+def _join(parts: list[Split]) -> Split:
+    return Split(
+        root=parts[0].root,
+        paths=sum((s.paths for s in parts), ()),
+        labels=np.concatenate([s.labels for s in parts]),
+        hashes=sum((s.hashes for s in parts), ()),
+        plain=np.concatenate([s.plain for s in parts]),
+        orientation=np.concatenate([s.orientation for s in parts]),
+    )
+
+
+def precompute(setup: Setup, params: Any, batch_stats: Any) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Features of train and valid by split name, and how many were {"reused", "computed"}."""
+    parts = list(setup.index.splits.values())
+    ends = np.cumsum([len(s) for s in parts])
+    got = backbone_features(setup.model, _join(parts), params=params, batch_stats=batch_stats, cache_dir=setup.cache,
+                            **decoding(setup))  # fmt: skip
     by_split = dict(zip(setup.index.splits, np.split(got.features, ends[:-1]), strict=True))
     return by_split, {"reused": got.reused, "computed": got.computed}
 

@@ -1,0 +1,111 @@
+"""How configs/recommended.yaml was chosen: cross-validation on the training photos alone.
+
+    python scripts/choose_recommended.py --root data/dogscats [--folds 5] [--seeds 2]
+
+Every candidate is trained `folds` x `seeds` times, each time judged on the training photos it did not see; the validation
+folder is never read. Folds are stratified and go by content hash. Printed: errors of all held-out photos, summed over
+the seeds, and their mean log loss, best first.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+
+import jax
+import numpy as np
+
+from jaxcats.config import Config, DataConfig, ModelConfig, Phase
+from jaxcats.core.scan import epoch_order
+from jaxcats.data.index import FolderIndex, Split
+from jaxcats.inputs import Evaluator, backbone_features, decoding, make_driver
+from jaxcats.job import Setup, create_model, initial_params, make_phase, plans, setup
+from jaxcats.results import metrics
+
+
+def candidates():
+    """(name, policy, head, Phase) of everything tried."""
+    lesson = Phase(precompute=True)
+    for policy in ("lesson", "weights"):
+        yield f"{policy}: the lesson's fit(0.01, 3)", policy, "lesson", lesson
+        for kind, lr, epochs, decay in itertools.product(["sgd", "adamw"], [0.3, 1.0, 3.0], [5, 10], [0.0, 1.0]):
+            base = 0.01 if kind == "sgd" else 0.001
+            weight_decay = decay * (0.001 if kind == "sgd" else 0.1)
+            phase = dataclasses.replace(lesson, epochs=epochs, lr=lr * base, optimizer=kind, schedule="one_cycle",
+                                        weight_decay=weight_decay)  # fmt: skip
+            for head in ("lesson", "linear"):
+                name = f"{policy}: {head} {kind} one_cycle lr {lr * base:g} x {epochs}, decay {weight_decay:g}"
+                yield name, policy, head, phase
+
+
+def rows_of(split: Split, rows: np.ndarray) -> Split:
+    """The split with these rows only."""
+    pick = [rows.tolist()]
+    return Split(split.root, tuple(split.paths[i] for i in pick[0]), split.labels[rows],
+                 tuple(split.hashes[i] for i in pick[0]), split.plain[rows], split.orientation[rows])  # fmt: skip
+
+
+def fold_of(split: Split, folds: int) -> np.ndarray:
+    """Fold of each row: rank by content hash within its class, modulo the number of folds."""
+    fold = np.zeros(len(split), int)
+    for label in np.unique(split.labels):
+        rows = np.flatnonzero(split.labels == label)
+        order = sorted(rows, key=lambda i: hashlib.sha256(split.hashes[i].encode()).hexdigest())
+        fold[order] = np.arange(len(order)) % folds
+    return fold
+
+
+def train_and_judge(whole: Setup, feats: np.ndarray, start, *, held: np.ndarray) -> np.ndarray:
+    """Logits of the held-out rows, after training on the others."""
+    split = whole.index.splits["train"]
+    parts = {"train": np.flatnonzero(~held), "valid": np.flatnonzero(held)}
+    index = FolderIndex(split.root, whole.index.classes, {k: rows_of(split, r) for k, r in parts.items()}, (), 0.0, 0)
+    one = dataclasses.replace(whole, index=index)
+    (plan,) = plans(one)
+    step, create = make_phase(one, plan)
+    state, drive = create(*start), make_driver(one, plan, step, feats[parts["train"]])
+    state = jax.tree.map(jax.numpy.copy, state)
+    for epoch in range(plan.phase.epochs):
+        order = epoch_order(len(parts["train"]), batch_size=plan.phase.batch_size, seed=one.config.seed, epoch=epoch)
+        for state, _ in drive(state, order, epoch):  # noqa: B007
+            pass
+    judge = Evaluator(one.model, index.splits["valid"], feats=feats[parts["valid"]], **decoding(one))
+    return judge(state.params, state.batch_stats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--backbone", default="efficientnet_lite0")
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=2)
+    args = parser.parse_args()
+    results, known = [], {}
+    base = setup(Config(data=DataConfig(args.root), model=ModelConfig(args.backbone)))
+    for name, policy, head, phase in candidates():
+        logits = []
+        for seed in range(args.seeds):
+            config = Config(seed, DataConfig(args.root, policy=policy), ModelConfig(args.backbone, head), {"head": phase})
+            model, preprocess = create_model(config, len(base.index.classes))
+            whole = Setup(config, base.index, model, preprocess, base.cache)
+            train = whole.index.splits["train"]
+            params, stats, _ = initial_params(whole)
+            if (policy, head) not in known:
+                got = backbone_features(model, train, params=params, batch_stats=stats, cache_dir=whole.cache, **decoding(whole))
+                known[policy, head] = got.features
+            fold, out = fold_of(train, args.folds), np.zeros((len(train), len(base.index.classes)), np.float32)
+            for k in range(args.folds):
+                out[fold == k] = train_and_judge(whole, known[policy, head], (params, stats), held=fold == k)
+            logits.append(out)
+        labels = np.tile(base.index.splits["train"].labels, args.seeds)
+        found = metrics.summary(np.concatenate(logits), labels)
+        results.append((found["errors"], found["log_loss"], name))
+        print(json.dumps({"errors": found["errors"], "of": found["n"], "log_loss": round(found["log_loss"], 4), "what": name}), flush=True)
+    print("\nbest first:")
+    for errors, loss, name in sorted(results)[:15]:
+        print(f"{errors:4d} of {len(labels)}  log loss {loss:.4f}  {name}")
+
+
+if __name__ == "__main__":
+    main()
