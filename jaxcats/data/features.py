@@ -43,6 +43,8 @@ def tree_hash(tree: Any) -> str:
                 walk(node[k], f"{path}/{k}")
         else:
             a = np.ascontiguousarray(node)
+            if a.dtype.hasobject:
+                raise TypeError(f"{path or '/'}: {type(node).__name__} is neither a dict nor an array")
             digest.update(f"{path} {a.dtype} {a.shape}\n".encode())
             digest.update(a.data if a.size else b"")
 

@@ -10,6 +10,15 @@ import numpy as np
 
 from jaxcats.data.files import IMAGE_EXTENSIONS, FileRecord, cache_folder, examine, list_pictures
 from jaxcats.data.holdout import default_manifest, hold_out
+from jaxcats.data.layout import (
+    check_classes,
+    class_files,
+    class_names,
+    existing_folder,
+    extensions,
+    split_folders,
+    valid_folder,
+)
 from jaxcats.errors import UserError
 
 __all__ = [
@@ -22,8 +31,6 @@ __all__ = [
     "scan_labelled",
     "scan_unlabelled",
 ]
-
-VALID_NAMES = ("valid", "val", "validation")
 
 
 @dataclass(frozen=True)
@@ -149,25 +156,25 @@ def scan(
     Raises UserError for a folder that can't be trained on, saying what was looked for and the way out.
     """
     started = time.perf_counter()
-    root = _existing_folder(root)
+    root = existing_folder(root)
     cache_dir = Path(cache_dir) if cache_dir else cache_folder()
     reader = _Reader(cache_dir, rehash, workers, progress, on_bad_file, min_size)
-    train_folder, valid_folder = _layout(root, valid_fraction)
-    classes = _class_names(train_folder)
-    if len(classes) < 2:
-        raise UserError(f"{train_folder}: only one class ({classes[0]}); a classifier needs a folder for each of two")
-    if valid_folder is not None:
-        _same_classes(valid_folder, _class_names(valid_folder), classes, against=str(train_folder))
-    folders = [folder for folder in (train_folder, valid_folder) if folder is not None]
-    members = {folder: _class_files(root, folder, classes) for folder in folders}
+    train_top, valid_top = split_folders(root, valid_fraction)
+    classes = class_names(train_top)
+    if len(classes) == 1:
+        raise UserError(f"{train_top}: only one class ({classes[0]}); a classifier needs a folder for each of two")
+    if valid_top is not None:
+        check_classes(valid_top, class_names(valid_top), classes, against=str(train_top))
+    folders = [folder for folder in (train_top, valid_top) if folder is not None]
+    members = {folder: class_files(root, folder, classes) for folder in folders}
     good, bad, reused = reader.read(root, [p for folder in folders for paths in members[folder] for p in paths])
     tables = {folder: _usable(folder, classes, members[folder], good, bad) for folder in folders}
-    if valid_folder is not None:
-        splits = {"train": _split(root, tables[train_folder], good), "valid": _split(root, tables[valid_folder], good)}
+    if valid_top is not None:
+        splits = {"train": _split(root, tables[train_top], good), "valid": _split(root, tables[valid_top], good)}
     else:
-        assert valid_fraction is not None  # _layout saw to it
+        assert valid_fraction is not None  # split_folders saw to it
         place = Path(manifest) if manifest else default_manifest(cache_dir, root, valid_fraction, seed)
-        table = tables[train_folder]
+        table = tables[train_top]
         contents = {name: [good[path].sha256 for path in paths] for name, paths in zip(classes, table, strict=True)}
         held = hold_out(contents, fraction=valid_fraction, seed=seed, manifest=place, given=manifest is not None)
         splits = {
@@ -195,11 +202,11 @@ def scan_labelled(
 
     Raises UserError where the class folders aren't exactly `classes`, saying which are missing and which unknown.
     """
-    root = _existing_folder(folder)
+    root = existing_folder(folder)
     reader = _Reader(Path(cache_dir) if cache_dir else None, rehash, workers, progress, on_bad_file, min_size)
-    top = _valid_folder(root) or root
-    _same_classes(top, _class_names(top), classes, against="the classifier")
-    members = _class_files(root, top, classes)
+    top = valid_folder(root) or root
+    check_classes(top, class_names(top), classes, against="the classifier")
+    members = class_files(root, top, classes)
     good, bad, _ = reader.read(root, [path for paths in members for path in paths])
     return _split(root, _usable(top, classes, members, good, bad), good), bad
 
@@ -215,87 +222,13 @@ def scan_unlabelled(
     min_size: int | None = None,
 ) -> tuple[Split, tuple[BadFile, ...]]:
     """Index any folder of pictures, at any depth, to predict on; labels are -1. Arguments as for `scan`."""
-    root = _existing_folder(folder)
+    root = existing_folder(folder)
     reader = _Reader(Path(cache_dir) if cache_dir else None, rehash, workers, progress, on_bad_file, min_size)
     paths = list_pictures(root, root)
     if not paths:
-        raise UserError(f"{root}: no pictures found at any depth; looked for {_extensions()}")
+        raise UserError(f"{root}: no pictures found at any depth; looked for {extensions()}")
     good, bad, _ = reader.read(root, paths)
     return _split(root, [list(good)], good, first_label=-1), bad
-
-
-def _existing_folder(folder: str | Path) -> Path:
-    path = Path(folder).expanduser()
-    if not path.exists():
-        raise UserError(f"{path}: no such folder; give the folder that holds the pictures")
-    if not path.is_dir():
-        raise UserError(f"{path}: not a folder; give the folder that holds the pictures")
-    return path.resolve()
-
-
-def _layout(root: Path, valid_fraction: float | None) -> tuple[Path, Path | None]:
-    """The folder of training classes, and that of validation classes if there is one."""
-    if valid_fraction is not None and not 0 < valid_fraction < 1:
-        raise UserError(f"valid_fraction: {valid_fraction} is not between 0 and 1; 0.2 holds out a fifth")
-    train, valid = root / "train", _valid_folder(root)
-    if train.is_dir() and valid is not None:
-        if valid_fraction is not None:
-            raise UserError(
-                f"valid_fraction: {valid_fraction} given, but {root} has its own {valid.name}/; leave valid_fraction "
-                f"out, or give {train} as the folder"
-            )
-        return train, valid
-    if valid_fraction is not None and valid is None:
-        return (train if train.is_dir() else root), None
-    names = [path.name + "/" for path in _subfolders(root)]
-    found = _shortened(names) if names else "no folders"
-    raise UserError(
-        f"{root}: found {found}, looked for train/ and valid/ (or val/, validation/) with a folder per class in each; "
-        "for a single folder of class folders set valid_fraction, for example 0.2"
-    )
-
-
-def _valid_folder(root: Path) -> Path | None:
-    present = [root / name for name in VALID_NAMES if (root / name).is_dir()]
-    if len(present) > 1:
-        raise UserError(f"{root}: both {present[0].name}/ and {present[1].name}/ exist; keep one of them")
-    return present[0] if present else None
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    names = tuple(path.name for path in _subfolders(folder))
-    if not names:
-        loose = len(list_pictures(folder, folder))
-        found = f"{loose:,} pictures but no class folders" if loose else "no pictures"
-        raise UserError(f"{folder}: {found}; expected a folder of pictures per class, for example cats/ and dogs/")
-    return names
-
-
-def _same_classes(folder: Path, found: Sequence[str], expected: Sequence[str], *, against: str) -> None:
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or extra:
-        parts = [f"missing {_shortened(missing)}"] * bool(missing) + [f"unknown {_shortened(extra)}"] * bool(extra)
-        raise UserError(
-            f"{folder}: its class folders differ from those of {against}: {', '.join(parts)}; "
-            f"expected exactly {_shortened(expected)}"
-        )
-
-
-def _class_files(root: Path, folder: Path, classes: Sequence[str]) -> list[list[str]]:
-    members = [list_pictures(folder / name, root) for name in classes]
-    if not any(members):
-        raise UserError(f"{folder}: no pictures in its {len(classes)} class folders; looked for {_extensions()}")
-    for name, paths in zip(classes, members, strict=True):
-        if not paths:
-            raise UserError(
-                f"{folder / name}: no pictures in this class folder; add some, or remove the folder if it is no class "
-                f"(looked for {_extensions()})"
-            )
-    return members
 
 
 def _usable(
@@ -332,12 +265,3 @@ def _split(root: Path, table: list[list[str]], good: Mapping[str, FileRecord], *
 
 def _listed(files: Sequence[BadFile]) -> str:
     return "; ".join(f"{file.path} ({file.reason})" for file in files)
-
-
-def _shortened(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _extensions() -> str:
-    return " ".join(sorted(IMAGE_EXTENSIONS))

@@ -201,7 +201,8 @@ def crop_pixels(
     """
     size, method = preprocess.size, _FILTERS[preprocess.interpolation]
     image = _middle_of_strip(image)
-    (width, height), (wide, high) = image.size, resized_sides(*image.size, resize_to)
+    width, height = image.size
+    wide, high = resized_sides(width, height, resize_to)
     if at is None:
         top, left = round((high - size) / 2.0), round((wide - size) / 2.0)
     else:

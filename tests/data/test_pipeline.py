@@ -1,0 +1,202 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxcats.data.index import scan, scan_unlabelled
+from jaxcats.data.pipeline import evaluation_batches, training_batches
+from jaxcats.data.preprocess import Preprocess, evaluation_pixels, open_upright
+from jaxcats.errors import UserError
+
+SMALL = Preprocess(size=32)
+
+
+@pytest.fixture
+def pictures(folder, encoded, photo):
+    """11 pictures of many kinds and shapes, labelled."""
+    root = folder(
+        {
+            "train/cats/a.jpg": encoded(photo(1, 90, 60)),
+            "train/cats/b.jpg": encoded(photo(2, 60, 90), orientation=6),
+            "train/cats/c.png": encoded(photo(3, 33, 70), "PNG"),
+            "train/cats/d.png": encoded(photo(4).convert("RGBA"), "PNG"),
+            "train/cats/e.jpg": encoded(photo(5).convert("CMYK")),
+            "train/dogs/f.jpg": encoded(photo(6).convert("L")),
+            "train/dogs/g.gif": encoded(photo(7), "GIF"),
+            "train/dogs/h.jpg": encoded(photo(8, 400, 300), orientation=3),
+            "train/dogs/i.jpg": encoded(photo(9, 400, 20)),
+            "train/dogs/j.webp": encoded(photo(10), "WEBP"),
+            "train/dogs/k.jpg": encoded(photo(11, 32, 32), "MPO", save_all=True, append_images=[photo(12, 32, 32)]),
+            "valid/cats/a.jpg": 20,
+            "valid/dogs/b.jpg": 21,
+        }
+    )
+    return scan(root, progress=False).splits["train"]
+
+
+def joined(batches):
+    batches = list(batches)
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def training(split, order, **options):
+    options = {"preprocess": SMALL, "epoch": 0, "seed": 0, "crop": "random"} | options
+    return training_batches(split, order=np.asarray(order), **options)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 16])
+def test_every_picture_counts_once(pictures, batch_size, workers):
+    batches = list(evaluation_batches(pictures, preprocess=SMALL, batch_size=batch_size, workers=workers))
+    assert len(batches) == -(-11 // batch_size)
+    for batch in batches:
+        assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
+            "image": ((batch_size, 32, 32, 3), np.uint8),
+            "label": ((batch_size,), np.int32),
+            "mask": ((batch_size,), np.bool_),
+            "index": ((batch_size,), np.int32),
+        }
+    whole = joined(batches)
+    mask = whole["mask"]
+    assert whole["index"][mask].tolist() == list(range(11))
+    assert whole["label"][mask].tolist() == pictures.labels.tolist()
+    assert not whole["image"][~mask].any()
+    assert set(whole["index"][~mask]) <= {-1}
+    assert set(whole["label"][~mask]) <= {0}
+
+
+def test_pixels_through_tf_data_are_those_without(pictures):
+    batch = joined(evaluation_batches(pictures, preprocess=SMALL, batch_size=4))
+    for row, path in enumerate(pictures.paths):
+        np.testing.assert_array_equal(batch["image"][row], evaluation_pixels(pictures.root / path, SMALL))
+
+
+def test_real_photos_through_tf_data_are_plain_pillow(real_photos):
+    split, _ = scan_unlabelled(real_photos / "valid", progress=False)
+    rows = np.arange(0, len(split), 25)
+    batch = joined(evaluation_batches(split, preprocess=Preprocess(), batch_size=16, indices=rows))
+    for row, pixels in zip(rows, batch["image"], strict=False):
+        picture = Image.open(split.root / split.paths[row])
+        width, height = picture.size
+        wide, high = (224, int(224 * height / width)) if width <= height else (int(224 * width / height), 224)
+        left, top = round((wide - 224) / 2), round((high - 224) / 2)
+        resized = picture.resize((wide, high), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(pixels, np.asarray(resized.crop((left, top, left + 224, top + 224))))
+
+
+def test_indices_choose_and_order(pictures):
+    batch = joined(evaluation_batches(pictures, preprocess=SMALL, batch_size=2, indices=[7, 0, 3]))
+    assert batch["index"].tolist() == [7, 0, 3, -1]
+    np.testing.assert_array_equal(batch["image"][0], evaluation_pixels(pictures.root / pictures.paths[7], SMALL))
+
+
+def test_nothing_to_evaluate_gives_no_batches(pictures):
+    assert list(evaluation_batches(pictures, preprocess=SMALL, batch_size=2, indices=[])) == []
+
+
+ORDER = np.array([[3, 9, 0], [6, 1, 10], [2, 5, 8]])
+
+
+def test_training_with_the_centre_crop_sees_evaluations_pixels(pictures):
+    batch = joined(training(pictures, ORDER, crop="center"))
+    assert batch["index"].tolist() == ORDER.ravel().tolist()
+    assert batch["mask"].all()
+    assert batch["label"].tolist() == pictures.labels[ORDER.ravel()].tolist()
+    for row, pixels in zip(ORDER.ravel(), batch["image"], strict=True):
+        np.testing.assert_array_equal(pixels, evaluation_pixels(pictures.root / pictures.paths[row], SMALL))
+
+
+def test_random_crops_come_in_order_and_in_shape(pictures):
+    batches = list(training(pictures, ORDER))
+    assert [batch["index"].tolist() for batch in batches] == ORDER.tolist()
+    assert all(batch["image"].shape == (3, 32, 32, 3) and batch["image"].dtype == np.uint8 for batch in batches)
+    assert all(batch["mask"].all() for batch in batches)
+
+
+def test_random_crops_depend_on_seed_epoch_and_picture_alone(pictures):
+    by_row = dict(zip(ORDER.ravel(), joined(training(pictures, ORDER, workers=1))["image"], strict=True))
+    other = [[5, 2, 0, 1], [10, 9, 8, 6]]  # other batches, another order, other workers
+    again = joined(training(pictures, other, workers=4))
+    for row, pixels in zip(again["index"], again["image"], strict=True):
+        np.testing.assert_array_equal(pixels, by_row[row])
+    for change in ({"seed": 1}, {"epoch": 1}):
+        changed = joined(training(pictures, ORDER, **change))["image"]
+        assert sum(not np.array_equal(a, b) for a, b in zip(changed, by_row.values(), strict=True)) >= 6
+
+
+def test_an_epoch_continues_from_its_middle(pictures):
+    whole, rest = joined(training(pictures, ORDER)), joined(training(pictures, ORDER[1:]))
+    for key in whole:
+        np.testing.assert_array_equal(rest[key], whole[key][3:])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_tensorflow_turns_pictures_as_pillow_does(folder, encoded, photo, kind, orientation):
+    """A picture whose upright form is square leaves no room for a random crop, so the two must agree."""
+    root = folder({"a.jpg": encoded(photo(orientation, 150, 150), kind, orientation=orientation)})
+    split, _ = scan_unlabelled(root)
+    assert split.plain.all()
+    for interpolation, most in (("bilinear", 2), ("bicubic", 8)):
+        preprocess = Preprocess(size=48, interpolation=interpolation)
+        (batch,) = training(split, [[0]], preprocess=preprocess)
+        pillow = evaluation_pixels(root / "a.jpg", preprocess)
+        difference = np.abs(batch["image"][0].astype(int) - pillow)
+        assert difference.max() <= most
+        assert difference.mean() < 0.5
+
+
+def test_a_random_crop_is_a_window_of_the_resized_picture(folder, encoded, photo):
+    root = folder({f"{i}.jpg": encoded(photo(i, 300, 140)) for i in range(12)})
+    split, _ = scan_unlabelled(root)
+    places = []
+    for row, pixels in enumerate(joined(training(split, np.arange(12).reshape(3, 4)))["image"]):
+        resized = np.asarray(open_upright(root / split.paths[row]).resize((68, 32), Image.Resampling.BILINEAR), int)
+        windows = [np.abs(resized[:, x : x + 32] - pixels).mean() for x in range(68 - 32 + 1)]
+        assert min(windows) < 1
+        places.append(int(np.argmin(windows)))
+    assert len(set(places)) >= 6
+    assert max(places) - min(places) > 15
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_file_that_went_away_is_named(pictures, crop):
+    (pictures.root / pictures.paths[1]).unlink()
+    with pytest.raises(UserError, match=r"train/cats/b\.jpg: .*can't be now \(no such file"):
+        list(training(pictures, ORDER, crop=crop))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "d.png"])
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_file_that_was_spoilt_is_named(pictures, crop, name):
+    path = pictures.root / "train/cats" / name
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=f"train/cats/{name}: ") as caught:
+        list(training(pictures, ORDER, crop=crop))
+    assert "\n" not in str(caught.value)
+
+
+def test_stopping_early_is_quiet_and_leaves_tensorflow_without_a_gpu(folder):
+    root = folder({f"{i:02d}.jpg": i for i in range(40)})
+    code = f"""
+import sys
+from jaxcats.data.index import scan_unlabelled
+from jaxcats.data.pipeline import evaluation_batches, training_batches
+from jaxcats.data.preprocess import Preprocess
+split, _ = scan_unlabelled({str(root)!r})
+batches = evaluation_batches(split, preprocess=Preprocess(size=32), batch_size=2)
+assert "tensorflow" not in sys.modules
+print(next(batches)["index"].tolist())
+order = [[i, i + 1] for i in range(0, 40, 2)]
+training = training_batches(
+    split, preprocess=Preprocess(size=32), order=order, epoch=0, seed=0, crop="random"
+)
+print(next(training)["index"].tolist())
+import tensorflow as tf
+print(tf.config.get_visible_devices("GPU"))
+del batches
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1]\n[0, 1]\n[]\n", "")
