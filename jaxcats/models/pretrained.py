@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import traverse_util
 
 from jaxcats.data.preprocess import Preprocess
@@ -67,9 +69,12 @@ def find(default: WeightSource | None, source: str | os.PathLike | None = None, 
     path = _locate(location, backbone=backbone)
     digest = _sha256(path)
     published = default is not None and (location == default.location or digest == default.sha256)
-    if published and default.sha256 not in (None, digest):
+    expected = default.sha256 if published else None
+    if location.startswith("hf:") and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
+        expected = path.resolve().name  # the hub's cache names large files by their hash
+    if expected not in (None, digest):
         raise UserError(
-            f"{path}: sha256 is {digest}, expected {default.sha256}; the file is damaged or not the published one: "
+            f"{path}: sha256 is {digest}, expected {expected}; the file is damaged or not the published one: "
             "delete it and fetch it again"
         )
     preprocess = default.preprocess if default else Preprocess()
@@ -120,26 +125,48 @@ def _from_package(place: str, *, backbone: str) -> Path:
 def _from_hub(place: str) -> Path:
     parts = place.split("/", 2)
     if len(parts) != 3 or not all(parts):
-        raise UserError(f"weights hf:{place}: expected hf:OWNER/REPO/FILE, as in hf:timm/resnet34.tv_in1k/model.safetensors")
+        raise UserError(
+            f"weights hf:{place}: expected hf:OWNER/REPO/FILE, as in hf:timm/resnet34.tv_in1k/model.safetensors"
+        )
     repo, file = "/".join(parts[:2]), parts[2]
     # Takes a second to import, and only this source needs it.
-    from huggingface_hub import errors, hf_hub_download
+    import huggingface_hub as hub
+    from huggingface_hub import errors
 
     try:
-        return Path(hf_hub_download(repo, file, etag_timeout=HUB_SECONDS))
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise UserError(
-            f"{file} of {repo} is not in the cache and the Hugging Face hub can't be reached (no network, or offline "
-            f"mode): {WAYS_OUT}"
-        ) from None
+        return Path(hub.hf_hub_download(repo, file, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        pass
+    try:
+        # hf_hub_download alone tries six times, a minute each, before it says that there is no network.
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=HUB_SECONDS)
+        return Path(hub.hf_hub_download(repo, file))
     except errors.GatedRepoError:
         raise UserError(f"hf:{place}: the hub asks for a login to read {repo}; run `hf auth login`") from None
-    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError, errors.RevisionNotFoundError) as error:
-        missing = f"no file {file} in {repo}" if isinstance(error, errors.EntryNotFoundError) else f"no {repo} to be read"
-        raise UserError(f"hf:{place}: the Hugging Face hub has {missing}; check the name: {WAYS_OUT}") from None
-    except Exception as error:  # the client has no common base for what its layers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"hf:{place}: the download failed ({reason}): try again, or {WAYS_OUT}") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"hf:{place}: the hub has no {repo} for you to read; check the name, or {WAYS_OUT}") from None
+    except errors.EntryNotFoundError as error:
+        if not isinstance(error, errors.LocalEntryNotFoundError):
+            raise UserError(
+                f"hf:{place}: the hub has no file {file} in {repo}; check the name, or {WAYS_OUT}"
+            ) from None
+        raise _unreachable(repo, file, _reason(error)) from None
+    except errors.OfflineModeIsEnabled:
+        raise _unreachable(repo, file, "offline mode: HF_HUB_OFFLINE is set") from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise UserError(f"hf:{place}: the download failed ({_reason(error)}): try again, or {WAYS_OUT}") from None
+    except Exception as error:  # whatever the client's HTTP library raises for no connection, which differs by version
+        raise _unreachable(repo, file, _reason(error)) from None
+
+
+def _unreachable(repo: str, file: str, reason: str) -> UserError:
+    return UserError(
+        f"{file} of {repo} is not in the cache and the Hugging Face hub can't be reached ({reason}): {WAYS_OUT}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(".")
 
 
 # --- reading ---
@@ -152,22 +179,16 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         return load_torch_file(path)
     try:
         if suffix == ".safetensors":
-            return _read_safetensors(path)
+            # bfloat16 is known to NumPy by its name since jax has imported ml_dtypes.
+            return safetensors.numpy.load_file(path)
         if suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
     except MemoryError:
         raise UserError(f"{path}: does not fit in memory") from None
     except Exception as error:  # either library raises many kinds for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a readable {suffix} file ({reason})") from None
+        raise UserError(f"{path}: not a readable {suffix} file ({_reason(error)})") from None
     raise UserError(f"weight file {path}: unknown extension {suffix!r}; expected {', '.join(EXTENSIONS)}")
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    return load_file(path)
 
 
 # --- names ---
@@ -220,7 +241,7 @@ def from_state_dict(tensors: dict[str, np.ndarray], shapes: list[dict], *, origi
     expected = {name for tree in wanted for name in tree.values()}
     optional = {f"{names['classifier']}.weight", f"{names['classifier']}.bias"}
     given = {name for name in tensors if not name.endswith("num_batches_tracked")}
-    problems = {"missing": sorted(expected - given), "unexpected": sorted(given - expected - optional), "misfit": []}
+    misfits = []
     trees = []
     for tree, leaves in zip(wanted, flat, strict=True):
         filled = {}
@@ -230,12 +251,17 @@ def from_state_dict(tensors: dict[str, np.ndarray], shapes: list[dict], *, origi
             array = from_torch_layout(tensors[name])
             if array.shape != leaves[path].shape:
                 shape = to_torch_layout(np.empty(leaves[path].shape, "V0")).shape
-                problems["misfit"].append(f"{name} has shape {tensors[name].shape} instead of {shape}")
+                misfits.append(f"{name} has shape {tensors[name].shape} instead of {shape}")
             elif not jnp.issubdtype(array.dtype, jnp.floating):
-                problems["misfit"].append(f"{name} is {array.dtype}, not a floating-point number")
+                misfits.append(f"{name} is {array.dtype}, not a floating-point number")
             else:
                 filled[path] = np.array(array, np.float32, order="C")
         trees.append(traverse_util.unflatten_dict(filled))
+    problems = {
+        "missing": sorted(expected - given),
+        "unexpected": sorted(given - expected - optional),
+        "misfit": sorted(misfits),
+    }
     if any(problems.values()):
         listed = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in problems.items() if found)
         raise UserError(f"{origin}: not the weights of this network. {listed}")

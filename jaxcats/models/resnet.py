@@ -82,4 +82,3 @@ def torch_module(path: tuple[str, ...]) -> str:
     if unit == "shortcut":
         return f"{prefix}.downsample.{0 if kind == 'conv' else 1}"
     return f"{prefix}.{kind}{unit.removeprefix('conv')}"
-

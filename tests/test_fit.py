@@ -1,0 +1,254 @@
+"""Whole runs on a tiny network: what is written, what is frozen, and the same bits after kill -9."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny  # noqa: F401
+from jaxcats import evaluate, job, train
+from jaxcats.cli import parse, run_command
+from jaxcats.fit import Trainer
+from jaxcats.results.metrics import wilson_interval
+from jaxcats.storage.checkpoint import Checkpoints
+
+BASE = ["--model.backbone", "tiny", "--model.pretrained", "false", "--data.size", "32", "--phases.head.batch_size", "4"]
+TWO_PHASES = """
+model: {backbone: tiny, pretrained: false}
+data: {size: 32}
+phases:
+  head: {epochs: 2, precompute: true, batch_size: 4}
+  all: {epochs: 2, lr: [1.0e-3, 1.0e-2, 1.0e-1], freeze: nothing, bn: train, augment: side_on, batch_size: 4}
+"""
+
+
+def config_of(*argv):
+    return parse([str(a) for a in argv], prog="x", description="x")[0]
+
+
+def run(*argv) -> int:
+    return run_command(train.main, [str(a) for a in argv])
+
+
+def last_state(workdir: Path):
+    saved = Checkpoints(workdir / "checkpoints", read_only=True)
+    config = job_config(workdir)
+    model, _ = job.create_model(config, 2)
+    step = saved.pick("last")
+    name = saved.meta(step)["phase"]
+    return saved.restore(step, job.abstract_state(model, job.Plan(0, name, config.phases[name], 0, 0, 1)))
+
+
+def job_config(workdir: Path):
+    return config_of("--config", workdir / "config.yaml")
+
+
+def log_of(workdir: Path):
+    clock = {"seconds", "images_per_second"}
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+def test_a_run_leaves_what_it_promises(pictures, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert run(*BASE, "--data.root", pictures, "--workdir", workdir) == 0
+    out = capsys.readouterr().out
+    assert "of 10 (" in out
+    assert "95 % interval" in out
+    found = json.loads((workdir / "metrics.json").read_text())
+    assert found["n"] == 10
+    assert found["interval"] == list(wilson_interval(10 - found["errors"], 10))
+    assert {"imports", "index", "head.features", "head.train", "evaluate", "total"} <= set(found["seconds"])
+    rows = list(csv.DictReader((workdir / "predictions.csv").open()))
+    assert len(rows) == 10
+    assert sum(r["label"] != r["predicted"] for r in rows) == found["errors"]
+    for r in rows:
+        assert math.isclose(float(r["p_cats"]) + float(r["p_dogs"]), 1, abs_tol=1e-6)
+        assert r["predicted"] == max(("cats", "dogs"), key=lambda c: float(r[f"p_{c}"]))
+    loss = -np.mean([math.log(float(r[f"p_{r['label']}"])) for r in rows])
+    assert math.isclose(found["log_loss"], loss, rel_tol=1e-5)
+    assert list((workdir / "tensorboard").iterdir())
+    assert json.loads((workdir / "versions.json").read_text())["weights"]["source"] == "random"
+    epochs = [r for r in log_of(workdir) if "epoch" in r]
+    assert [r["epoch"] for r in epochs] == [0, 1, 2]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(pictures, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert run(*BASE, "--data.root", pictures, "--workdir", tmp_path / name, "--seed", seed) == 0
+    texts = {n: (tmp_path / n / "predictions.csv").read_text() for n in "abc"}
+    assert texts["a"] == texts["b"]
+    assert texts["a"] != texts["c"]
+
+
+def test_a_warm_run_reads_no_picture_and_imports_no_tensorflow(pictures, tmp_path):
+    code = "import tiny, sys; from jaxcats import train; train.main(sys.argv[1:]); print('TF', 'tensorflow' in sys.modules)"
+    printed = []
+    for name in ("cold", "warm"):
+        argv = [*BASE, "--data.root", pictures, "--workdir", tmp_path / name]
+        printed.append(in_process(code, *argv).stdout)
+    assert "TF True" in printed[0]
+    assert "TF False" in printed[1]
+    assert "34 features from the cache" in printed[1]
+    same = [(tmp_path / n / "predictions.csv").read_bytes() for n in ("cold", "warm")]
+    assert same[0] == same[1]
+
+
+def in_process(code, *argv, check=True):
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True, env=env, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+KILLED = """
+import os, signal, sys, tiny
+from jaxcats import fit, train
+at, read, drive = int(sys.argv[1]), fit.Trainer.read, fit.make_driver
+
+def read_and_die(self, plan, progress, pending, lrs, bar):
+    read(self, plan, progress, pending, lrs, bar)
+    if at and progress.step >= at:
+        self.checkpoints._manager.wait_until_finished()  # so that there is a checkpoint to go on from
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def noting_driver(*args):
+    inner = drive(*args)
+    def noted(state, order, epoch):
+        with open(os.environ["ORDER"], "a") as f:
+            for row in order:
+                f.write(f"{epoch} {row.tolist()}\\n")
+        return inner(state, order, epoch)
+    return noted
+
+fit.Trainer.read, fit.make_driver = read_and_die, noting_driver
+train.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["--phases.head.precompute", "true", "--chunk_steps", "2"],
+        ["--phases.head.precompute", "true", "--phases.head.driver", "stream"],
+        ["--phases.head.freeze", "nothing", "--phases.head.bn", "train", "--phases.head.augment", "side_on"],
+        ["--phases.head.freeze", "first", "--phases.head.augment", "flip", "--phases.head.driver", "scan", "--chunk_steps", "2"],
+    ],
+    ids=["scan-features", "stream-features", "stream-pictures", "scan-pictures"],
+)
+def test_killed_in_the_middle_of_an_epoch_and_resumed_ends_with_the_same_bits(how, pictures, tmp_path, monkeypatch):
+    if "--phases.head.precompute" not in how:
+        how = ["--phases.head.precompute", "false", *how]
+    argv = [*BASE, *how, "--data.root", pictures, "--checkpoint.every_steps", "2"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    monkeypatch.setenv("ORDER", str(tmp_path / "whole.order"))
+    in_process(KILLED, 0, *argv, "--workdir", whole)
+    monkeypatch.setenv("ORDER", str(tmp_path / "cut.order"))
+    killed = in_process(KILLED, 9, *argv, "--workdir", cut, check=False)  # 6 steps an epoch: in the second
+    assert killed.returncode == -9
+    resumed = in_process(KILLED, 0, "--workdir", cut, "--resume")
+    assert "Resuming at step 8 (epoch 1)" in resumed.stdout
+    for a, b in zip(jax.tree.leaves(last_state(whole)), jax.tree.leaves(last_state(cut)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert log_of(whole) == log_of(cut)
+    assert (whole / "predictions.csv").read_bytes() == (cut / "predictions.csv").read_bytes()
+    order = [(tmp_path / f"{n}.order").read_text().splitlines() for n in ("whole", "cut")]
+    assert order[1][:12] == order[0][:12]  # the two epochs begun before the kill
+    assert order[1][12:] == order[0][8:]  # the rest from step 8
+
+
+def test_phases_freeze_what_they_say_and_use_their_rates(pictures, tmp_path):
+    file = tmp_path / "two.yaml"
+    file.write_text(TWO_PHASES)
+    config = config_of("--config", file, "--data.root", pictures)
+    setup = job.setup(config)
+    start = job.initial_params(setup)[:2]
+    head_only, every = job.plans(setup)
+    assert every.first_step == 12
+    states = {}
+    for plan in (head_only, every):
+        trainer = Trainer(setup, tmp_path / plan.name)
+        progress = trainer_progress(plan)
+        feats = None
+        if plan.phase.precompute:
+            from jaxcats.inputs import precompute
+
+            feats, _ = precompute(setup, *start)
+        from jaxcats.storage.log import RunLog
+
+        trainer.log = RunLog(tmp_path / plan.name)
+        states[plan.name] = trainer.run_phase(plan, progress, None, start, feats)
+    after = states["head"]
+    for a, b in zip(jax.tree.leaves(start[0]["backbone"]), jax.tree.leaves(after.params["backbone"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(start[1]["backbone"]), jax.tree.leaves(after.batch_stats["backbone"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), start[0]["backbone"], states["all"].params["backbone"])
+    assert all(jax.tree.leaves(changed))
+    rows = [r for r in log_of(tmp_path / "all") if "lr" in r]
+    np.testing.assert_allclose([r["lr"] for r in rows], [[1e-3, 1e-2, 1e-1]] * 12, rtol=1e-6)
+
+
+def trainer_progress(plan):
+    from jaxcats.fit import Progress
+
+    return Progress(plan=plan.index, epoch=plan.first_epoch, step=plan.first_step)
+
+
+def test_best_is_judged_when_asked_for(pictures, tmp_path):
+    workdir = tmp_path / "run"
+    argv = [*BASE, "--data.root", pictures, "--phases.head.epochs", "6", "--phases.head.lr", "0.3", "--checkpoint.use", "best"]
+    assert run(*argv, "--workdir", workdir) == 0
+    epochs = [r for r in log_of(workdir) if "epoch" in r]
+    best = min(epochs, key=lambda r: (r["errors"], r["valid_loss"]))
+    found = json.loads((workdir / "metrics.json").read_text())
+    assert (found["errors"], found["checkpoint"]["step"]) == (best["errors"], best["step"])
+    assert found["checkpoint"]["valid_used_for"] == ["choosing the best epoch"]
+    kept = Checkpoints(workdir / "checkpoints", read_only=True).steps()
+    assert kept == sorted({best["step"], epochs[-1]["step"]})
+
+
+def test_evaluate_repeats_the_result_and_judges_other_folders(pictures, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert run(*BASE, "--data.root", pictures, "--workdir", workdir) == 0
+    before = (workdir / "predictions.csv").read_bytes()
+    assert run_command(evaluate.main, ["--run", str(workdir)]) == 0
+    assert (workdir / "predictions.csv").read_bytes() == before
+    other = tmp_path / "out"
+    capsys.readouterr()
+    assert run_command(evaluate.main, ["--run", str(workdir), "--data", str(pictures / "train"), "--out", str(other)]) == 0
+    assert "of 24 (" in capsys.readouterr().out
+    assert json.loads((other / "metrics.json").read_text())["n"] == 24
+    loose = pictures / "train" / "cats"
+    assert run_command(evaluate.main, ["--run", str(workdir), "--data", str(loose), "--out", str(other / "loose")]) == 0
+    rows = list(csv.DictReader((other / "loose" / "predictions.csv").open()))
+    assert len(rows) == 12
+    assert {r["label"] for r in rows} == {""}
+
+
+def test_resume_refuses_a_changed_training_field_by_name(pictures, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    argv = [*BASE, "--data.root", pictures, "--workdir", workdir]
+    assert run(*argv) == 0
+    assert run("--workdir", workdir, "--resume", "--phases.head.lr", "0.5") == 2
+    assert "phases.head.lr: 0.01 -> 0.5" in capsys.readouterr().err
+    assert run("--workdir", workdir, "--resume", "--data.workers", "1") == 0
+    assert run(*argv) == 2
+    assert "--resume" in capsys.readouterr().err
+    next((pictures / "train" / "cats").iterdir()).unlink()
+    assert run("--workdir", workdir, "--resume") == 2
+    assert "pictures have changed" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_with_the_step(pictures, tmp_path, capsys):
+    argv = [*BASE, "--data.root", pictures, "--workdir", tmp_path / "run", "--phases.head.lr", "1e30"]
+    assert run(*argv) == 1
+    message = capsys.readouterr().err
+    assert "step" in message
+    assert "lower phases.head.lr" in message
