@@ -120,8 +120,7 @@ def plans(setup: Setup) -> list[Plan]:
 def make_optimizer(model: models.Model, plan: Plan) -> tuple[Any, Any]:
     """(tx, trainable): the optimizer of a phase, and a tree of bools like params."""
     phase = plan.phase
-    abstract, _ = jax.eval_shape(model.init, jax.random.key(0))
-    groups = model.groups(abstract)
+    groups = model.groups(models.shapes(model)[0])
     tx = optim.make_tx(phase.optimizer, schedules=schedules(plan), groups=groups, momentum=phase.momentum,
                        weight_decay=phase.weight_decay)  # fmt: skip
     return tx, optim.trainable_mask(groups, phase.freeze)
@@ -154,7 +153,7 @@ def schedules(plan: Plan) -> list[optim.Schedule]:
 def abstract_state(model: models.Model, plan: Plan) -> states.TrainState:
     """Shapes and dtypes of a phase's state, without computing any of it."""
     tx, trainable = make_optimizer(model, plan)
-    return jax.eval_shape(lambda key: states.create(*model.init(key), tx, trainable=trainable), jax.random.key(0))
+    return jax.eval_shape(lambda p, s: states.create(p, s, tx, trainable=trainable), *models.shapes(model))
 
 
 def head_on_features(model: models.Model) -> Callable:

@@ -23,12 +23,18 @@ from jaxcats.job import Setup, create_model, initial_params, make_phase, plans, 
 from jaxcats.results import metrics
 
 
+# optimizer, learning rate, weight decay, epochs
+GRID = [("sgd", 0.01, 0.0, 4), ("sgd", 0.01, 0.0, 10), ("sgd", 0.01, 0.0, 20), ("sgd", 0.03, 0.0, 10),
+        ("sgd", 0.03, 0.001, 10), ("sgd", 0.003, 0.0, 20), ("adamw", 0.001, 0.05, 4), ("adamw", 0.001, 0.05, 10),
+        ("adamw", 0.0003, 0.05, 10)]  # fmt: skip
+
+
 def candidates():
     """(name, policy, head, Phase) of everything tried."""
     lesson = Phase(precompute=True)
     for policy in ("lesson", "weights"):
         yield f"{policy}: the lesson's fit(0.01, 3)", policy, "lesson", lesson
-        for kind, lr, decay, epochs in [(*k, e) for k in (("sgd", 0.01, 0.0), ("adamw", 0.001, 0.05)) for e in (4, 10)]:
+        for kind, lr, decay, epochs in GRID:
             phase = dataclasses.replace(lesson, epochs=epochs, lr=lr, optimizer=kind, schedule="one_cycle",
                                         weight_decay=decay)  # fmt: skip
             for head in ("lesson", "linear"):

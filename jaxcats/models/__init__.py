@@ -9,7 +9,7 @@ Only this folder knows Linen. A network is a backbone (images to a feature map),
 
 import os
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -187,6 +187,7 @@ def _init(module: nn.Module, input_shape: tuple[int, ...], key: jax.Array) -> tu
     return variables["params"], variables.get("batch_stats", {})
 
 
+@cache
 def shapes(model: Model) -> tuple[Tree, Tree]:
     """The shapes of (params, batch_stats), as jax.ShapeDtypeStructs; costs no memory."""
     return jax.eval_shape(model.init, jax.random.key(0))

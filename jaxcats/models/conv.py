@@ -36,6 +36,9 @@ def conv2d(images: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Pa
     def shifted(images, kernel):
         return _shifted_depthwise(images, kernel, stride=stride, pads=pads)
 
+    if window == 1 and not any(any(p) for p in pads):
+        # A matrix product is up to six times faster than XLA's 1x1 convolution on CPU, and its gradients are products too.
+        return lax.dot_general(images[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ())))
     if not depthwise:
         return xla(images, kernel)
     # XLA's grouped convolution on CPU is 10 to 38 times slower than shifting, multiplying and adding.
