@@ -1,0 +1,31 @@
+"""Image classifiers by transfer learning, in JAX: a folder of pictures in, an honestly measured classifier out."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Loaded at first use, so that `import jaxcats` costs nothing.
+_PUBLIC = {
+    "models": "jaxcats.models",
+    "Config": "jaxcats.config",
+    "Phase": "jaxcats.config",
+    "make_train_step": "jaxcats.core.step",
+    "make_eval_step": "jaxcats.core.step",
+    "TrainState": "jaxcats.core.state",
+    "Preprocess": "jaxcats.data.preprocess",
+    "evaluation_pixels": "jaxcats.data.preprocess",
+    "UserError": "jaxcats.errors",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'jaxcats' has no attribute {name!r}")
+    module = importlib.import_module(_PUBLIC[name])
+    return module if _PUBLIC[name] == f"jaxcats.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxcats.config import Config, Phase, field_types, known_keys, nearest, read_yaml, unknown_key, validate
-from jaxcats.errors import RunError, UserError
+from jaxcats.config import Config, Phase, field_types, known_keys, read_yaml, unknown_key, validate
+from jaxcats.errors import RunError, UserError, nearest
 
 COMMANDS = {
     "train": "train a classifier on a folder of pictures, and judge it",
@@ -44,8 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n`jaxcats COMMAND --help` says more.")
         return 0
     if argv[0] not in COMMANDS:
-        print(f"error: there is no command '{argv[0]}'.{nearest(argv[0], list(COMMANDS))} "
-              f"Commands: {', '.join(COMMANDS)}.", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: there is no command '{argv[0]}'.{nearest(argv[0], list(COMMANDS))} "
+            f"Commands: {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
         return 2
     return run_command(importlib.import_module(f"jaxcats.{argv[0]}").main, argv[1:])
 
@@ -63,15 +66,15 @@ def _phase_help() -> str:
 
 def make_parser(prog: str, description: str):
     """A jsonargparse parser that raises UserError instead of exiting."""
-    import argparse
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    return ArgumentParser(prog=prog, description=description, exit_on_error=False, print_config=None,
-                          formatter_class=Formatter)  # fmt: skip
+    return ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, print_config=None, formatter_class=Formatter
+    )
 
 
 def readable_error(message: str) -> str:
@@ -80,8 +83,17 @@ def readable_error(message: str) -> str:
     keys = re.findall(r'Parser key "([^"]+)"', text)
     union = re.search(r"Subtypes: \[(.+)\] Errors.* Given value: (.*)$", text)
     if keys and union:
-        names = {"int": "a whole number", "float": "a number", "NoneType": "null", "str": "text", "tuple": "a list of them"}
-        kinds = [names[k] for k in re.findall(r"tuple|int|float|str|NoneType", union.group(1).replace("tuple[float", "tuple["))]
+        names = {
+            "int": "a whole number",
+            "float": "a number",
+            "NoneType": "null",
+            "str": "text",
+            "tuple": "a list of them",
+        }
+        kinds = [
+            names[k]
+            for k in re.findall(r"tuple|int|float|str|NoneType", union.group(1).replace("tuple[float", "tuple["))
+        ]
         return f"{keys[-1]}: expected {' or '.join(dict.fromkeys(kinds))}, got '{union.group(2)}'."
     expected = re.search(r"(?:Expected|expected) (?:a |an |one of )?(.+?)\.? Got value: (.*)$", text)
     if not keys or not expected:
@@ -131,8 +143,14 @@ def parse(argv: Sequence[str], *, prog: str, description: str, options: Mapping[
         parser.print_help()
         sys.exit(0)
     words = list(argv)
-    path = next((w.split("=", 1)[1] if "=" in w else (words[i + 1 : i + 2] or [None])[0]
-                 for i, w in enumerate(words) if w == "--config" or w.startswith("--config=")), None)  # fmt: skip
+    path = next(
+        (
+            w.split("=", 1)[1] if "=" in w else (words[i + 1 : i + 2] or [None])[0]
+            for i, w in enumerate(words)
+            if w == "--config" or w.startswith("--config=")
+        ),
+        None,
+    )
     tree = read_yaml(path) if path else {}
     tree.setdefault("phases", {"head": {"precompute": True}})
     tree["phases"] = {str(k): v or {} for k, v in tree["phases"].items()}

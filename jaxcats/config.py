@@ -1,7 +1,6 @@
 """The configuration: frozen dataclasses, YAML files with every key checked, validation, saving. Flags: cli.py."""
 
 import dataclasses
-import difflib
 import math
 import re
 import typing
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from jaxcats.errors import UserError
+from jaxcats.errors import UserError, nearest
 
 GROUPS = 3  # every backbone has three layer groups: early, late, head
 
@@ -140,8 +139,15 @@ class Config:
 
 
 # These may change between a run and its resumption: they don't change what is computed.
-RESUMABLE = {"data.workers", "data.rehash", "data.on_bad_file", "checkpoint.every_steps", "checkpoint.every_epochs",
-             "checkpoint.use", "cache_dir"}  # fmt: skip
+RESUMABLE = {
+    "data.workers",
+    "data.rehash",
+    "data.on_bad_file",
+    "checkpoint.every_steps",
+    "checkpoint.every_epochs",
+    "checkpoint.use",
+    "cache_dir",
+}
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -160,12 +166,6 @@ def known_keys(cls: type = Config, prefix: str = "", phases: Sequence[str] = ())
             for phase in phases:
                 keys += [f"phases.{phase}", *known_keys(Phase, f"phases.{phase}.")]
     return keys
-
-
-def nearest(name: str, choices: Sequence[str]) -> str:
-    """' Did you mean X?' or an empty string."""
-    found = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    return f" Did you mean '{found[0]}'?" if found else ""
 
 
 def unknown_key(key: str, where: str, known: Sequence[str]) -> UserError:
@@ -215,8 +215,12 @@ def validate(config: Config) -> Config:
             raise UserError(f"{key}: {value!r} can't be used; expected {expected}.")
 
     d = config.data
-    need(d.size is None or 32 <= d.size <= 2048, "data.size", d.size,
-         "32 to 2048 pixels (the backbones halve the picture five times)")  # fmt: skip
+    need(
+        d.size is None or 32 <= d.size <= 2048,
+        "data.size",
+        d.size,
+        "32 to 2048 pixels (the backbones halve the picture five times)",
+    )
     need(d.valid_fraction is None or 0 < d.valid_fraction < 1, "data.valid_fraction", d.valid_fraction, "0 < x < 1")
     need(d.workers is None or d.workers >= 1, "data.workers", d.workers, "at least 1")
     need(config.chunk_steps >= 1, "chunk_steps", config.chunk_steps, "at least 1")
@@ -236,11 +240,19 @@ def validate(config: Config) -> Config:
         if p.precompute:
             need(p.freeze == "backbone", f"{key}.freeze", p.freeze, "backbone with precompute: true")
             need(p.bn == "frozen", f"{key}.bn", p.bn, "frozen with precompute: true")
-            need(p.augment == "none", f"{key}.augment", p.augment,
-                 "none with precompute: true (features are computed once, so augmentation has no effect)")  # fmt: skip
+            need(
+                p.augment == "none",
+                f"{key}.augment",
+                p.augment,
+                "none with precompute: true (features are computed once, so augmentation has no effect)",
+            )
         elif p.driver == "scan":
-            need(p.augment in ("none", "flip"), f"{key}.augment", p.augment,
-                 "none or flip with driver: scan (random crops are cut while decoding: use driver: stream)")  # fmt: skip
+            need(
+                p.augment in ("none", "flip"),
+                f"{key}.augment",
+                p.augment,
+                "none or flip with driver: scan (random crops are cut while decoding: use driver: stream)",
+            )
     return config
 
 

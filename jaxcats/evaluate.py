@@ -1,6 +1,7 @@
 """`python -m jaxcats.evaluate --run runs/x [--data FOLDER]`: exact evaluation, predictions.csv and metrics.json."""
 
 import csv
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from jaxcats.cli import from_file, make_parser, parse_own, run_command
 from jaxcats.errors import UserError
 from jaxcats.results import metrics
-from jaxcats.storage.log import write_json
+from jaxcats.storage.atomic import write_json, write_text
 
 DESCRIPTION = "Judges a trained run: every picture counts once. Writes predictions.csv and metrics.json."
 
@@ -22,17 +23,18 @@ def write_predictions(
 ) -> None:
     """predictions.csv: path, label (empty where unknown), predicted, and a column of probabilities per class."""
     probabilities = np.exp(metrics.log_softmax(logits))
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as f:
-        out = csv.writer(f)
-        out.writerow(["path", "label", "predicted", *(f"p_{c}" for c in classes)])
-        for name, label, row in zip(paths, labels.tolist(), probabilities, strict=True):
-            known = classes[label] if label >= 0 else ""
-            out.writerow([name, known, classes[int(row.argmax())], *(f"{p:.9g}" for p in row)])
-    temporary.replace(path)
+    text = io.StringIO(newline="")
+    out = csv.writer(text)
+    out.writerow(["path", "label", "predicted", *(f"p_{c}" for c in classes)])
+    for name, label, row in zip(paths, labels.tolist(), probabilities, strict=True):
+        known = classes[label] if label >= 0 else ""
+        out.writerow([name, known, classes[int(row.argmax())], *(f"{p:.9g}" for p in row)])
+    write_text(path, text.getvalue())
 
 
-def write_results(folder: Path, split: Any, *, classes: Sequence[str], logits: np.ndarray, facts: dict[str, Any]) -> None:
+def write_results(
+    folder: Path, split: Any, *, classes: Sequence[str], logits: np.ndarray, facts: dict[str, Any]
+) -> None:
     """Writes predictions.csv and metrics.json and prints the result.
 
     Args:
@@ -61,7 +63,9 @@ def load_run(run: Path, which: str | None):
     from jaxcats.storage.checkpoint import Checkpoints
 
     if not (run / "config.yaml").is_file():
-        raise UserError(f"--run {run}: not a run folder (no readable config.yaml in it). Give a folder that train wrote.")
+        raise UserError(
+            f"--run {run}: not a run folder (no readable config.yaml in it). Give a folder that train wrote."
+        )
     config = from_file(run / "config.yaml")
     if not (run / "checkpoints").is_dir():
         raise UserError(f"--run {run}: holds no checkpoints; train it first (--resume goes on).")
@@ -86,7 +90,9 @@ def find_pictures(config: Any, folder: str | None, classes: Sequence[str]):
     if folder is None:
         found = index.scan(d.root, valid_fraction=d.valid_fraction, seed=config.seed, manifest=d.manifest, **options)
         if found.classes != tuple(classes):
-            raise UserError(f"{d.root}: has the classes {', '.join(found.classes)}, the run was trained on {', '.join(classes)}.")
+            raise UserError(
+                f"{d.root}: has the classes {', '.join(found.classes)}, the run was trained on {', '.join(classes)}."
+            )
         return found.splits["valid"]
     if any(p.is_dir() and not p.name.startswith(".") for p in Path(folder).glob("*")):
         return index.scan_labelled(folder, classes=classes, **options)[0]
@@ -98,9 +104,15 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     parser = make_parser("python -m jaxcats.evaluate", DESCRIPTION)
     parser.add_argument("--run", type=str, required=True, help="run folder that train wrote")
-    parser.add_argument("--data", type=str, help="another folder: class folders, or pictures without labels (default: the run's validation pictures)")
+    parser.add_argument(
+        "--data",
+        type=str,
+        help="another folder: class folders, or pictures without labels (default: the run's validation pictures)",
+    )
     parser.add_argument("--checkpoint", type=str, help="last, best or a step (default: what the run's config says)")
-    parser.add_argument("--out", type=str, help="where the results go (default: the run folder, or its evaluations/NAME with --data)")
+    parser.add_argument(
+        "--out", type=str, help="where the results go (default: the run folder, or its evaluations/NAME with --data)"
+    )
     options = parse_own(parser, argv)
     run = Path(options.run)
     config, model, preprocess, classes, state, facts = load_run(run, options.checkpoint)
@@ -115,13 +127,20 @@ def main(argv: Sequence[str]) -> None:
     feats = None
     if config.phases[facts["phase"]].precompute:  # the features of the run's own pictures are in the cache
         cache = Path(config.cache_dir) if config.cache_dir else index.cache_folder()
-        feats = backbone_features(model, split, params=state.params, batch_stats=state.batch_stats, cache_dir=cache, **how).features
+        feats = backbone_features(
+            model, split, params=state.params, batch_stats=state.batch_stats, cache_dir=cache, **how
+        ).features
     logits = Evaluator(model, split, feats=feats, **how)(state.params, state.batch_stats)
     done = time.perf_counter()
     seconds = {"load": loaded - started, "index": indexed - loaded, "evaluate": done - indexed}
     folder = options.out or (run / "evaluations" / Path(options.data).absolute().name if options.data else run)
-    write_results(Path(folder), split, classes=classes, logits=logits,
-                  facts={"data": options.data or config.data.root, "checkpoint": facts, "seconds": seconds})  # fmt: skip
+    write_results(
+        Path(folder),
+        split,
+        classes=classes,
+        logits=logits,
+        facts={"data": options.data or config.data.root, "checkpoint": facts, "seconds": seconds},
+    )
     print(f"Written: {folder}/predictions.csv, metrics.json")
 
 

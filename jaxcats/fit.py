@@ -84,8 +84,10 @@ def resume_point(setup: Setup, checkpoints: Checkpoints) -> tuple[Progress, Any]
         return None
     meta = checkpoints.meta(steps[-1])
     if meta["fingerprint"] != setup.fingerprint:
-        raise UserError(f"{setup.config.data.root}: the pictures have changed since this run was started; a resumed run would "
-                        f"not be the same. Restore the folder, or train into a new --workdir.")  # fmt: skip
+        raise UserError(
+            f"{setup.config.data.root}: the pictures have changed since this run was started; a resumed run would "
+            f"not be the same. Restore the folder, or train into a new --workdir."
+        )
     progress = Progress(**meta["progress"])
     target = abstract_state(setup.model, plans(setup)[progress.plan])
     return progress, checkpoints.restore(steps[-1], target)
@@ -125,8 +127,14 @@ class Trainer:
         valid = feats["valid"] if feats else None
         if self.setup.config.checkpoint.use == "best" and progress.best and progress.best["step"] != progress.step:
             state, plan = self.best(progress.best["step"])
-            return Fitted(state.params, state.batch_stats, progress.best["step"],
-                          valid if plan == progress.plan else None, self.seconds, counts)  # fmt: skip
+            return Fitted(
+                state.params,
+                state.batch_stats,
+                progress.best["step"],
+                valid if plan == progress.plan else None,
+                self.seconds,
+                counts,
+            )
         return Fitted(params, stats, progress.step, valid, self.seconds, counts)
 
     def best(self, step: int) -> tuple[Any, int]:
@@ -150,8 +158,12 @@ class Trainer:
         if progress.epoch >= last_epoch:
             return state
         drive = make_driver(self.setup, plan, step, feats["train"] if feats else None)
-        evaluate = Evaluator(self.setup.model, self.setup.index.splits["valid"], feats=feats["valid"] if feats else None,
-                             **decoding(self.setup))  # fmt: skip
+        evaluate = Evaluator(
+            self.setup.model,
+            self.setup.index.splits["valid"],
+            feats=feats["valid"] if feats else None,
+            **decoding(self.setup),
+        )
         self.say(metrics.table_head())
         # Donation deletes what the caller may still hold, so the driver gets a copy.
         state = jax.tree.map(jax.numpy.copy, state)
@@ -173,8 +185,11 @@ class Trainer:
         size = order.shape[1]
         pending = None
         desc, total = f"{plan.name} {progress.epoch}", len(order) * size
-        with tqdm(total=total, initial=progress.epoch_step * size, desc=desc, unit="img", disable=None, leave=False) as bar:
-            for state, sums in drive(state, order[progress.epoch_step :], progress.epoch):
+        with tqdm(
+            total=total, initial=progress.epoch_step * size, desc=desc, unit="img", disable=None, leave=False
+        ) as bar:
+            for new, sums in drive(state, order[progress.epoch_step :], progress.epoch):
+                state = new
                 if pending:
                     self.read(plan, progress, pending, lrs, bar)
                 done = len(sums["n"])
@@ -196,9 +211,11 @@ class Trainer:
         losses = (sums["loss"] / sums["n"]).astype(float)
         bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
-            raise RunError(f"phase '{plan.name}': the loss is {losses[bad[0]]} at step {at + bad[0]} (steps {at} to "
-                           f"{at + len(losses) - 1} were run together). Try a lower phases.{plan.name}.lr (now "
-                           f"{plan.phase.lr}), or precision: float32.")  # fmt: skip
+            raise RunError(
+                f"phase '{plan.name}': the loss is {losses[bad[0]]} at step {at + bad[0]} (steps {at} to "
+                f"{at + len(losses) - 1} were run together). Try a lower phases.{plan.name}.lr (now "
+                f"{plan.phase.lr}), or precision: float32."
+            )
         rows = []
         for i, loss in enumerate(losses.tolist()):
             progress.add_loss(loss)
@@ -208,21 +225,37 @@ class Trainer:
         bar.update(int(sums["n"].sum()))
         bar.set_postfix_str(f"loss {progress.train_loss:.4f}")
 
-    def end_epoch(self, plan: Plan, progress: Progress, state: Any, logits: np.ndarray, seconds: float, rate: float) -> None:
+    def end_epoch(
+        self, plan: Plan, progress: Progress, state: Any, logits: np.ndarray, seconds: float, rate: float
+    ) -> None:
         """Validation numbers into table, log and checkpoint."""
         found = metrics.summary(logits, self.setup.index.splits["valid"].labels)
         if not math.isfinite(found["log_loss"]):
-            raise RunError(f"phase '{plan.name}': the validation loss after epoch {progress.epoch} is not a number. Try a lower "
-                           f"phases.{plan.name}.lr (now {plan.phase.lr}).")  # fmt: skip
-        row = {"step": progress.step, "phase": plan.name, "epoch": progress.epoch, "train_loss": progress.train_loss,
-               "valid_loss": found["log_loss"], "errors": found["errors"], "n": found["n"],
-               "accuracy": found["accuracy"], "interval": found["interval"], "seconds": seconds,
-               "images_per_second": rate}  # fmt: skip
+            raise RunError(
+                f"phase '{plan.name}': the validation loss after epoch {progress.epoch} is not a number. Try a lower "
+                f"phases.{plan.name}.lr (now {plan.phase.lr})."
+            )
+        row = {
+            "step": progress.step,
+            "phase": plan.name,
+            "epoch": progress.epoch,
+            "train_loss": progress.train_loss,
+            "valid_loss": found["log_loss"],
+            "errors": found["errors"],
+            "n": found["n"],
+            "accuracy": found["accuracy"],
+            "interval": found["interval"],
+            "seconds": seconds,
+            "images_per_second": rate,
+        }
         self.say(metrics.table_row(row))
         self.log.write([row])
         progress.epoch, progress.epoch_step = progress.epoch + 1, 0
         judged = {"errors": float(found["errors"]), "loss": found["log_loss"]}
-        if progress.best is None or (judged["errors"], judged["loss"]) < (progress.best["errors"], progress.best["loss"]):
+        if progress.best is None or (judged["errors"], judged["loss"]) < (
+            progress.best["errors"],
+            progress.best["loss"],
+        ):
             progress.best = judged | {"step": progress.step}
         done = progress.epoch - plan.first_epoch
         if done % self.setup.config.checkpoint.every_epochs == 0 or done == plan.phase.epochs:
@@ -231,10 +264,15 @@ class Trainer:
 
     def save(self, plan: Plan, progress: Progress, state: Any, judged: dict[str, float] | None = None) -> None:
         """Starts a checkpoint."""
-        meta = {"step": progress.step, "phase": plan.name, "progress": vars(progress).copy(),
-                "seed": self.setup.config.seed, "classes": list(self.setup.index.classes),
-                "config_hash": hashlib.sha256(to_yaml(self.setup.config).encode()).hexdigest(),
-                "fingerprint": self.setup.fingerprint}  # fmt: skip
+        meta = {
+            "step": progress.step,
+            "phase": plan.name,
+            "progress": vars(progress).copy(),
+            "seed": self.setup.config.seed,
+            "classes": list(self.setup.index.classes),
+            "config_hash": hashlib.sha256(to_yaml(self.setup.config).encode()).hexdigest(),
+            "fingerprint": self.setup.fingerprint,
+        }
         self.checkpoints.save(state, meta, metrics=judged)
 
 

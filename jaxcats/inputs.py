@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxcats import models
 from jaxcats.core import scan
 from jaxcats.core.step import make_eval_step, normalise
 from jaxcats.data import features
 from jaxcats.data.index import Split
 from jaxcats.data.preprocess import TRANSFORM_VERSION, Preprocess
-from jaxcats import models
 from jaxcats.errors import RunError
 from jaxcats.job import Plan, Setup, head_on_features
 
@@ -57,7 +57,9 @@ def backbone_features(
     def compute(rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         pending = None  # read one batch late, so that the device and the decoder overlap
         with tqdm(total=len(rows), desc="features", unit="img", disable=None, leave=False) as bar:
-            for batch in picture_batches(split, preprocess=preprocess, batch_size=batch_size, workers=workers, rows=rows):
+            for batch in picture_batches(
+                split, preprocess=preprocess, batch_size=batch_size, workers=workers, rows=rows
+            ):
                 out = run(*only, batch["image"])
                 if pending:
                     yield _unmask(*pending)
@@ -67,10 +69,18 @@ def backbone_features(
                 yield _unmask(*pending)
 
     weights = features.tree_hash(jax.device_get({"params": only[0], "batch_stats": only[1]}))
-    facts = {"backbone": model.name, "head": model.head, "dtype": model.dtype, "weights": weights,
-             "preprocess": preprocess.to_dict(), "transform": TRANSFORM_VERSION,
-             "platform": jax.default_backend()}  # fmt: skip
-    got = features.cached_features(split.hashes, facts=facts, width=model.feature_size, compute=compute, cache_dir=cache_dir)
+    facts = {
+        "backbone": model.name,
+        "head": model.head,
+        "dtype": model.dtype,
+        "weights": weights,
+        "preprocess": preprocess.to_dict(),
+        "transform": TRANSFORM_VERSION,
+        "platform": jax.default_backend(),
+    }
+    got = features.cached_features(
+        split.hashes, facts=facts, width=model.feature_size, compute=compute, cache_dir=cache_dir
+    )
     for path in got.damaged:
         print(f"{path}: damaged, removed and computed again.", file=sys.stderr)
     return got
@@ -91,8 +101,9 @@ def precompute(setup: Setup, params: Any, batch_stats: Any) -> tuple[dict[str, n
     """Features of train and valid by split name, and how many were {"reused", "computed"}."""
     parts = list(setup.index.splits.values())
     ends = np.cumsum([len(s) for s in parts])
-    got = backbone_features(setup.model, _join(parts), params=params, batch_stats=batch_stats, cache_dir=setup.cache,
-                            **decoding(setup))  # fmt: skip
+    got = backbone_features(
+        setup.model, _join(parts), params=params, batch_stats=batch_stats, cache_dir=setup.cache, **decoding(setup)
+    )
     by_split = dict(zip(setup.index.splits, np.split(got.features, ends[:-1]), strict=True))
     return by_split, {"reused": got.reused, "computed": got.computed}
 
@@ -167,7 +178,9 @@ class Evaluator:
         self.step = jax.jit(make_eval_step(apply_fn=apply_fn, preprocess=normalise(preprocess.mean, preprocess.std)))
 
     def __call__(self, params: Any, batch_stats: Any) -> np.ndarray:
-        batches = array_batches(self.arrays, ARRAY_BATCH) if self.arrays else picture_batches(self.split, **self.decoding)
+        batches = (
+            array_batches(self.arrays, ARRAY_BATCH) if self.arrays else picture_batches(self.split, **self.decoding)
+        )
         return run_evaluation(self.step, params, batch_stats, batches, n=len(self.split))
 
 
@@ -177,8 +190,9 @@ def make_driver(setup: Setup, plan: Plan, step: Callable, feats: np.ndarray | No
     if phase.driver == "scan" or (phase.driver == "auto" and phase.precompute):
         arrays = jax.device_put(resident(setup, split, feats))
         scan_steps = jax.jit(scan.make_scan(step), donate_argnums=0)
-        return lambda state, order, epoch: scan.scan_epoch(scan_steps, state, arrays, order=order,
-                                                           chunk=setup.config.chunk_steps)  # fmt: skip
+        return lambda state, order, epoch: scan.scan_epoch(
+            scan_steps, state, arrays, order=order, chunk=setup.config.chunk_steps
+        )
     jitted = jax.jit(step, donate_argnums=0)
 
     def batches(order: np.ndarray, epoch: int) -> Batches:
@@ -188,7 +202,14 @@ def make_driver(setup: Setup, plan: Plan, step: Callable, feats: np.ndarray | No
         from jaxcats.data.pipeline import training_batches
 
         crop = "random" if phase.augment in ("crop", "side_on") else "center"
-        return training_batches(split, preprocess=setup.preprocess, order=order, epoch=epoch, seed=setup.config.seed,
-                                crop=crop, workers=setup.config.data.workers)  # fmt: skip
+        return training_batches(
+            split,
+            preprocess=setup.preprocess,
+            order=order,
+            epoch=epoch,
+            seed=setup.config.seed,
+            crop=crop,
+            workers=setup.config.data.workers,
+        )
 
     return lambda state, order, epoch: scan.stream_epoch(jitted, state, batches(order, epoch))

@@ -80,13 +80,21 @@ def setup(config: Config) -> Setup:
     cache = start_jax(config)
     d = config.data
     index = scan_folder(
-        d.root, valid_fraction=d.valid_fraction, seed=config.seed, on_bad_file=d.on_bad_file, cache_dir=cache,
-        manifest=d.manifest, rehash=d.rehash, workers=d.workers,
-    )  # fmt: skip
+        d.root,
+        valid_fraction=d.valid_fraction,
+        seed=config.seed,
+        on_bad_file=d.on_bad_file,
+        cache_dir=cache,
+        manifest=d.manifest,
+        rehash=d.rehash,
+        workers=d.workers,
+    )
     model, preprocess = create_model(config, len(index.classes))
     for name, phase in config.phases.items():
         if len(index.splits["train"]) < 2:
-            raise UserError(f"{d.root}: phase '{name}' needs at least two training pictures (batch {phase.batch_size}).")
+            raise UserError(
+                f"{d.root}: phase '{name}' needs at least two training pictures (batch {phase.batch_size})."
+            )
     return Setup(config, index, model, preprocess, cache)
 
 
@@ -121,8 +129,13 @@ def make_optimizer(model: models.Model, plan: Plan) -> tuple[Any, Any]:
     """(tx, trainable): the optimizer of a phase, and a tree of bools like params."""
     phase = plan.phase
     groups = model.groups(models.shapes(model)[0])
-    tx = optim.make_tx(phase.optimizer, schedules=schedules(plan), groups=groups, momentum=phase.momentum,
-                       weight_decay=phase.weight_decay)  # fmt: skip
+    tx = optim.make_tx(
+        phase.optimizer,
+        schedules=schedules(plan),
+        groups=groups,
+        momentum=phase.momentum,
+        weight_decay=phase.weight_decay,
+    )
     return tx, optim.trainable_mask(groups, phase.freeze)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from jaxcats.cli import from_file, parse, run_command
 from jaxcats.config import Config, to_yaml, training_changes
 from jaxcats.errors import UserError
-from jaxcats.storage.log import write_json
+from jaxcats.storage.atomic import write_json, write_text
 
 DESCRIPTION = "Trains an image classifier on a folder of pictures and judges it on the validation pictures."
 OPTIONS = {
@@ -20,8 +20,19 @@ OPTIONS = {
     "resume": {"action": "store_true", "help": "go on from the last checkpoint in --workdir; start if there is none"},
     "print_config": {"action": "store_true", "help": "print the resolved configuration and stop"},
 }
-VERSIONS = ["jaxcats", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "numpy",
-            "pillow", "safetensors"]  # fmt: skip
+VERSIONS = [
+    "jaxcats",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "tensorflow-cpu",
+    "tensorflow",
+    "numpy",
+    "pillow",
+    "safetensors",
+]
 
 
 def versions() -> dict[str, str]:
@@ -41,17 +52,21 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
     folder = Path(workdir) if workdir else Path("runs") / f"{Path(name).stem if name else 'train'}-{stamp}"
     saved = folder / "config.yaml"
     if saved.exists() and not resume:
-        raise UserError(f"--workdir {folder}: there is a run in it already. Add --resume to go on with it, or name another folder.")
+        raise UserError(
+            f"--workdir {folder}: there is a run in it already. Add --resume to go on with it, or name another folder."
+        )
     if saved.exists():
         changed = training_changes(from_file(saved), config)
         if changed:
-            raise UserError(f"--resume: the run in {folder} was started with other settings ({'; '.join(changed)}). "
-                            f"Resume without them, or use another --workdir.")  # fmt: skip
+            raise UserError(
+                f"--resume: the run in {folder} was started with other settings ({'; '.join(changed)}). "
+                f"Resume without them, or use another --workdir."
+            )
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--workdir {folder}: not empty, and not a run folder. Name a new folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(to_yaml(config), encoding="utf-8")
+        write_text(saved, to_yaml(config))
     except OSError as e:
         raise UserError(f"--workdir {folder}: can't be written ({e.strerror}).") from None
     return folder
@@ -61,16 +76,22 @@ def describe(setup: Any) -> str:
     """What is about to be trained, in two or three lines."""
     index, c = setup.index, setup.config
     train, valid = index.splits["train"], index.splits["valid"]
-    lines = [f"{len(train):,} training and {len(valid):,} validation pictures in {len(index.classes)} classes "
-             f"({', '.join(index.classes[:6])}{', ...' if len(index.classes) > 6 else ''}) from {index.root}"]  # fmt: skip
+    lines = [
+        f"{len(train):,} training and {len(valid):,} validation pictures in {len(index.classes)} classes "
+        f"({', '.join(index.classes[:6])}{', ...' if len(index.classes) > 6 else ''}) from {index.root}"
+    ]
     for bad in index.bad[:5]:
         lines.append(f"skipped {bad.path}: {bad.reason}")
     if len(index.bad) > 5:
         lines.append(f"... and {len(index.bad) - 5:,} more pictures skipped; all are in bad_files.json")
     start = "pretrained" if c.model.pretrained else "random weights"
-    lines.append(f"{c.model.backbone} ({start}), {c.model.head} head, {setup.preprocess.size} px, {setup.model.dtype}; "
-                 + "; ".join(f"{n}: {p.epochs} epochs, {p.optimizer} {p.schedule} lr {p.lr}, {p.freeze} frozen, BatchNorm {p.bn}"
-                             for n, p in c.phases.items()))  # fmt: skip
+    lines.append(
+        f"{c.model.backbone} ({start}), {c.model.head} head, {setup.preprocess.size} px, {setup.model.dtype}; "
+        + "; ".join(
+            f"{n}: {p.epochs} epochs, {p.optimizer} {p.schedule} lr {p.lr}, {p.freeze} frozen, BatchNorm {p.bn}"
+            for n, p in c.phases.items()
+        )
+    )
     return "\n".join(lines)
 
 
@@ -103,11 +124,23 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
     logits = judge(fitted.params, fitted.batch_stats)
     seconds |= fitted.seconds | {"evaluate": time.perf_counter() - at}
     seconds["total"] = time.perf_counter() - started
-    note = {"use": config.checkpoint.use, "step": fitted.step,
-            "valid_used_for": ["choosing the best epoch"] if config.checkpoint.use == "best" else []}  # fmt: skip
-    write_results(workdir, setup.index.splits["valid"], classes=setup.index.classes, logits=logits,
-                  facts={"checkpoint": note, "seconds": {k: round(v, 3) for k, v in seconds.items()},
-                         "features": fitted.counts, "bad_files": len(setup.index.bad)})  # fmt: skip
+    note = {
+        "use": config.checkpoint.use,
+        "step": fitted.step,
+        "valid_used_for": ["choosing the best epoch"] if config.checkpoint.use == "best" else [],
+    }
+    write_results(
+        workdir,
+        setup.index.splits["valid"],
+        classes=setup.index.classes,
+        logits=logits,
+        facts={
+            "checkpoint": note,
+            "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            "features": fitted.counts,
+            "bad_files": len(setup.index.bad),
+        },
+    )
     print(summary(seconds, fitted.counts))
     print(f"Results: {workdir}/metrics.json, predictions.csv; again: python -m jaxcats.evaluate --run {workdir}")
 
@@ -124,10 +157,18 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     words = list(argv)
     if "--resume" in words and not any(w.split("=")[0] == "--config" for w in words):
-        saved = next((Path(words[i + 1]) if w == "--workdir" and i + 1 < len(words) else Path(w[10:])
-                      for i, w in enumerate(words) if w == "--workdir" or w.startswith("--workdir=")), None)  # fmt: skip
+        saved = next(
+            (
+                Path(words[i + 1]) if w == "--workdir" and i + 1 < len(words) else Path(w[10:])
+                for i, w in enumerate(words)
+                if w == "--workdir" or w.startswith("--workdir=")
+            ),
+            None,
+        )
         if saved is None or not (saved / "config.yaml").is_file():
-            raise UserError(f"--resume: {saved or 'no --workdir given'}; name the run folder to go on with, or a --config to start with.")
+            raise UserError(
+                f"--resume: {saved or 'no --workdir given'}; name the run folder to go on with, or a --config to start with."
+            )
         words += ["--config", str(saved / "config.yaml")]
     config, options = parse(words, prog="python -m jaxcats.train", description=DESCRIPTION, options=OPTIONS)
     if options["print_config"]:

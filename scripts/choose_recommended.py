@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+from collections import deque
 
 import jax
 import numpy as np
@@ -22,11 +23,18 @@ from jaxcats.inputs import Evaluator, backbone_features, decoding, make_driver
 from jaxcats.job import Setup, create_model, initial_params, make_phase, plans, setup
 from jaxcats.results import metrics
 
-
 # optimizer, learning rate, weight decay, epochs
-GRID = [("sgd", 0.01, 0.0, 4), ("sgd", 0.01, 0.0, 10), ("sgd", 0.01, 0.0, 20), ("sgd", 0.03, 0.0, 10),
-        ("sgd", 0.03, 0.001, 10), ("sgd", 0.003, 0.0, 20), ("adamw", 0.001, 0.05, 4), ("adamw", 0.001, 0.05, 10),
-        ("adamw", 0.0003, 0.05, 10)]  # fmt: skip
+GRID = [
+    ("sgd", 0.01, 0.0, 4),
+    ("sgd", 0.01, 0.0, 10),
+    ("sgd", 0.01, 0.0, 20),
+    ("sgd", 0.03, 0.0, 10),
+    ("sgd", 0.03, 0.001, 10),
+    ("sgd", 0.003, 0.0, 20),
+    ("adamw", 0.001, 0.05, 4),
+    ("adamw", 0.001, 0.05, 10),
+    ("adamw", 0.0003, 0.05, 10),
+]
 
 
 def candidates():
@@ -35,8 +43,9 @@ def candidates():
     for policy in ("lesson", "weights"):
         yield f"{policy}: the lesson's fit(0.01, 3)", policy, "lesson", lesson
         for kind, lr, decay, epochs in GRID:
-            phase = dataclasses.replace(lesson, epochs=epochs, lr=lr, optimizer=kind, schedule="one_cycle",
-                                        weight_decay=decay)  # fmt: skip
+            phase = dataclasses.replace(
+                lesson, epochs=epochs, lr=lr, optimizer=kind, schedule="one_cycle", weight_decay=decay
+            )
             for head in ("lesson", "linear"):
                 name = f"{policy}: {head} {kind} one_cycle lr {lr:g} x {epochs} epochs, decay {decay:g}"
                 yield name, policy, head, phase
@@ -45,8 +54,14 @@ def candidates():
 def rows_of(split: Split, rows: np.ndarray) -> Split:
     """The split with these rows only."""
     pick = [rows.tolist()]
-    return Split(split.root, tuple(split.paths[i] for i in pick[0]), split.labels[rows],
-                 tuple(split.hashes[i] for i in pick[0]), split.plain[rows], split.orientation[rows])  # fmt: skip
+    return Split(
+        split.root,
+        tuple(split.paths[i] for i in pick[0]),
+        split.labels[rows],
+        tuple(split.hashes[i] for i in pick[0]),
+        split.plain[rows],
+        split.orientation[rows],
+    )
 
 
 def fold_of(split: Split, folds: int) -> np.ndarray:
@@ -71,8 +86,7 @@ def train_and_judge(whole: Setup, feats: np.ndarray, start, *, held: np.ndarray)
     state = jax.tree.map(jax.numpy.copy, state)
     for epoch in range(plan.phase.epochs):
         order = epoch_order(len(parts["train"]), batch_size=plan.phase.batch_size, seed=one.config.seed, epoch=epoch)
-        for state, _ in drive(state, order, epoch):  # noqa: B007
-            pass
+        state = deque(drive(state, order, epoch), maxlen=1)[0][0]
     judge = Evaluator(one.model, index.splits["valid"], feats=feats[parts["valid"]], **decoding(one))
     return judge(state.params, state.batch_stats)
 
@@ -89,13 +103,17 @@ def main() -> None:
     for name, policy, head, phase in candidates():
         logits = []
         for seed in range(args.seeds):
-            config = Config(seed, DataConfig(args.root, policy=policy), ModelConfig(args.backbone, head), {"head": phase})
+            config = Config(
+                seed, DataConfig(args.root, policy=policy), ModelConfig(args.backbone, head), {"head": phase}
+            )
             model, preprocess = create_model(config, len(base.index.classes))
             whole = Setup(config, base.index, model, preprocess, base.cache)
             train = whole.index.splits["train"]
             params, stats, _ = initial_params(whole)
             if (policy, head) not in known:
-                got = backbone_features(model, train, params=params, batch_stats=stats, cache_dir=whole.cache, **decoding(whole))
+                got = backbone_features(
+                    model, train, params=params, batch_stats=stats, cache_dir=whole.cache, **decoding(whole)
+                )
                 known[policy, head] = got.features
             fold, out = fold_of(train, args.folds), np.zeros((len(train), len(base.index.classes)), np.float32)
             for k in range(args.folds):
@@ -104,7 +122,12 @@ def main() -> None:
         labels = np.tile(base.index.splits["train"].labels, args.seeds)
         found = metrics.summary(np.concatenate(logits), labels)
         results.append((found["errors"], found["log_loss"], name))
-        print(json.dumps({"errors": found["errors"], "of": found["n"], "log_loss": round(found["log_loss"], 4), "what": name}), flush=True)
+        print(
+            json.dumps(
+                {"errors": found["errors"], "of": found["n"], "log_loss": round(found["log_loss"], 4), "what": name}
+            ),
+            flush=True,
+        )
     print("\nbest first:")
     for errors, loss, name in sorted(results)[:15]:
         print(f"{errors:4d} of {len(labels)}  log loss {loss:.4f}  {name}")

@@ -1,13 +1,13 @@
 """Schedules, learning rates per layer group, weight decay where it belongs, and what is frozen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = optax.Schedule
 FIRST_TRAINED = {"nothing": 0, "first": 1, "backbone": 2}
 
 

@@ -75,9 +75,13 @@ def make_train_step(
 
         def loss_of(chosen):
             logits, stats = apply_fn(
-                merge(chosen, frozen), state.batch_stats, _inputs(batch, preprocess),
-                train=True, bn_train=bn_train, key=jax.random.fold_in(key, state.step),
-            )  # fmt: skip
+                merge(chosen, frozen),
+                state.batch_stats,
+                _inputs(batch, preprocess),
+                train=True,
+                bn_train=bn_train,
+                key=jax.random.fold_in(key, state.step),
+            )
             metrics = _sums(logits, loss_fn(logits, batch["label"]), batch)
             return metrics["loss"] / jnp.maximum(metrics["n"], 1), (stats, metrics)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxcats.data.drawing import animal_picture
-from jaxcats.data.files import write_json
 from jaxcats.errors import UserError
+from jaxcats.storage.atomic import write_json
 
 MARKER = "jaxcats-demo.json"
 DRAWING_VERSION = 1

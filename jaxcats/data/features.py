@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
+
+from jaxcats.storage.atomic import write_bytes, write_json
 
 SHARD_ROWS = 4096  # what a killed process can lose
 
@@ -55,12 +55,8 @@ def tree_hash(tree: Any) -> str:
 def _write(folder: Path, hashes: Sequence[str], features: np.ndarray) -> None:
     rows = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
     data = save({"hashes": np.ascontiguousarray(rows), "features": np.ascontiguousarray(features)})
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    with os.fdopen(handle, "wb") as f:
-        f.write(data)
     # The name is the content's hash: a file cut short or altered later no longer matches it.
-    os.replace(temporary, folder / f"{hashlib.sha256(data).hexdigest()}.safetensors")
+    write_bytes(folder / f"{hashlib.sha256(data).hexdigest()}.safetensors", data)
 
 
 def _read(folder: Path, wanted: set[str], width: int) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -117,7 +113,7 @@ def cached_features(
         def keep(rows: list[int]) -> None:
             try:
                 _write(folder, [hashes[r] for r in rows], features[rows])
-                (folder / "facts.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+                write_json(folder / "facts.json", dict(facts))
             except OSError as e:
                 print(f"Features are not kept: {folder} can't be written ({e.strerror}).", file=sys.stderr)
 

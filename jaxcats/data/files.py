@@ -6,7 +6,6 @@ import json
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import PIL
 from tqdm import tqdm
 
 from jaxcats.data.preprocess import PictureError, bad_reason, exif_orientation, open_picture, upright
+from jaxcats.storage.atomic import write_json
 
 # HEIC is listed so that a folder of them is answered with a reason (Pillow reads it with a plug-in only).
 IMAGE_EXTENSIONS = frozenset(
@@ -150,19 +150,6 @@ def examine(
     return [records[path] for path in paths], reused
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is whole or absent; raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, separators=(",", ":"))
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def warn(message: str) -> None:
     """One line on stderr."""
     print(f"warning: {message}", file=sys.stderr)
@@ -201,7 +188,7 @@ def _save_records(store: Path, root: Path, records: dict[str, FileRecord]) -> No
         if record.sha256 and os.path.lexists(root / path)
     }
     try:
-        write_json(store, {"version": CACHE_VERSION, "pillow": PIL.__version__, "files": kept})
+        write_json(store, {"version": CACHE_VERSION, "pillow": PIL.__version__, "files": kept}, indent=None)
     except OSError as error:
         warn(
             f"the index cache {store} can't be written ({bad_reason(error)}): the pictures are checked again next time"

@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jaxcats.data.files import warn, write_json
+from jaxcats.data.files import warn
 from jaxcats.errors import UserError
+from jaxcats.storage.atomic import write_json
 
 
 def default_manifest(cache_dir: Path, root: Path, fraction: float, seed: int) -> Path:

@@ -95,7 +95,8 @@ class Model:
         backbone_key, head_key = jax.random.split(key)
         shape = (1, self.stride, self.stride, 3)
         body = _init(_module(self, "backbone"), shape, backbone_key)
-        return tuple({"backbone": b, "head": h} for b, h in zip(body, self.init_head(head_key), strict=True))
+        head = self.init_head(head_key)
+        return {"backbone": body[0], "head": head[0]}, {"backbone": body[1], "head": head[1]}
 
     def init_head(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Random params and batch_stats of the head alone."""
@@ -183,7 +184,7 @@ def _module(model: Model, part: Part) -> nn.Module:
 # Compiled as one program: sooner done than one program per shape, and JAX can keep it between runs.
 @partial(jax.jit, static_argnums=(0, 1))
 def _init(module: nn.Module, input_shape: tuple[int, ...], key: jax.Array) -> tuple[Tree, Tree]:
-    variables = module.lazy_init(key, jax.ShapeDtypeStruct(input_shape, jnp.float32), train=False)
+    variables: Any = module.lazy_init(key, jax.ShapeDtypeStruct(input_shape, jnp.float32), train=False)
     return variables["params"], variables.get("batch_stats", {})
 
 

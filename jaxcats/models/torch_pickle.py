@@ -149,7 +149,7 @@ class Reader:
             storage, offset, shape, strides = arguments[:4]
             if not isinstance(storage, Storage):
                 raise ValueError("a tensor without a storage")
-            result = Tensor(storage, *_integers((offset,)), _integers(shape), _integers(strides))
+            result = Tensor(storage, _integers((offset,))[0], _integers(shape), _integers(strides))
         elif name == "_rebuild_parameter" and isinstance(arguments[0], Tensor):
             result = arguments[0]
         else:

@@ -54,8 +54,13 @@ def summary(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     n = len(labels)
     wrong = int((logits.argmax(-1) != labels).sum())
     losses = -log_softmax(logits)[np.arange(n), labels]
-    return {"n": n, "errors": wrong, "accuracy": (n - wrong) / n if n else None,
-            "interval": list(wilson_interval(n - wrong, n)), "log_loss": float(losses.mean()) if n else None}  # fmt: skip
+    return {
+        "n": n,
+        "errors": wrong,
+        "accuracy": (n - wrong) / n if n else None,
+        "interval": list(wilson_interval(n - wrong, n)),
+        "log_loss": float(losses.mean()) if n else None,
+    }
 
 
 def table_row(row: Mapping[str, Any]) -> str:
@@ -64,11 +69,15 @@ def table_row(row: Mapping[str, Any]) -> str:
     low, high = row["interval"]
     d = percent_digits(n)
     accuracy = f"{100 * (n - errors) / n:.{d}f} %  ({100 * low:.{d}f} to {100 * high:.{d}f})"
-    return (f"{row['phase']:>10} {row['epoch']:>5}   {row['train_loss']:>10.5f}  {row['valid_loss']:>10.5f}   "
-            f"{errors:>6,} of {n:<7,} {accuracy:<26} {row['seconds']:>7.1f} s  {row['images_per_second']:>9,.0f}")  # fmt: skip
+    return (
+        f"{row['phase']:>10} {row['epoch']:>5}   {row['train_loss']:>10.5f}  {row['valid_loss']:>10.5f}   "
+        f"{errors:>6,} of {n:<7,} {accuracy:<26} {row['seconds']:>7.1f} s  {row['images_per_second']:>9,.0f}"
+    )
 
 
 def table_head() -> str:
     """Names of the columns of the epoch table."""
-    return (f"{'phase':>10} {'epoch':>5}   {'train loss':>10}  {'valid loss':>10}   {'errors':>6}    {'':7} "
-            f"{'accuracy (95 % interval)':<26} {'time':>7}    {'images/s':>9}")  # fmt: skip
+    return (
+        f"{'phase':>10} {'epoch':>5}   {'train loss':>10}  {'valid loss':>10}   {'errors':>6}    {'':7} "
+        f"{'accuracy (95 % interval)':<26} {'time':>7}    {'images/s':>9}"
+    )

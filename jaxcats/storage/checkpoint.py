@@ -31,13 +31,19 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, *, read_only: bool = False):
-        keep = [policies.LatestN(1), policies.BestN(get_metric_fn=lambda m: -badness(m), n=1,
-                                                    keep_checkpoints_without_metrics=False)]  # fmt: skip
+        keep = [
+            policies.LatestN(1),
+            policies.BestN(get_metric_fn=lambda m: -badness(m), n=1, keep_checkpoints_without_metrics=False),
+        ]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep), best_fn=lambda m: -badness(m), best_mode="max",
-            create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only,
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            best_fn=lambda m: -badness(m),
+            best_mode="max",
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=not read_only,
-        )  # fmt: skip
+        )
         self.folder = Path(folder).absolute()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -62,7 +68,9 @@ class Checkpoints:
             best = self._manager.best_step()
             return steps[-1] if best is None else best
         if not which.isdigit() or int(which) not in steps:
-            raise UserError(f"--checkpoint {which}: not there; choose last, best or one of {', '.join(map(str, steps))}.")
+            raise UserError(
+                f"--checkpoint {which}: not there; choose last, best or one of {', '.join(map(str, steps))}."
+            )
         return int(which)
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -79,8 +87,10 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as e:  # Orbax and tensorstore raise many kinds for a damaged file
             reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-            raise UserError(f"{self.folder / str(step)}: this checkpoint can't be read ({reason}). "
-                            f"Remove that folder to use an older one, or train again.") from e  # fmt: skip
+            raise UserError(
+                f"{self.folder / str(step)}: this checkpoint can't be read ({reason}). "
+                f"Remove that folder to use an older one, or train again."
+            ) from e
 
     def close(self) -> None:
         """Waits for saves under way."""

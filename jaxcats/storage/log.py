@@ -4,12 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-
-def write_json(path: Path, tree: Any) -> None:
-    """Writes JSON so that the file is the old one or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+from jaxcats.storage.atomic import write_text
 
 
 class RunLog:
@@ -25,9 +20,7 @@ class RunLog:
 
         path = folder / "metrics.jsonl"
         kept = self.rows(path, resume_step) if resume_step is not None else []
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = path.open("a", encoding="utf-8")
         purge = None if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)

@@ -1,0 +1,28 @@
+"""Files that are the old one or the new one, never half of it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file, and its folder where missing; raises OSError and leaves nothing behind then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Likewise, in UTF-8; file names that are not UTF-8 keep their bytes."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def write_json(path: Path, tree: Any, *, indent: int | None = 1) -> None:
+    """Likewise, as JSON."""
+    write_text(path, json.dumps(tree, indent=indent) + "\n")
