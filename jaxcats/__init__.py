@@ -17,7 +17,18 @@ _PUBLIC = {
     "evaluation_pixels": "jaxcats.data.preprocess",
     "UserError": "jaxcats.errors",
 }
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [
+    "Config",
+    "Phase",
+    "Preprocess",
+    "TrainState",
+    "UserError",
+    "__version__",
+    "evaluation_pixels",
+    "make_eval_step",
+    "make_train_step",
+    "models",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return list(__all__)

@@ -24,15 +24,20 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {one_line(e)}", file=sys.stderr)
         return 2
     except RunError as e:
-        print(f"stopped: {e}", file=sys.stderr)
+        print(f"stopped: {one_line(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped by the keyboard; --resume goes on from the last checkpoint.", file=sys.stderr)
         return 130
     return 0
+
+
+def one_line(message: Any) -> str:
+    """A message, or a file's name, that can't break the line it stands in."""
+    return str(message).replace("\r", "\\r").replace("\n", "\\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,32 +82,28 @@ def make_parser(prog: str, description: str):
     )
 
 
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+
+
 def readable_error(message: str) -> str:
     """A jsonargparse message as one line without Python's names in it."""
     text = " ".join(message.split())
+    required = re.search(r"arguments are required: (.+)", text)
+    if required:
+        return f"--{required.group(1)}: is required."
     keys = re.findall(r'Parser key "([^"]+)"', text)
     union = re.search(r"Subtypes: \[(.+)\] Errors.* Given value: (.*)$", text)
-    if keys and union:
-        names = {
-            "int": "a whole number",
-            "float": "a number",
-            "NoneType": "null",
-            "str": "text",
-            "tuple": "a list of them",
-        }
-        kinds = [
-            names[k]
-            for k in re.findall(r"tuple|int|float|str|NoneType", union.group(1).replace("tuple[float", "tuple["))
-        ]
-        return f"{keys[-1]}: expected {' or '.join(dict.fromkeys(kinds))}, got '{union.group(2)}'."
-    expected = re.search(r"(?:Expected|expected) (?:a |an |one of )?(.+?)\.? Got value: (.*)$", text)
-    if not keys or not expected:
-        return re.sub(r"<class '(\w+)'>", r"\1", text)
-    kind, value = expected.groups()
+    single = re.search(r"[Ee]xpected (?:a |an |one of )?(.+?)\.? Got value: (.*)$", text)
+    found = union or single
+    if not keys or not found:
+        return text
+    kind, value = found.groups()
+    value = "null" if value == "None" else f"'{value}'"
     choices = re.findall(r"'(\w+)'", kind) if "Literal" in kind else []
-    kind = re.sub(r"<class '(\w+)'>", r"\1", kind)
-    wanted = f"one of {', '.join(choices)}" if choices else kind
-    return f"{'.'.join(dict.fromkeys(keys))}: expected {wanted}, got '{value}'.{nearest(value, choices)}"
+    several = ["a list of numbers"] if "tuple[" in kind else []
+    plain = re.findall(r"int|float|bool|str|NoneType", re.sub(r"tuple\[[^\]]*\]", "", kind))
+    wanted = f"one of {', '.join(choices)}" if choices else " or ".join([*(KINDS[k] for k in plain), *several])
+    return f"{'.'.join(dict.fromkeys(keys))}: expected {wanted or kind}, got {value}.{nearest(value.strip(chr(39)), choices)}"
 
 
 def _check_flags(argv: Sequence[str], phases: Sequence[str], own: Sequence[str]) -> None:
@@ -115,6 +116,16 @@ def _check_flags(argv: Sequence[str], phases: Sequence[str], own: Sequence[str])
         if parts[0] == "phases" and len(parts) > 1 and parts[1] not in phases:
             raise UserError(f"--{key}: there is no phase '{parts[1]}'; the configuration has {', '.join(phases)}.")
         raise unknown_key(key, f"--{key}", [*known, *own])
+
+
+def flag_value(argv: Sequence[str], name: str) -> str | None:
+    """The value of --NAME VALUE or --NAME=VALUE, before anything is parsed; None when it isn't there."""
+    for i, word in enumerate(argv):
+        if word == f"--{name}" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+    return None
 
 
 def parse(argv: Sequence[str], *, prog: str, description: str, options: Mapping[str, Any] | None = None):
@@ -139,19 +150,14 @@ def parse(argv: Sequence[str], *, prog: str, description: str, options: Mapping[
     for name, kwargs in (options or {}).items():
         parser.add_argument(f"--{name}", **kwargs)
     if any(a in ("-h", "--help") for a in argv):
-        parser.add_class_arguments(Config)
-        parser.print_help()
+        parser.usage = f"{prog} --config FILE [--KEY VALUE ...]"
+        parser.add_class_arguments(Config, skip={"phases"})
+        # The choices stand in braces before it already.
+        print(re.sub(r"type:\s+Literal\[[^\]]*\],\s+", "", parser.format_help()))
         sys.exit(0)
     words = list(argv)
-    path = next(
-        (
-            w.split("=", 1)[1] if "=" in w else (words[i + 1 : i + 2] or [None])[0]
-            for i, w in enumerate(words)
-            if w == "--config" or w.startswith("--config=")
-        ),
-        None,
-    )
-    tree = read_yaml(path) if path else {}
+    path = flag_value(words, "config")
+    tree = read_yaml(path) if path is not None else {}
     tree.setdefault("phases", {"head": {"precompute": True}})
     tree["phases"] = {str(k): v or {} for k, v in tree["phases"].items()}
     _check_flags(words, list(tree["phases"]), ["config", "help", *(options or {})])

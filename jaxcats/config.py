@@ -117,10 +117,10 @@ class Config:
 
     Args:
         seed: of initial weights, order, augmentation, dropout and split.
-        data: see below.
-        model: see below.
+        data: The pictures
+        model: The network
         phases: name -> Phase, run in order; --phases.NAME.FIELD VALUE changes one of the file's.
-        checkpoint: see below.
+        checkpoint: Checkpoints
         precision: of the arithmetic; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32 always.
         chunk_steps: steps per compiled scan; checkpoints fall on its boundaries.
         feature_batch: pictures per call of the frozen backbone, and in evaluation.
@@ -140,6 +140,8 @@ class Config:
 
 # These may change between a run and its resumption: they don't change what is computed.
 RESUMABLE = {
+    "data.root",  # the pictures themselves are compared
+    "data.manifest",
     "data.workers",
     "data.rehash",
     "data.on_bad_file",
@@ -199,7 +201,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--config {path}: can't be read ({getattr(e, 'strerror', None) or e}).") from None
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:
         mark = getattr(e, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"--config {path}: not valid YAML{line} ({getattr(e, 'problem', None) or e}).") from None

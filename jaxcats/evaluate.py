@@ -2,19 +2,32 @@
 
 import csv
 import io
+import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcats.cli import from_file, make_parser, parse_own, run_command
+from jaxcats.cli import from_file, make_parser, one_line, parse_own, run_command
+from jaxcats.config import Config
 from jaxcats.errors import UserError
 from jaxcats.results import metrics
 from jaxcats.storage.atomic import write_json, write_text
 
+BEST_EPOCH = ["choosing the best epoch"]
+CHOSE = "also chose the best epoch, so the number flatters"
+OPTIONS = {
+    "run": {"required": True, "help": "run folder that train wrote"},
+    "data": {
+        "help": "another folder: class folders, or pictures without labels (default: the run's validation pictures)"
+    },
+    "checkpoint": {"help": "last, best or a step (default: what the run's config says)"},
+    "out": {"help": "where the results go (default: the run folder, or a folder in its evaluations/ with --data)"},
+}
 DESCRIPTION = "Judges a trained run: every picture counts once. Writes predictions.csv and metrics.json."
 
 
@@ -32,8 +45,14 @@ def write_predictions(
     write_text(path, text.getvalue())
 
 
+def skipped(bad: Sequence[Any], most: int = 5) -> list[str]:
+    """Lines that name the pictures left out, the first few of them."""
+    lines = [f"skipped {one_line(b.path)}: {b.reason}" for b in bad[:most]]
+    return lines + ([f"... and {len(bad) - most:,} more pictures skipped"] if len(bad) > most else [])
+
+
 def write_results(
-    folder: Path, split: Any, *, classes: Sequence[str], logits: np.ndarray, facts: dict[str, Any]
+    folder: Path, split: Any, *, classes: Sequence[str], logits: np.ndarray, facts: dict[str, Any], chose: str = ""
 ) -> None:
     """Writes predictions.csv and metrics.json and prints the result.
 
@@ -43,22 +62,59 @@ def write_results(
         classes: names in the order of the logits.
         logits: [N, C].
         facts: further entries of metrics.json ("seconds", "checkpoint", ...).
+        chose: what these very pictures were used to choose, said beside the result; empty for nothing.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_predictions(folder / "predictions.csv", split.paths, labels=split.labels, classes=classes, logits=logits)
         if (split.labels >= 0).all():
             found = metrics.summary(logits, split.labels)
-            write_json(folder / "metrics.json", found | {"classes": list(classes)} | facts)
-            print(metrics.sentence(found["errors"], found["n"]))
+            write_json(folder / "metrics.json", facts | found | {"classes": list(classes)})
+            print(metrics.sentence(found["errors"], found["n"]) + (f"; these pictures {chose}" if chose else ""))
         else:
             print(f"{len(split):,} pictures without labels: predictions only.")
     except OSError as e:
         raise UserError(f"{folder}: can't be written ({e.strerror}).") from None
 
 
-def load_run(run: Path, which: str | None):
-    """(Setup-like parts of a trained run): config, model, preprocess, classes, params, batch_stats, checkpoint facts."""
+@dataclass(frozen=True)
+class Run:
+    """A trained run, ready to judge pictures."""
+
+    folder: Path
+    config: Config
+    model: Any
+    preprocess: Any
+    classes: tuple[str, ...]
+    state: Any
+    precomputed: bool
+    checkpoint: dict[str, Any]
+
+    def logits(self, split: Any) -> np.ndarray:
+        """Logits [N, C] of a split; through the feature cache where the run's last phase used it."""
+        from jaxcats import job
+        from jaxcats.inputs import Evaluator, backbone_features
+
+        config, params, stats = self.config, self.state.params, self.state.batch_stats
+        how = {"preprocess": self.preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
+        feats = None
+        if self.precomputed:
+            cache = job.cache_of(config)
+            feats = backbone_features(
+                self.model, split, params=params, batch_stats=stats, cache_dir=cache, **how
+            ).features
+        return Evaluator(self.model, split, feats=feats, **how)(params, stats)
+
+
+def load_run(run: Path, which: str | None = None) -> Run:
+    """Loads a run folder that train wrote.
+
+    Args:
+        run: the folder.
+        which: last, best, a step, or None for what the run's configuration says.
+
+    Raises:
+        UserError: not a run, no such checkpoint, or a damaged one.
+    """
     from jaxcats import job
     from jaxcats.storage.checkpoint import Checkpoints
 
@@ -71,76 +127,84 @@ def load_run(run: Path, which: str | None):
         raise UserError(f"--run {run}: holds no checkpoints; train it first (--resume goes on).")
     job.start_jax(config)
     checkpoints = Checkpoints(run / "checkpoints", read_only=True)
-    step = checkpoints.pick(which or config.checkpoint.use)
+    use = which or config.checkpoint.use
+    step = checkpoints.pick(use)
     meta = checkpoints.meta(step)
+    if meta["phase"] not in config.phases:
+        raise UserError(
+            f"{run}/config.yaml: has no phase '{meta['phase']}', which the checkpoint at step {step} is of."
+        )
+    phase = config.phases[meta["phase"]]
     model, preprocess = job.create_model(config, len(meta["classes"]))
-    plan = job.Plan(0, meta["phase"], config.phases[meta["phase"]], 0, 0, 1)
+    plan = job.Plan(0, meta["phase"], phase, 0, 0, 1)
     state = checkpoints.restore(step, job.abstract_state(model, plan))
     checkpoints.close()
-    facts = {"use": which or config.checkpoint.use, "step": step, "epochs": meta["progress"]["epoch"]}
-    return config, model, preprocess, tuple(meta["classes"]), state, facts | {"phase": meta["phase"]}
+    facts = {"use": use, "step": step, "valid_used_for": BEST_EPOCH if use == "best" else []}
+    return Run(run, config, model, preprocess, tuple(meta["classes"]), state, phase.precompute, facts)
 
 
-def find_pictures(config: Any, folder: str | None, classes: Sequence[str]):
-    """The split to judge: the run's own validation pictures, or a labelled or unlabelled folder."""
+def find_pictures(run: Run, folder: str | None) -> tuple[Any, Any]:
+    """(split, bad files): the run's own validation pictures, or a labelled or unlabelled folder."""
+    from jaxcats import job
     from jaxcats.data import index
 
-    d, cache = config.data, Path(config.cache_dir) if config.cache_dir else index.cache_folder()
-    options = {"on_bad_file": d.on_bad_file, "cache_dir": cache, "workers": d.workers, "rehash": d.rehash}
+    d, seed = run.config.data, run.config.seed
+    options = {
+        "on_bad_file": d.on_bad_file,
+        "cache_dir": job.cache_of(run.config),
+        "workers": d.workers,
+        "rehash": d.rehash,
+    }
     if folder is None:
-        found = index.scan(d.root, valid_fraction=d.valid_fraction, seed=config.seed, manifest=d.manifest, **options)
-        if found.classes != tuple(classes):
-            raise UserError(
-                f"{d.root}: has the classes {', '.join(found.classes)}, the run was trained on {', '.join(classes)}."
-            )
-        return found.splits["valid"]
+        found = index.scan(d.root, valid_fraction=d.valid_fraction, seed=seed, manifest=d.manifest, **options)
+        if found.classes != run.classes:
+            theirs, ours = ", ".join(found.classes), ", ".join(run.classes)
+            raise UserError(f"{d.root}: has the classes {theirs}; the run was trained on {ours}.")
+        return found.splits["valid"], [b for b in found.bad if not b.path.startswith("train/")]
     if any(p.is_dir() and not p.name.startswith(".") for p in Path(folder).glob("*")):
-        return index.scan_labelled(folder, classes=classes, **options)[0]
-    return index.scan_unlabelled(folder, **options)[0]
+        return index.scan_labelled(folder, classes=run.classes, **options)
+    return index.scan_unlabelled(folder, **options)
+
+
+def results_folder(run: Path, data: str | None, out: str | None) -> Path:
+    """Where an evaluation goes: `out`; else the run folder, or a folder in it named after the other data."""
+    if out:
+        return Path(out)
+    return run / "evaluations" / "_".join(Path(data).absolute().parts[-2:]) if data else run
+
+
+def kept_metrics(folder: Path) -> dict[str, Any]:
+    """What an earlier metrics.json in the folder says; nothing when there is none or it can't be read."""
+    try:
+        return dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
     started = time.perf_counter()
     parser = make_parser("python -m jaxcats.evaluate", DESCRIPTION)
-    parser.add_argument("--run", type=str, required=True, help="run folder that train wrote")
-    parser.add_argument(
-        "--data",
-        type=str,
-        help="another folder: class folders, or pictures without labels (default: the run's validation pictures)",
-    )
-    parser.add_argument("--checkpoint", type=str, help="last, best or a step (default: what the run's config says)")
-    parser.add_argument(
-        "--out", type=str, help="where the results go (default: the run folder, or its evaluations/NAME with --data)"
-    )
+    for name, kwargs in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=str, **kwargs)
     options = parse_own(parser, argv)
-    run = Path(options.run)
-    config, model, preprocess, classes, state, facts = load_run(run, options.checkpoint)
+    run = load_run(Path(options.run), options.checkpoint)
     loaded = time.perf_counter()
-    split = find_pictures(config, options.data, classes)
+    split, bad = find_pictures(run, options.data)
+    for line in skipped(bad):
+        print(line)
     indexed = time.perf_counter()
-
-    from jaxcats.data import index
-    from jaxcats.inputs import Evaluator, backbone_features
-
-    how = {"preprocess": preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
-    feats = None
-    if config.phases[facts["phase"]].precompute:  # the features of the run's own pictures are in the cache
-        cache = Path(config.cache_dir) if config.cache_dir else index.cache_folder()
-        feats = backbone_features(
-            model, split, params=state.params, batch_stats=state.batch_stats, cache_dir=cache, **how
-        ).features
-    logits = Evaluator(model, split, feats=feats, **how)(state.params, state.batch_stats)
+    logits = run.logits(split)
     done = time.perf_counter()
-    seconds = {"load": loaded - started, "index": indexed - loaded, "evaluate": done - indexed}
-    folder = options.out or (run / "evaluations" / Path(options.data).absolute().name if options.data else run)
-    write_results(
-        Path(folder),
-        split,
-        classes=classes,
-        logits=logits,
-        facts={"data": options.data or config.data.root, "checkpoint": facts, "seconds": seconds},
-    )
+    seconds = {"load": loaded - started, "index": indexed - loaded, "evaluate": done - indexed, "total": done - started}
+    seconds = {name: round(value, 3) for name, value in seconds.items()}
+    folder = results_folder(run.folder, options.data, options.out)
+    facts = {"data": options.data or run.config.data.root, "checkpoint": run.checkpoint, "bad_files": len(bad)}
+    # What training measured stays; this evaluation's seconds go beside it.
+    before = kept_metrics(folder) if folder == run.folder else {}
+    facts |= {"seconds": before.get("seconds", {}) | {"evaluation": seconds} if before else seconds}
+    chose = CHOSE if run.checkpoint["valid_used_for"] and not options.data else ""
+    write_results(folder, split, classes=run.classes, logits=logits, facts={**before, **facts}, chose=chose)
     print(f"Written: {folder}/predictions.csv, metrics.json")
 
 

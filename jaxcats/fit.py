@@ -35,7 +35,6 @@ class Progress:
         step: steps done, over all phases.
         smooth: average of the training loss since the phase began, not yet debiased.
         smooth_steps: losses in it.
-        best: the fewest errors so far and where, or None.
     """
 
     plan: int = 0
@@ -44,7 +43,6 @@ class Progress:
     step: int = 0
     smooth: float = 0.0
     smooth_steps: int = 0
-    best: dict[str, Any] | None = None
 
     def add_loss(self, loss: float) -> None:
         self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
@@ -89,6 +87,10 @@ def resume_point(setup: Setup, checkpoints: Checkpoints) -> tuple[Progress, Any]
             f"not be the same. Restore the folder, or train into a new --workdir."
         )
     progress = Progress(**meta["progress"])
+    if meta["phase"] != plans(setup)[progress.plan].name:
+        raise UserError(
+            f"config.yaml: has no phase '{meta['phase']}' where the checkpoint at step {steps[-1]} is of it."
+        )
     target = abstract_state(setup.model, plans(setup)[progress.plan])
     return progress, checkpoints.restore(steps[-1], target)
 
@@ -106,44 +108,46 @@ class Trainer:
         point = resume_point(self.setup, self.checkpoints)
         progress, state = point or (Progress(), None)
         self.log = RunLog(self.workdir, resume_step=progress.step if point else None)
+        last = plans(self.setup)[-1]
+        finished = progress.epoch == last.first_epoch + last.phase.epochs
         if point:
-            self.say(f"Resuming at step {progress.step:,} (epoch {progress.epoch}).")
+            where = f"step {progress.step:,} (epoch {progress.epoch})"
+            self.say(f"Finished already, at {where}; evaluating again." if finished else f"Resuming at {where}.")
+        if not finished:
+            self.say(metrics.table_head())
         params, stats = (state.params, state.batch_stats) if state else initial()
         feats, counts = None, {}
-        try:
-            for plan in plans(self.setup)[progress.plan :]:
-                if plan.index != progress.plan:
-                    progress.plan, progress.smooth, progress.smooth_steps, state = plan.index, 0.0, 0, None
-                feats = None
-                if plan.phase.precompute:
-                    with self.clock(plan, "features"):
-                        feats, counts = precompute(self.setup, params, stats)
-                state = self.run_phase(plan, progress, state, (params, stats), feats)
-                params, stats = state.params, state.batch_stats
-        finally:
-            with self.clock(None, "checkpoint_wait"):
-                self.checkpoints.close()
-            self.log.close()
+        for plan in plans(self.setup)[progress.plan :]:
+            if plan.index != progress.plan:
+                progress.plan, progress.smooth, progress.smooth_steps, state = plan.index, 0.0, 0, None
+            feats = None
+            if plan.phase.precompute:
+                with self.clock(plan, "features"):
+                    feats, counts = precompute(self.setup, params, stats)
+            state = self.run_phase(plan, progress, state, (params, stats), feats)
+            params, stats = state.params, state.batch_stats
         valid = feats["valid"] if feats else None
-        if self.setup.config.checkpoint.use == "best" and progress.best and progress.best["step"] != progress.step:
-            state, plan = self.best(progress.best["step"])
-            return Fitted(
-                state.params,
-                state.batch_stats,
-                progress.best["step"],
-                valid if plan == progress.plan else None,
-                self.seconds,
-                counts,
-            )
-        return Fitted(params, stats, progress.step, valid, self.seconds, counts)
+        with self.clock(None, "checkpoint_wait"):
+            self.checkpoints.wait()
+        step = self.checkpoints.pick(self.setup.config.checkpoint.use)
+        if step != progress.step:
+            meta = self.checkpoints.meta(step)
+            plan = plans(self.setup)[meta["progress"]["plan"]]
+            best = self.checkpoints.restore(step, abstract_state(self.setup.model, plan))
+            params, stats, valid = best.params, best.batch_stats, valid if plan.index == progress.plan else None
+        return Fitted(params, stats, step, valid, self.seconds, counts)
 
-    def best(self, step: int) -> tuple[Any, int]:
-        """The best state, and the index of its phase."""
-        saved = Checkpoints(self.checkpoints.folder, read_only=True)
-        plan = saved.meta(step)["progress"]["plan"]
-        state = saved.restore(step, abstract_state(self.setup.model, plans(self.setup)[plan]))
-        saved.close()
-        return state, plan
+    def close(self) -> None:
+        """Waits for saves under way and closes the log."""
+        self.checkpoints.close()
+        if hasattr(self, "log"):
+            self.log.close()
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
 
     def clock(self, plan: Plan | None, what: str):
         """Adds the time of a `with` block to `seconds`."""
@@ -164,7 +168,6 @@ class Trainer:
             feats=feats["valid"] if feats else None,
             **decoding(self.setup),
         )
-        self.say(metrics.table_head())
         # Donation deletes what the caller may still hold, so the driver gets a copy.
         state = jax.tree.map(jax.numpy.copy, state)
         while progress.epoch < last_epoch:
@@ -252,11 +255,6 @@ class Trainer:
         self.log.write([row])
         progress.epoch, progress.epoch_step = progress.epoch + 1, 0
         judged = {"errors": float(found["errors"]), "loss": found["log_loss"]}
-        if progress.best is None or (judged["errors"], judged["loss"]) < (
-            progress.best["errors"],
-            progress.best["loss"],
-        ):
-            progress.best = judged | {"step": progress.step}
         done = progress.epoch - plan.first_epoch
         if done % self.setup.config.checkpoint.every_epochs == 0 or done == plan.phase.epochs:
             with self.clock(plan, "checkpoint"):

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from jaxcats import models
 from jaxcats.core import scan
+from jaxcats.core.state import tree_hash
 from jaxcats.core.step import make_eval_step, normalise
 from jaxcats.data import features
 from jaxcats.data.index import Split
@@ -68,7 +69,7 @@ def backbone_features(
             if pending:
                 yield _unmask(*pending)
 
-    weights = features.tree_hash(jax.device_get({"params": only[0], "batch_stats": only[1]}))
+    weights = tree_hash({"params": only[0], "batch_stats": only[1]})
     facts = {
         "backbone": model.name,
         "head": model.head,

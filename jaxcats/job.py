@@ -1,5 +1,6 @@
 """What a run is made of before it runs: the pictures, the model, the plan of its phases, their pure steps and states."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable
@@ -57,11 +58,18 @@ class Plan:
         return self.steps_per_epoch * self.phase.epochs
 
 
+def cache_of(config: Config) -> Path:
+    """The cache folder of a Config."""
+    return Path(config.cache_dir) if config.cache_dir else cache_folder()
+
+
 def start_jax(config: Config) -> Path:
-    """Turns on the persistent compilation cache; the cache folder."""
-    cache = Path(config.cache_dir) if config.cache_dir else cache_folder()
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    """Turns on the persistent compilation cache, where it can be written; the cache folder."""
+    cache = cache_of(config)
+    with contextlib.suppress(OSError):
+        (cache / "xla").mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return cache
 
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcats.cli import from_file, parse, run_command
+from jaxcats.cli import flag_value, from_file, parse, run_command
 from jaxcats.config import Config, to_yaml, training_changes
 from jaxcats.errors import UserError
+from jaxcats.evaluate import BEST_EPOCH, CHOSE, skipped, write_results
 from jaxcats.storage.atomic import write_json, write_text
 
 DESCRIPTION = "Trains an image classifier on a folder of pictures and judges it on the validation pictures."
@@ -50,19 +51,21 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
     """The run folder with its config.yaml; UserError when it holds another run, or one that differs where it matters."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(workdir) if workdir else Path("runs") / f"{Path(name).stem if name else 'train'}-{stamp}"
-    saved = folder / "config.yaml"
-    if saved.exists() and not resume:
+    saved, checkpoints = folder / "config.yaml", folder / "checkpoints"
+    # Until there is a checkpoint nothing is lost by starting over, with mended settings too.
+    begun = checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
+    if begun and not resume:
         raise UserError(
             f"--workdir {folder}: there is a run in it already. Add --resume to go on with it, or name another folder."
         )
-    if saved.exists():
+    if begun:
         changed = training_changes(from_file(saved), config)
         if changed:
             raise UserError(
                 f"--resume: the run in {folder} was started with other settings ({'; '.join(changed)}). "
                 f"Resume without them, or use another --workdir."
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()) and not saved.exists():
         raise UserError(f"--workdir {folder}: not empty, and not a run folder. Name a new folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,15 +83,13 @@ def describe(setup: Any) -> str:
         f"{len(train):,} training and {len(valid):,} validation pictures in {len(index.classes)} classes "
         f"({', '.join(index.classes[:6])}{', ...' if len(index.classes) > 6 else ''}) from {index.root}"
     ]
-    for bad in index.bad[:5]:
-        lines.append(f"skipped {bad.path}: {bad.reason}")
-    if len(index.bad) > 5:
-        lines.append(f"... and {len(index.bad) - 5:,} more pictures skipped; all are in bad_files.json")
+    lines += skipped(index.bad)
     start = "pretrained" if c.model.pretrained else "random weights"
     lines.append(
         f"{c.model.backbone} ({start}), {c.model.head} head, {setup.preprocess.size} px, {setup.model.dtype}; "
         + "; ".join(
-            f"{n}: {p.epochs} epochs, {p.optimizer} {p.schedule} lr {p.lr}, {p.freeze} frozen, BatchNorm {p.bn}"
+            f"{n}: {p.epochs} epoch{'s' * (p.epochs > 1)}, {p.optimizer} {p.schedule} lr {' / '.join(map(str, dict.fromkeys(p.lrs)))}, "
+            f"{p.freeze} frozen, BatchNorm {p.bn}"
             for n, p in c.phases.items()
         )
     )
@@ -99,7 +100,6 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
     """Runs everything that a Config says, into a run folder."""
     imports = time.perf_counter()
     from jaxcats import job
-    from jaxcats.evaluate import write_results
     from jaxcats.fit import Trainer
     from jaxcats.inputs import Evaluator, decoding
 
@@ -109,7 +109,7 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
     seconds["index"] = time.perf_counter() - at
     facts = {"versions": versions(), "fingerprint": setup.fingerprint}
     write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
-    print(describe(setup))
+    print(f"Run folder: {workdir}\n{describe(setup)}")
 
     def initial() -> tuple[Any, Any]:
         before = time.perf_counter()
@@ -118,17 +118,16 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
         seconds["weights"] = time.perf_counter() - before
         return params, stats
 
-    fitted = Trainer(setup, workdir).run(initial)
+    with Trainer(setup, workdir) as trainer:
+        fitted = trainer.run(initial)
     at = time.perf_counter()
     judge = Evaluator(setup.model, setup.index.splits["valid"], feats=fitted.valid_features, **decoding(setup))
     logits = judge(fitted.params, fitted.batch_stats)
     seconds |= fitted.seconds | {"evaluate": time.perf_counter() - at}
-    seconds["total"] = time.perf_counter() - started
-    note = {
-        "use": config.checkpoint.use,
-        "step": fitted.step,
-        "valid_used_for": ["choosing the best epoch"] if config.checkpoint.use == "best" else [],
-    }
+    total = time.perf_counter() - started
+    seconds |= {"other": total - sum(seconds.values()), "total": total}
+    use = config.checkpoint.use
+    note = {"use": use, "step": fitted.step, "valid_used_for": BEST_EPOCH if use == "best" else []}
     write_results(
         workdir,
         setup.index.splits["valid"],
@@ -140,6 +139,7 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
             "features": fitted.counts,
             "bad_files": len(setup.index.bad),
         },
+        chose=CHOSE if use == "best" else "",
     )
     print(summary(seconds, fitted.counts))
     print(f"Results: {workdir}/metrics.json, predictions.csv; again: python -m jaxcats.evaluate --run {workdir}")
@@ -148,35 +148,33 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
 def summary(seconds: dict[str, float], counts: dict[str, int]) -> str:
     """Where the time went, in a line."""
     parts = [f"{k} {v:.1f} s" for k, v in seconds.items() if v >= 0.05 and k != "total"]
-    warm = f" ({counts['reused']:,} features from the cache)" if counts.get("reused") else ""
+    warm = (
+        f" ({counts['reused']:,} feature{'s' * (counts['reused'] > 1)} from the cache)" if counts.get("reused") else ""
+    )
     return f"{seconds['total']:.1f} s in all{warm}: {', '.join(parts)}"
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
     started = time.perf_counter()
-    words = list(argv)
-    if "--resume" in words and not any(w.split("=")[0] == "--config" for w in words):
-        saved = next(
-            (
-                Path(words[i + 1]) if w == "--workdir" and i + 1 < len(words) else Path(w[10:])
-                for i, w in enumerate(words)
-                if w == "--workdir" or w.startswith("--workdir=")
-            ),
-            None,
-        )
-        if saved is None or not (saved / "config.yaml").is_file():
-            raise UserError(
-                f"--resume: {saved or 'no --workdir given'}; name the run folder to go on with, or a --config to start with."
-            )
-        words += ["--config", str(saved / "config.yaml")]
+    words, workdir = list(argv), flag_value(argv, "workdir")
+    if "--resume" in words and "--help" not in words:
+        if not workdir:
+            raise UserError("--resume: needs --workdir, the run folder to go on with.")
+        if flag_value(words, "config") is None:
+            saved = Path(workdir) / "config.yaml"
+            if not saved.is_file():
+                raise UserError(
+                    f"--resume: {workdir} holds no run (no config.yaml). Name a run folder, or give a --config to start."
+                )
+            words += ["--config", str(saved)]
     config, options = parse(words, prog="python -m jaxcats.train", description=DESCRIPTION, options=OPTIONS)
     if options["print_config"]:
         print(to_yaml(config), end="")
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    workdir = open_run(config, options["config"], workdir=options["workdir"], resume=options["resume"])
-    train(config, workdir, started=started)
+    folder = open_run(config, options["config"], workdir=options["workdir"], resume=options["resume"])
+    train(config, folder, started=started)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,17 @@ from PIL import Image
 PHOTOS = os.environ.get("JAXCATS_PHOTOS")
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Compiled programs, shared: they are keyed by their content, and compiling them anew for each test takes minutes."""
+    return tmp_path_factory.mktemp("xla")
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+def own_cache(tmp_path_factory, monkeypatch, compiled):
     """JAXCATS_CACHE in a fresh folder."""
     folder = tmp_path_factory.mktemp("cache")
+    (folder / "xla").symlink_to(compiled)
     monkeypatch.setenv("JAXCATS_CACHE", str(folder))
     return folder
 
@@ -28,7 +35,9 @@ def photos() -> Path:
     return Path(PHOTOS)
 
 
-def write_pictures(root: Path, *, train: int = 24, valid: int = 10, classes=("cats", "dogs"), size=(48, 40), seed=0) -> Path:
+def write_pictures(
+    root: Path, *, train: int = 24, valid: int = 10, classes=("cats", "dogs"), size=(48, 40), seed=0
+) -> Path:
     """A folder of noisy pictures whose mean colour leans by class: learnable, not trivial."""
     rng = np.random.default_rng(seed)
     for part, count in (("train", train), ("valid", valid)):

@@ -1,11 +1,13 @@
 """The training state: arrays only, in a registered frozen dataclass; and the split into what learns and what doesn't."""
 
 import dataclasses
+import hashlib
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any
 
@@ -41,3 +43,13 @@ def merge(chosen: Tree, rest: Tree) -> Tree:
 def create(params: Tree, batch_stats: Tree, tx, *, trainable: Tree, step: int = 0) -> TrainState:
     """A state with a fresh optimizer for the leaves where `trainable` (a tree of bools like `params`) is True."""
     return TrainState(jnp.asarray(step, jnp.int32), params, batch_stats, tx.init(select(params, trainable)))
+
+
+def tree_hash(state: Any) -> str:
+    """SHA-256 over the names, types, shapes and bytes of the arrays of a tree."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()

@@ -1,8 +1,8 @@
 """Features of the frozen backbone, computed once and kept in a cache that is keyed by content."""
 
+import contextlib
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
+from jaxcats.data.files import warn
 from jaxcats.storage.atomic import write_bytes, write_json
 
 SHARD_ROWS = 4096  # what a killed process can lose
@@ -31,25 +32,6 @@ class Cached:
     reused: int
     computed: int
     damaged: tuple[str, ...]
-
-
-def tree_hash(tree: Any) -> str:
-    """SHA-256 over the names, shapes and bytes of nested dicts of arrays."""
-    digest = hashlib.sha256()
-
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, Mapping):
-            for k in sorted(node):
-                walk(node[k], f"{path}/{k}")
-        else:
-            a = np.ascontiguousarray(node)
-            if a.dtype.hasobject:
-                raise TypeError(f"{path or '/'}: {type(node).__name__} is neither a dict nor an array")
-            digest.update(f"{path} {a.dtype} {a.shape}\n".encode())
-            digest.update(a.data if a.size else b"")
-
-    walk(tree, "")
-    return digest.hexdigest()
 
 
 def _write(folder: Path, hashes: Sequence[str], features: np.ndarray) -> None:
@@ -73,7 +55,8 @@ def _read(folder: Path, wanted: set[str], width: int) -> tuple[dict[str, np.ndar
                 raise ValueError("unexpected shapes")
         except Exception:  # whatever is wrong with a cache file, the answer is to compute it again
             damaged.append(str(path))
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a shared cache may be read-only
+                path.unlink()
             continue
         names = (bytes(r).hex() for r in rows)
         found |= {h: f for h, f in zip(names, features, strict=True) if h in wanted}
@@ -115,7 +98,7 @@ def cached_features(
                 _write(folder, [hashes[r] for r in rows], features[rows])
                 write_json(folder / "facts.json", dict(facts))
             except OSError as e:
-                print(f"Features are not kept: {folder} can't be written ({e.strerror}).", file=sys.stderr)
+                warn(f"features are not kept: {folder} can't be written ({e.strerror})")
 
         for rows, values in compute(missing):
             features[rows] = values
@@ -128,4 +111,4 @@ def cached_features(
         for row, h in enumerate(hashes):
             if h in first:
                 features[row] = features[first[h]]
-    return Cached(features, len(hashes) - len(missing), len(missing), tuple(damaged))
+    return Cached(features, sum(h in known for h in hashes), len(missing), tuple(damaged))

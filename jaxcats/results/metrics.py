@@ -71,7 +71,7 @@ def table_row(row: Mapping[str, Any]) -> str:
     accuracy = f"{100 * (n - errors) / n:.{d}f} %  ({100 * low:.{d}f} to {100 * high:.{d}f})"
     return (
         f"{row['phase']:>10} {row['epoch']:>5}   {row['train_loss']:>10.5f}  {row['valid_loss']:>10.5f}   "
-        f"{errors:>6,} of {n:<7,} {accuracy:<26} {row['seconds']:>7.1f} s  {row['images_per_second']:>9,.0f}"
+        f"{errors:>6,} of {n:<7,} {accuracy:<31} {row['seconds']:>7.1f} s  {row['images_per_second']:>9,.0f}"
     )
 
 
@@ -79,5 +79,5 @@ def table_head() -> str:
     """Names of the columns of the epoch table."""
     return (
         f"{'phase':>10} {'epoch':>5}   {'train loss':>10}  {'valid loss':>10}   {'errors':>6}    {'':7} "
-        f"{'accuracy (95 % interval)':<26} {'time':>7}    {'images/s':>9}"
+        f"{'accuracy (95 % interval)':<31} {'time':>7}    {'images/s':>9}"
     )

@@ -4,6 +4,7 @@ Only this module knows Orbax.
 """
 
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from jaxcats.core.state import tree_hash
 from jaxcats.errors import UserError
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO and WARNING
@@ -45,12 +47,19 @@ class Checkpoints:
             enable_async_checkpointing=not read_only,
         )
         self.folder = Path(folder).absolute()
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except (ValueError, OSError) as e:  # a damaged JSON file in one of the checkpoints, or no right to write
+            raise UserError(
+                f"{self.folder}: can't be opened ({_reason(e)}). Remove the damaged checkpoint, or train again."
+            ) from e
 
     def save(self, state: Any, meta: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
         """Starts saving a TrainState and JSON-able facts; returns when the arrays are copied, so the state may be donated."""
         copy = jax.tree.map(jnp.copy, state)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(copy), meta=ocp.args.JsonSave(dict(meta)))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(copy), meta=ocp.args.JsonSave(dict(meta) | {"arrays": tree_hash(copy)})
+        )
         self._manager.save(int(meta["step"]), args=args, metrics=dict(metrics) if metrics else None, force=True)
 
     def steps(self) -> list[int]:
@@ -67,7 +76,7 @@ class Checkpoints:
         if which == "best":
             best = self._manager.best_step()
             return steps[-1] if best is None else best
-        if not which.isdigit() or int(which) not in steps:
+        if which not in map(str, steps):
             raise UserError(
                 f"--checkpoint {which}: not there; choose last, best or one of {', '.join(map(str, steps))}."
             )
@@ -75,24 +84,48 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON facts saved at `step`."""
+        return {k: v for k, v in self._meta(step).items() if k != "arrays"}
+
+    def _meta(self, step: int) -> dict[str, Any]:
         return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
 
     def restore(self, step: int, target: Any) -> Any:
-        """The state saved at `step`, with the structure, shapes and placement of `target`."""
+        """The state saved at `step`, with the structure, shapes and placement of `target`; verified against its hash."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-        return self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
+        state = self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
+        if tree_hash(state) != self._meta(step)["arrays"]:
+            raise self._damaged(step, "its arrays are not those that were saved")
+        return state
 
     def _restore(self, step: int, **args: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as e:  # Orbax and tensorstore raise many kinds for a damaged file
-            reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-            raise UserError(
-                f"{self.folder / str(step)}: this checkpoint can't be read ({reason}). "
-                f"Remove that folder to use an older one, or train again."
-            ) from e
+            # tensorstore's abandoned reads complain about the closed event loop when they are collected.
+            sys.unraisablehook = lambda _: None
+            if "tructure" in str(e) and "ismatch" in str(e):
+                raise UserError(
+                    f"{self.folder / str(step)}: saved from another network than config.yaml beside it says (backbone, head, "
+                    f"optimizer). Restore that config.yaml."
+                ) from e
+            raise self._damaged(step, _reason(e)) from e
 
-    def close(self) -> None:
+    def _damaged(self, step: int, reason: str) -> UserError:
+        return UserError(
+            f"{self.folder / str(step)}: this checkpoint can't be used ({reason}). Remove that folder to use an older one, "
+            f"or train again."
+        )
+
+    def wait(self) -> None:
         """Waits for saves under way."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for saves under way and ends."""
+        self.wait()
         self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].partition("See full")[0].strip()[:200]

@@ -45,8 +45,10 @@ class RunLog:
         self._file.flush()
         for row in rows:
             for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, row["step"])
+                several = isinstance(value, list)
+                for i, number in enumerate(value if several else [value]):
+                    if name != "step" and isinstance(number, (int, float)):
+                        self._board.add_scalar(f"{name}/{i}" if several else name, number, row["step"])
 
     def close(self) -> None:
         """Flushes and closes both."""

@@ -29,8 +29,12 @@ GROUPS = {"backbone": {"w": 0, "b": 1}, "head": {"w": 2}}
 
 def batch_of(n=6, seed=0):
     rng = np.random.default_rng(seed)
-    return {"features": rng.normal(size=(n, 4)).astype(np.float32), "label": rng.integers(0, 3, n).astype(np.int32),
-            "mask": np.ones(n, bool), "index": np.arange(n, dtype=np.int32)}  # fmt: skip
+    return {
+        "features": rng.normal(size=(n, 4)).astype(np.float32),
+        "label": rng.integers(0, 3, n).astype(np.int32),
+        "mask": np.ones(n, bool),
+        "index": np.arange(n, dtype=np.int32),
+    }
 
 
 def setup(freeze="nothing", lrs=(0.1, 0.1, 0.1), kind="sgd", **kwargs):
@@ -76,7 +80,9 @@ def test_frozen_leaves_keep_their_bits_and_have_no_optimizer_state(freeze, learn
 
 def test_weight_decay_spares_vectors():
     params = params_of()
-    tx = optim.make_tx("adamw", schedules=[optim.make_schedule("constant", 1.0, 1)] * 3, groups=GROUPS, weight_decay=0.1)
+    tx = optim.make_tx(
+        "adamw", schedules=[optim.make_schedule("constant", 1.0, 1)] * 3, groups=GROUPS, weight_decay=0.1
+    )
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["head"]["w"], -0.1 * params["head"]["w"], rtol=1e-6)
     assert not np.any(updates["backbone"]["b"])
@@ -141,7 +147,9 @@ def test_schedules_equal_their_formulas(kind):
         low, high, x = (peak / 25, peak, t / up) if t <= up else (peak, peak / 1e5, (t - up) / (n - up))
         return low + (high - low) * (1 - np.cos(np.pi * x)) / 2
 
-    np.testing.assert_allclose([schedule(t) for t in range(n + 1)], [wanted(t) for t in range(n + 1)], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        [schedule(t) for t in range(n + 1)], [wanted(t) for t in range(n + 1)], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_gradient_of_the_frozen_part_is_not_computed():

@@ -26,8 +26,8 @@ def tiny():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "resnet_34"}, "backbone: unknown value 'resnet_34'.*resnet18, resnet34.*did you mean resnet34"),
-        ({"head": "leson"}, "head: unknown value 'leson'.*did you mean lesson"),
+        ({"name": "resnet_34"}, "backbone: unknown value 'resnet_34'.*resnet18, resnet34.*Did you mean 'resnet34'"),
+        ({"head": "leson"}, "head: unknown value 'leson'.*Did you mean 'lesson'"),
         ({"dtype": "float16"}, "dtype: unknown value 'float16'.*bfloat16"),
         ({"num_classes": 0}, "num_classes is 0"),
     ],
@@ -37,10 +37,16 @@ def test_create_names_the_mistake(arguments, message):
         models.create(**{"name": "resnet34", "num_classes": 2, **arguments})
 
 
-@pytest.mark.parametrize(("name", "head", "size"), [
-    ("resnet34", "lesson", 1024), ("resnet34", "linear", 512), ("resnet50", "classifier", 2048),
-    ("efficientnet_lite0", "lesson", 2560), ("efficientnet_lite0", "linear", 1280),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "head", "size"),
+    [
+        ("resnet34", "lesson", 1024),
+        ("resnet34", "linear", 512),
+        ("resnet50", "classifier", 2048),
+        ("efficientnet_lite0", "lesson", 2560),
+        ("efficientnet_lite0", "linear", 1280),
+    ],
+)
 def test_model_is_a_hashable_description(name, head, size):
     model = models.create(name, 2, head=head)
     assert model == models.create(name, 2, head=head)

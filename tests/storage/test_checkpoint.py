@@ -1,0 +1,204 @@
+"""Checkpoints: the same bits back, complete or absent, and only those worth keeping."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxcats.core import state as states
+from jaxcats.errors import UserError
+from jaxcats.storage.checkpoint import Checkpoints, badness
+
+
+def state_of(seed: int) -> states.TrainState:
+    """A small state of every kind of leaf, with bits that a detour through text or another type would lose."""
+    rng = np.random.default_rng(seed)
+    odd = np.array([1e-45, -0.0, np.inf, 3.4e38], np.float32)
+    params = {"backbone": {"conv": {"kernel": rng.normal(size=(3, 3, 2, 4)).astype(np.float32)}}, "head": {"bias": odd}}
+    stats = {"backbone": {"bn": {"mean": rng.normal(size=4).astype(np.float32)}}, "head": {}}
+    trainable = {"backbone": {"conv": {"kernel": False}}, "head": {"bias": True}}
+    params, stats = jax.tree.map(jnp.asarray, (params, stats))
+    return states.create(params, stats, optax.adam(1e-3), trainable=trainable, step=seed)
+
+
+def meta_of(step: int) -> dict:
+    return {
+        "step": step,
+        "phase": "head",
+        "progress": {"epoch": 1, "best": None, "smooth": 0.1 + 0.2},
+        "classes": ["é", "b"],
+    }
+
+
+def bits(tree) -> list[bytes]:
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store that is closed at the end, and `store.again()`, the same folder as another process would open it."""
+    opened = []
+
+    def again(**options):
+        opened.append(Checkpoints(tmp_path / "checkpoints", **options))
+        return opened[-1]
+
+    first = again()
+    first.again = again
+    yield first
+    for checkpoints in opened:
+        checkpoints.close()
+
+
+def judged(errors: float, loss: float = 0.5) -> dict[str, float]:
+    return {"errors": errors, "loss": loss}
+
+
+def test_the_same_bits_and_facts_come_back(store):
+    state = state_of(7)
+    store.save(state, meta_of(7), metrics=judged(3))
+    store.close()
+    opened = store.again(read_only=True)
+    assert opened.steps() == [7]
+    assert opened.meta(7) == meta_of(7)
+    back = opened.restore(7, jax.eval_shape(lambda: state_of(0)))
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    assert bits(back) == bits(state)
+    assert [x.dtype for x in jax.tree.leaves(back)] == [x.dtype for x in jax.tree.leaves(state)]
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(store):
+    state = state_of(1)
+    kept = bits(state)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    store.save(state, meta_of(1))
+    assert (np.asarray(overwrite(state).params["head"]["bias"])[1:2] == -1).all()
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+    store.close()
+    assert bits(store.again(read_only=True).restore(1, jax.eval_shape(lambda: state_of(0)))) == kept
+
+
+def test_the_latest_and_the_best_are_kept_and_no_others(store):
+    folder = store.folder
+    for step, errors, expected in [
+        (1, 9, [1]),
+        (2, 4, [2]),
+        (3, 6, [2, 3]),
+        (4, 5, [2, 4]),
+        (5, 1, [5]),
+        (6, 8, [5, 6]),
+    ]:
+        store.save(state_of(step), meta_of(step), metrics=judged(errors))
+        store._manager.wait_until_finished()
+        assert store.steps() == expected
+        assert sorted(int(p.name) for p in folder.iterdir()) == expected
+    assert (store.pick("last"), store.pick("best"), store.pick("5")) == (6, 5, 5)
+    opened = store.again(read_only=True)
+    assert (opened.pick("last"), opened.pick("best")) == (6, 5)
+
+
+def test_of_equal_errors_the_lower_loss_is_best(store):
+    for step, errors, loss in [(1, 2, 0.1), (2, 1, 90.0), (3, 1, 0.8), (4, 1, 0.9)]:
+        store.save(state_of(step), meta_of(step), metrics=judged(errors, loss))
+    store._manager.wait_until_finished()
+    assert store.pick("best") == 3
+    assert store.steps() == [3, 4]
+
+
+def test_the_best_of_a_tie_is_there_to_be_read(store):
+    for step in (1, 2, 3):
+        store.save(state_of(step), meta_of(step), metrics=judged(2))
+        store._manager.wait_until_finished()
+    assert store.pick("best") in store.steps()
+    assert store.meta(store.pick("best"))["phase"] == "head"
+
+
+def test_a_checkpoint_in_the_middle_of_an_epoch_is_the_latest_and_never_the_best(store):
+    store.save(state_of(1), meta_of(1), metrics=judged(5))
+    for step in (2, 3):
+        store.save(state_of(step), meta_of(step))
+    store._manager.wait_until_finished()
+    assert store.steps() == [1, 3]
+    assert (store.pick("last"), store.pick("best")) == (3, 1)
+
+
+def test_without_any_metrics_the_best_is_the_latest(store):
+    for step in (1, 2):
+        store.save(state_of(step), meta_of(step))
+    store._manager.wait_until_finished()
+    assert store.steps() == [2]
+    assert store.pick("best") == 2
+
+
+@pytest.mark.parametrize("which", ["7", "latest", "-1", "", "1.0", "²"])
+def test_a_checkpoint_that_is_not_there_is_a_mistake(which, store):
+    store.save(state_of(1), meta_of(1))
+    store._manager.wait_until_finished()
+    with pytest.raises(UserError, match="last, best or one of 1"):
+        store.pick(which)
+
+
+def test_no_checkpoint_at_all_is_a_mistake(store):
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        store.pick("last")
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint_and_is_cleaned_away(store):
+    """What a killed process leaves: Orbax writes into a folder of another name and renames it at the end."""
+    store.save(state_of(1), meta_of(1), metrics=judged(5))
+    store.close()
+    half = store.folder / "2.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    (half / "state" / "part").write_bytes(b"\0" * 100)
+    reader = store.again(read_only=True)
+    assert (reader.steps(), reader.pick("last")) == ([1], 1)
+    assert half.is_dir()  # a reader, beside a run that goes on, removes nothing
+    writer = store.again()
+    assert writer.steps() == [1]
+    writer.save(state_of(2), meta_of(2), metrics=judged(4))
+    writer.close()  # the cleaning is done in the background
+    assert not half.exists()
+    assert store.again(read_only=True).pick("last") == 2
+
+
+def test_a_reader_creates_nothing(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    reader = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert reader.steps() == []
+    reader.close()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_another_networks_target_is_refused_by_name(store):
+    store.save(state_of(1), meta_of(1))
+    store._manager.wait_until_finished()
+    other = state_of(1)
+    other.params["head"]["kernel"] = jnp.zeros(3)
+    with pytest.raises(UserError, match="another network"):
+        store.restore(1, other)
+
+
+def test_altered_arrays_are_noticed(store):
+    """A byte that flips on a disk must not become another classifier with the old one's name."""
+    state = state_of(1)
+    store.save(state, meta_of(1))
+    store.close()
+    files = [p for p in (store.folder / "1" / "state").rglob("*") if p.is_file()]  # the store keeps copies
+    kernel = np.asarray(state.params["backbone"]["conv"]["kernel"]).tobytes()[40:80]
+    hit = [p for p in files if kernel in p.read_bytes()]
+    if not hit:
+        pytest.skip("these arrays were compressed, and altering them breaks the decompression")
+    for path in hit:
+        content = bytearray(path.read_bytes())
+        content[content.index(kernel)] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="can't be used"):
+        store.again(read_only=True).restore(1, jax.eval_shape(lambda: state_of(0)))
+
+
+def test_badness_orders_by_errors_then_loss():
+    order = [(0, 0.0), (0, 1.0), (0, 1e6), (0, float("inf")), (1, 0.1), (1, 5.0), (2, 0.0), (1000, 0.1), (1000, 0.2)]
+    found = [badness(judged(e, loss)) for e, loss in order]
+    assert found == sorted(found)
+    assert badness(judged(0, 1e6)) < badness(judged(1, 0.1))
