@@ -1,7 +1,15 @@
 """Image classifiers by transfer learning, in JAX: a folder of pictures in, an honestly measured classifier out."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxcats import models
+    from jaxcats.config import Config, Phase
+    from jaxcats.core.state import TrainState
+    from jaxcats.core.step import make_eval_step, make_train_step
+    from jaxcats.data.preprocess import Preprocess, evaluation_pixels
+    from jaxcats.errors import UserError
 
 __version__ = "0.1.0"
 
