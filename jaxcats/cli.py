@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import importlib
 import re
 import sys
@@ -29,8 +30,15 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     except RunError as e:
         print(f"stopped: {one_line(e)}", file=sys.stderr)
         return 1
+    except OSError as e:  # a folder that may not be read, a full disk: the system's own words
+        place = f"{one_line(e.filename)}: " if e.filename else ""
+        print(f"error: {place}{e.strerror or one_line(e)}", file=sys.stderr)
+        return 1 if e.errno == errno.ENOSPC else 2
     except KeyboardInterrupt:
-        print("stopped by the keyboard; --resume goes on from the last checkpoint.", file=sys.stderr)
+        print(
+            "stopped by the keyboard; `train --resume --workdir FOLDER` goes on from its last checkpoint.",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -119,13 +127,14 @@ def _check_flags(argv: Sequence[str], phases: Sequence[str], own: Sequence[str])
 
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:
-    """The value of --NAME VALUE or --NAME=VALUE, before anything is parsed; None when it isn't there."""
+    """The value of --NAME VALUE or --NAME=VALUE, before anything is parsed; the last of several; None when it isn't there."""
+    value = None
     for i, word in enumerate(argv):
         if word == f"--{name}" and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(f"--{name}="):
-            return word.partition("=")[2]
-    return None
+            value = argv[i + 1]
+        elif word.startswith(f"--{name}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def parse(argv: Sequence[str], *, prog: str, description: str, options: Mapping[str, Any] | None = None):
@@ -143,7 +152,7 @@ def parse(argv: Sequence[str], *, prog: str, description: str, options: Mapping[
     Raises:
         UserError: unknown key, wrong type, bad choice, unreadable file.
     """
-    from jsonargparse import ArgumentError
+    from jsonargparse import ArgumentError, Namespace
 
     parser = make_parser(prog, description + "\n\n" + _phase_help())
     parser.add_argument("--config", type=str, help="YAML file; only what differs from the defaults")
@@ -163,6 +172,10 @@ def parse(argv: Sequence[str], *, prog: str, description: str, options: Mapping[
     _check_flags(words, list(tree["phases"]), ["config", "help", *(options or {})])
     parser.add_class_arguments(Config, skip={"phases"})
     for name in tree["phases"]:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(Namespace, name):
+            raise UserError(
+                f"phases: '{name}' can't be a name; expected letters, digits and _, and not a word like 'items'."
+            )
         parser.add_class_arguments(Phase, f"phases.{name}")
     try:
         space = parser.parse_object(tree, defaults=True)

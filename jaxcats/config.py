@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +71,7 @@ class Phase:
         weight_decay: never applied to biases and BatchNorm; decoupled for adamw, added to the gradient otherwise.
         schedule: course of the learning rate over the phase.
         batch_size: pictures per step.
-        bn: frozen: the backbone's BatchNorms run on their stored averages; train: on the batch's, and update them.
+        bn: frozen: the backbone's BatchNorms run on their stored averages; train: all of them, those of frozen layers too, run on the batch's statistics and update the averages.
         augment: none; flip (left-right); crop (random crop); side_on (crop and flip). Not with precompute.
         driver: stream: batches decoded on the fly; scan: everything resident on the device; auto: scan with precompute.
     """
@@ -93,7 +92,7 @@ class Phase:
     @property
     def lrs(self) -> tuple[float, ...]:
         """One learning rate per layer group."""
-        return self.lr if isinstance(self.lr, tuple) else (self.lr,) * GROUPS
+        return tuple(self.lr) if isinstance(self.lr, (tuple, list)) else (self.lr,) * GROUPS
 
 
 @dataclass(frozen=True)
@@ -186,13 +185,15 @@ def _check_tree(tree: Any, cls: type, where: str, prefix: str = "") -> None:
         if kind is None:
             names = list(value) if key == "phases" and isinstance(value, Mapping) else ["head"]
             raise unknown_key(f"{prefix}{key}", where, [k for k in known_keys(cls, prefix, names) if k])
-        if dataclasses.is_dataclass(kind) and value is not None:
-            _check_tree(value, typing.cast(type, kind), where, f"{prefix}{key}.")
+        if dataclasses.is_dataclass(kind):
+            _check_tree({} if value is None else value, typing.cast(type, kind), where, f"{prefix}{key}.")
         elif prefix + key == "phases":
             if not isinstance(value, Mapping) or not value:
                 raise UserError(f"{where}: 'phases' must map at least one name to its settings, not {value!r}.")
             for phase, settings in value.items():
-                _check_tree(settings or {}, Phase, where, f"phases.{phase}.")
+                _check_tree({} if settings is None else settings, Phase, where, f"phases.{phase}.")
+        elif value is None and type(None) not in typing.get_args(kind):
+            raise UserError(f"{where}: '{prefix}{key}' is empty; give it a value or remove the line.")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         line = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"--config {path}: not valid YAML{line} ({getattr(e, 'problem', None) or e}).") from None
     _check_tree(tree, Config, str(path))
-    return tree
+    return {key: value for key, value in tree.items() if value is not None}
 
 
 def validate(config: Config) -> Config:
@@ -232,7 +233,6 @@ def validate(config: Config) -> Config:
     need(0 <= config.seed < 2**31, "seed", config.seed, "0 to 2147483647")
     for name, p in config.phases.items():
         key = f"phases.{name}"
-        need(bool(re.fullmatch(r"\w[\w-]*", name)), "phases", name, "a name of letters, digits, _ and -")
         need(len(p.lrs) == GROUPS, f"{key}.lr", p.lr, "one number, or three: early layers, late layers, head")
         need(all(math.isfinite(x) and x >= 0 for x in p.lrs) and max(p.lrs) > 0, f"{key}.lr", p.lr, "a number above 0")
         need(p.epochs >= 1, f"{key}.epochs", p.epochs, "at least 1")
@@ -286,8 +286,7 @@ def flat(config: Config) -> dict[str, Any]:
     return walk(to_tree(config), "")
 
 
-def training_changes(old: Config, new: Config) -> list[str]:
-    """What differs between two Configs in fields that decide the result: 'key: old -> new' each, in order of the keys."""
-    a, b = flat(old), flat(new)
-    keys = [k for k in dict.fromkeys([*a, *b]) if k not in RESUMABLE and a.get(k) != b.get(k)]
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys]
+def training_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two `flat` Configs in fields that decide the result: 'key: old -> new' each."""
+    keys = [k for k in dict.fromkeys([*old, *new]) if k not in RESUMABLE and old.get(k) != new.get(k)]
+    return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys]

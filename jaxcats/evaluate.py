@@ -14,19 +14,24 @@ import numpy as np
 
 from jaxcats.cli import from_file, make_parser, one_line, parse_own, run_command
 from jaxcats.config import Config
-from jaxcats.errors import UserError
+from jaxcats.errors import RunError, UserError
 from jaxcats.results import metrics
 from jaxcats.storage.atomic import write_json, write_text
 
 BEST_EPOCH = ["choosing the best epoch"]
 CHOSE = "also chose the best epoch, so the number flatters"
 OPTIONS = {
-    "run": {"required": True, "help": "run folder that train wrote"},
+    "run": {"type": str, "required": True, "help": "run folder that train wrote"},
     "data": {
-        "help": "another folder: class folders, or pictures without labels (default: the run's validation pictures)"
+        "type": str,
+        "help": "another folder: class folders, or pictures without labels (default: the run's validation pictures)",
     },
-    "checkpoint": {"help": "last, best or a step (default: what the run's config says)"},
-    "out": {"help": "where the results go (default: the run folder, or a folder in its evaluations/ with --data)"},
+    "checkpoint": {"type": str, "help": "last, best or a step (default: what the run's config says)"},
+    "unlabelled": {"action": "store_true", "help": "the folders in --data are no classes: predictions only"},
+    "out": {
+        "type": str,
+        "help": "where the results go (default: the run folder, or a folder in its evaluations/ with --data)",
+    },
 }
 DESCRIPTION = "Judges a trained run: every picture counts once. Writes predictions.csv and metrics.json."
 
@@ -88,6 +93,7 @@ class Run:
     state: Any
     precomputed: bool
     checkpoint: dict[str, Any]
+    fingerprint: str
 
     def logits(self, split: Any) -> np.ndarray:
         """Logits [N, C] of a split; through the feature cache where the run's last phase used it."""
@@ -102,7 +108,12 @@ class Run:
             feats = backbone_features(
                 self.model, split, params=params, batch_stats=stats, cache_dir=cache, **how
             ).features
-        return Evaluator(self.model, split, feats=feats, **how)(params, stats)
+        found = Evaluator(self.model, split, feats=feats, **how)(params, stats)
+        if not np.isfinite(found).all():
+            raise RunError(
+                f"{self.folder}: the network's answers are not numbers; train again with a lower learning rate."
+            )
+        return found
 
 
 def load_run(run: Path, which: str | None = None) -> Run:
@@ -134,16 +145,19 @@ def load_run(run: Path, which: str | None = None) -> Run:
         raise UserError(
             f"{run}/config.yaml: has no phase '{meta['phase']}', which the checkpoint at step {step} is of."
         )
+    job.check_config(config, meta)
     phase = config.phases[meta["phase"]]
-    model, preprocess = job.create_model(config, len(meta["classes"]))
+    model, preprocess = job.create_model(config, len(meta["classes"]), dtype=meta["dtype"])
     plan = job.Plan(0, meta["phase"], phase, 0, 0, 1)
     state = checkpoints.restore(step, job.abstract_state(model, plan))
     checkpoints.close()
     facts = {"use": use, "step": step, "valid_used_for": BEST_EPOCH if use == "best" else []}
-    return Run(run, config, model, preprocess, tuple(meta["classes"]), state, phase.precompute, facts)
+    return Run(
+        run, config, model, preprocess, tuple(meta["classes"]), state, phase.precompute, facts, meta["fingerprint"]
+    )
 
 
-def find_pictures(run: Run, folder: str | None) -> tuple[Any, Any]:
+def find_pictures(run: Run, folder: str | None, *, unlabelled: bool = False) -> tuple[Any, Any]:
     """(split, bad files): the run's own validation pictures, or a labelled or unlabelled folder."""
     from jaxcats import job
     from jaxcats.data import index
@@ -160,10 +174,16 @@ def find_pictures(run: Run, folder: str | None) -> tuple[Any, Any]:
         if found.classes != run.classes:
             theirs, ours = ", ".join(found.classes), ", ".join(run.classes)
             raise UserError(f"{d.root}: has the classes {theirs}; the run was trained on {ours}.")
+        if job.fingerprint(found) != run.fingerprint:
+            raise UserError(
+                f"{d.root}: the pictures have changed since this run was trained, so these are not its validation pictures. "
+                f"Give the folder to judge with --data."
+            )
         return found.splits["valid"], [b for b in found.bad if not b.path.startswith("train/")]
-    if any(p.is_dir() and not p.name.startswith(".") for p in Path(folder).glob("*")):
-        return index.scan_labelled(folder, classes=run.classes, **options)
-    return index.scan_unlabelled(folder, **options)
+    top = Path(folder).expanduser()
+    if not unlabelled and any(p.is_dir() and not p.name.startswith(".") for p in top.glob("*")):
+        return index.scan_labelled(top, classes=run.classes, **options)
+    return index.scan_unlabelled(top, **options)
 
 
 def results_folder(run: Path, data: str | None, out: str | None) -> Path:
@@ -186,11 +206,11 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     parser = make_parser("python -m jaxcats.evaluate", DESCRIPTION)
     for name, kwargs in OPTIONS.items():
-        parser.add_argument(f"--{name}", type=str, **kwargs)
+        parser.add_argument(f"--{name}", **kwargs)
     options = parse_own(parser, argv)
     run = load_run(Path(options.run), options.checkpoint)
     loaded = time.perf_counter()
-    split, bad = find_pictures(run, options.data)
+    split, bad = find_pictures(run, options.data, unlabelled=options.unlabelled)
     for line in skipped(bad):
         print(line)
     indexed = time.perf_counter()
@@ -205,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
     facts |= {"seconds": before.get("seconds", {}) | {"evaluation": seconds} if before else seconds}
     chose = CHOSE if run.checkpoint["valid_used_for"] and not options.data else ""
     write_results(folder, split, classes=run.classes, logits=logits, facts={**before, **facts}, chose=chose)
-    print(f"Written: {folder}/predictions.csv, metrics.json")
+    print(f"Written: {folder}/predictions.csv" + (", metrics.json" if (split.labels >= 0).all() else ""))
 
 
 if __name__ == "__main__":

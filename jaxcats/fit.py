@@ -1,9 +1,9 @@
 """The one place that runs phases: precompute, driver, checkpoints, resumption, logging."""
 
-import hashlib
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxcats.config import to_yaml
+from jaxcats.config import flat
 from jaxcats.core.scan import epoch_order
 from jaxcats.errors import RunError, UserError
 from jaxcats.inputs import Evaluator, decoding, make_driver, precompute
-from jaxcats.job import Plan, Setup, abstract_state, make_phase, plans, schedules
+from jaxcats.job import Plan, Setup, abstract_state, check_config, fingerprint, make_phase, plans, schedules
 from jaxcats.results import metrics
 from jaxcats.storage.checkpoint import Checkpoints
 from jaxcats.storage.log import RunLog
@@ -81,16 +81,18 @@ def resume_point(setup: Setup, checkpoints: Checkpoints) -> tuple[Progress, Any]
     if not steps:
         return None
     meta = checkpoints.meta(steps[-1])
-    if meta["fingerprint"] != setup.fingerprint:
+    check_config(setup.config, meta)
+    if meta["fingerprint"] != fingerprint(setup.index):
         raise UserError(
             f"{setup.config.data.root}: the pictures have changed since this run was started; a resumed run would "
             f"not be the same. Restore the folder, or train into a new --workdir."
         )
-    progress = Progress(**meta["progress"])
-    if meta["phase"] != plans(setup)[progress.plan].name:
+    if meta["dtype"] != setup.model.dtype:
         raise UserError(
-            f"config.yaml: has no phase '{meta['phase']}' where the checkpoint at step {steps[-1]} is of it."
+            f"precision: this run was computed in {meta['dtype']}, this machine would go on in {setup.model.dtype}; add "
+            f"--precision {meta['dtype']} to a new run, or resume on the kind of device it began on."
         )
+    progress = Progress(**meta["progress"])
     target = abstract_state(setup.model, plans(setup)[progress.plan])
     return progress, checkpoints.restore(steps[-1], target)
 
@@ -98,8 +100,11 @@ def resume_point(setup: Setup, checkpoints: Checkpoints) -> tuple[Progress, Any]
 class Trainer:
     """Runs the phases of one run folder."""
 
-    def __init__(self, setup: Setup, workdir: Path, *, say: Callable[[str], None] = print):
-        self.setup, self.workdir, self.say = setup, workdir, say
+    def __init__(
+        self, setup: Setup, workdir: Path, *, facts: Mapping[str, Any] | None = None, say: Callable[[str], None] = print
+    ):
+        """`facts` (versions and the like) are saved with each checkpoint; `say` prints."""
+        self.setup, self.workdir, self.facts, self.say = setup, workdir, facts or {}, say
         self.checkpoints = Checkpoints(workdir / "checkpoints")
         self.seconds: dict[str, float] = {}
 
@@ -149,9 +154,12 @@ class Trainer:
     def __exit__(self, *exc: Any) -> None:
         self.close()
 
-    def clock(self, plan: Plan | None, what: str):
+    @contextlib.contextmanager
+    def clock(self, plan: Plan | None, what: str) -> Iterator[None]:
         """Adds the time of a `with` block to `seconds`."""
-        return Clock(self.seconds, f"{plan.name}.{what}" if plan else what)
+        name, start = f"{plan.name}.{what}" if plan else what, time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run_phase(self, plan: Plan, progress: Progress, state: Any, start: tuple[Any, Any], feats: Any) -> Any:
         """One phase, from where `progress` says; the state at its end."""
@@ -161,7 +169,8 @@ class Trainer:
         state = create(*start) if state is None else state
         if progress.epoch >= last_epoch:
             return state
-        drive = make_driver(self.setup, plan, step, feats["train"] if feats else None)
+        with self.clock(plan, "prepare"):
+            drive = make_driver(self.setup, plan, step, feats["train"] if feats else None)
         evaluate = Evaluator(
             self.setup.model,
             self.setup.index.splits["valid"],
@@ -215,8 +224,8 @@ class Trainer:
         bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
             raise RunError(
-                f"phase '{plan.name}': the loss is {losses[bad[0]]} at step {at + bad[0]} (steps {at} to "
-                f"{at + len(losses) - 1} were run together). Try a lower phases.{plan.name}.lr (now "
+                f"phase '{plan.name}': the loss is {losses[bad[0]]} at step {at + bad[0] + 1} (steps {at + 1} to "
+                f"{at + len(losses)} were run together). Try a lower phases.{plan.name}.lr (now "
                 f"{plan.phase.lr}), or precision: float32."
             )
         rows = []
@@ -261,28 +270,22 @@ class Trainer:
                 self.save(plan, progress, state, judged)
 
     def save(self, plan: Plan, progress: Progress, state: Any, judged: dict[str, float] | None = None) -> None:
-        """Starts a checkpoint."""
+        """Starts a checkpoint; RunError instead of one whose weights are not numbers."""
+        leaves = jax.tree.leaves((state.params, state.batch_stats))
+        if not all(bool(jax.numpy.isfinite(x).all()) for x in leaves):
+            raise RunError(
+                f"phase '{plan.name}': the weights are no longer numbers at step {progress.step}. Try a lower "
+                f"phases.{plan.name}.lr (now {plan.phase.lr})."
+            )
         meta = {
+            **self.facts,
             "step": progress.step,
+            "epoch": progress.epoch,
             "phase": plan.name,
             "progress": vars(progress).copy(),
-            "seed": self.setup.config.seed,
             "classes": list(self.setup.index.classes),
-            "config_hash": hashlib.sha256(to_yaml(self.setup.config).encode()).hexdigest(),
-            "fingerprint": self.setup.fingerprint,
+            "config": flat(self.setup.config),
+            "dtype": self.setup.model.dtype,
+            "fingerprint": fingerprint(self.setup.index),
         }
         self.checkpoints.save(state, meta, metrics=judged)
-
-
-class Clock:
-    """Adds the seconds of a `with` block to an entry of a dict."""
-
-    def __init__(self, seconds: dict[str, float], name: str):
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> "Clock":
-        self.start = time.perf_counter()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start

@@ -1,5 +1,6 @@
 """What feeds a phase: features or pictures, as batches or resident on the device; the drivers; exact evaluation."""
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import PIL
 from tqdm import tqdm
 
 from jaxcats import models
@@ -70,6 +72,9 @@ def backbone_features(
                 yield _unmask(*pending)
 
     weights = tree_hash({"params": only[0], "batch_stats": only[1]})
+    # The lowered program stands for the network's code, its arithmetic and the batch size, which changes the last bits.
+    shape = jax.ShapeDtypeStruct((batch_size, preprocess.size, preprocess.size, 3), np.uint8)
+    program = hashlib.sha256(run.lower(*only, shape).as_text().encode()).hexdigest()
     facts = {
         "backbone": model.name,
         "head": model.head,
@@ -77,6 +82,8 @@ def backbone_features(
         "weights": weights,
         "preprocess": preprocess.to_dict(),
         "transform": TRANSFORM_VERSION,
+        "pillow": PIL.__version__,
+        "program": program,
         "platform": jax.default_backend(),
     }
     got = features.cached_features(

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 from jaxcats import models
-from jaxcats.config import Config, Phase
+from jaxcats.config import Config, Phase, flat, training_changes
 from jaxcats.core import optim
 from jaxcats.core import state as states
 from jaxcats.core.step import make_train_step, normalise
@@ -32,14 +32,24 @@ class Setup:
     preprocess: Preprocess
     cache: Path
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the pictures, their labels and the split: what a resumed run must find unchanged."""
-        digest = hashlib.sha256()
-        for name, split in sorted(self.index.splits.items()):
-            for h, label in sorted(zip(split.hashes, split.labels.tolist(), strict=True)):
-                digest.update(f"{name} {label} {h}\n".encode())
-        return digest.hexdigest()
+
+def fingerprint(index: FolderIndex) -> str:
+    """Hash of the pictures in their order, their labels and the split: what a resumed run must find unchanged."""
+    digest = hashlib.sha256()
+    for name, split in sorted(index.splits.items()):
+        for h, label in zip(split.hashes, split.labels.tolist(), strict=True):
+            digest.update(f"{name} {label} {h}\n".encode())
+    return digest.hexdigest()
+
+
+def check_config(config: Config, meta: dict[str, Any]) -> None:
+    """UserError where a Config differs, in what decides the result, from the one a checkpoint was saved under."""
+    changed = training_changes(meta["config"], flat(config))
+    if changed:
+        raise UserError(
+            f"config.yaml: not what the checkpoint at step {meta['step']} was trained with ({'; '.join(changed)}). "
+            f"Put it back, or train into another --workdir."
+        )
 
 
 @dataclass(frozen=True)
@@ -73,12 +83,12 @@ def start_jax(config: Config) -> Path:
     return cache
 
 
-def create_model(config: Config, num_classes: int) -> tuple[models.Model, Preprocess]:
-    """The model of a Config and the Preprocess that its pictures go through."""
-    precision = config.precision
-    if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model = models.create(config.model.backbone, num_classes, head=config.model.head, dtype=precision)
+def create_model(config: Config, num_classes: int, *, dtype: str | None = None) -> tuple[models.Model, Preprocess]:
+    """The model of a Config and the Preprocess that its pictures go through; `dtype` is a run's own, where it has begun."""
+    if dtype is None:
+        auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = auto if config.precision == "auto" else config.precision
+    model = models.create(config.model.backbone, num_classes, head=config.model.head, dtype=cast(models.Dtype, dtype))
     size = config.data.size or model.preprocess.size
     return model, dataclasses.replace(model.preprocess, size=size, policy=config.data.policy)
 
@@ -87,6 +97,7 @@ def setup(config: Config) -> Setup:
     """Indexes the pictures and creates the model; no weights yet."""
     cache = start_jax(config)
     d = config.data
+    create_model(config, 2)  # a backbone's name that doesn't exist is said before any picture is read
     index = scan_folder(
         d.root,
         valid_fraction=d.valid_fraction,
@@ -98,11 +109,8 @@ def setup(config: Config) -> Setup:
         workers=d.workers,
     )
     model, preprocess = create_model(config, len(index.classes))
-    for name, phase in config.phases.items():
-        if len(index.splits["train"]) < 2:
-            raise UserError(
-                f"{d.root}: phase '{name}' needs at least two training pictures (batch {phase.batch_size})."
-            )
+    if len(index.splits["train"]) < 2:
+        raise UserError(f"{d.root}: has one training picture; training needs two at least.")
     return Setup(config, index, model, preprocess, cache)
 
 

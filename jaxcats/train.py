@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcats.cli import flag_value, from_file, parse, run_command
-from jaxcats.config import Config, to_yaml, training_changes
+from jaxcats.config import Config, flat, to_yaml, training_changes
 from jaxcats.errors import UserError
 from jaxcats.evaluate import BEST_EPOCH, CHOSE, skipped, write_results
 from jaxcats.storage.atomic import write_json, write_text
@@ -59,7 +59,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
             f"--workdir {folder}: there is a run in it already. Add --resume to go on with it, or name another folder."
         )
     if begun:
-        changed = training_changes(from_file(saved), config)
+        changed = training_changes(flat(from_file(saved)), flat(config))
         if changed:
             raise UserError(
                 f"--resume: the run in {folder} was started with other settings ({'; '.join(changed)}). "
@@ -98,16 +98,17 @@ def describe(setup: Any) -> str:
 
 def train(config: Config, workdir: Path, *, started: float) -> None:
     """Runs everything that a Config says, into a run folder."""
-    imports = time.perf_counter()
+    import jax
+
     from jaxcats import job
     from jaxcats.fit import Trainer
     from jaxcats.inputs import Evaluator, decoding
 
-    seconds = {"imports": time.perf_counter() - imports + (imports - started)}
+    seconds = {"imports": time.perf_counter() - started}
     at = time.perf_counter()
     setup = job.setup(config)
     seconds["index"] = time.perf_counter() - at
-    facts = {"versions": versions(), "fingerprint": setup.fingerprint}
+    facts = {"versions": versions(), "fingerprint": job.fingerprint(setup.index), "backend": jax.default_backend()}
     write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
     print(f"Run folder: {workdir}\n{describe(setup)}")
 
@@ -118,7 +119,7 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
         seconds["weights"] = time.perf_counter() - before
         return params, stats
 
-    with Trainer(setup, workdir) as trainer:
+    with Trainer(setup, workdir, facts=facts) as trainer:
         fitted = trainer.run(initial)
     at = time.perf_counter()
     judge = Evaluator(setup.model, setup.index.splits["valid"], feats=fitted.valid_features, **decoding(setup))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from jaxcats.cli import from_file, parse
-from jaxcats.config import Config, to_yaml, training_changes
+from jaxcats.config import Config, flat, to_yaml, training_changes
 from jaxcats.errors import UserError
 
 FILE = """
@@ -100,7 +100,7 @@ def test_a_slip_in_the_file_likewise(tmp_path, text, words):
 
 def test_changes_that_matter_are_named_and_others_pass(file):
     old = read("--config", file)
-    assert training_changes(old, dataclasses.replace(old, cache_dir="elsewhere")) == []
-    assert training_changes(old, read("--config", file, "--phases.all.lr", "0.1")) == [
+    assert training_changes(flat(old), flat(dataclasses.replace(old, cache_dir="elsewhere"))) == []
+    assert training_changes(flat(old), flat(read("--config", file, "--phases.all.lr", "0.1"))) == [
         "phases.all.lr: [0.0001, 0.001, 0.01] -> 0.1"
     ]

@@ -16,6 +16,7 @@ import PIL
 from tqdm import tqdm
 
 from jaxcats.data.preprocess import PictureError, bad_reason, exif_orientation, open_picture, upright
+from jaxcats.errors import UserError
 from jaxcats.storage.atomic import write_json
 
 # HEIC is listed so that a folder of them is answered with a reason (Pillow reads it with a plug-in only).
@@ -61,7 +62,11 @@ def list_pictures(folder: Path, root: Path) -> list[str]:
     A folder that is reached twice (through links) is entered once, so that loops end.
     """
     found, seen = [], set()
-    for here, folders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: this folder can't be read ({error.strerror}); allow it, or move it away")
+
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         status = os.stat(here)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -142,7 +147,14 @@ def examine(
         pool = ThreadPoolExecutor(workers or os.cpu_count())
         try:
             looks = pool.map(look_at, [root / path for path in todo])
-            bar = tqdm(looks, total=len(todo), desc="checking pictures", unit="file", disable=not progress, delay=1.0)
+            bar = tqdm(
+                looks,
+                total=len(todo),
+                desc="checking pictures",
+                unit="file",
+                disable=None if progress else True,
+                delay=1.0,
+            )
             records.update(zip(todo, bar, strict=True))
         finally:
             pool.shutdown(cancel_futures=True)  # so that Ctrl-C doesn't wait for the rest

@@ -188,9 +188,13 @@ def _init(module: nn.Module, input_shape: tuple[int, ...], key: jax.Array) -> tu
     return variables["params"], variables.get("batch_stats", {})
 
 
-@cache
 def shapes(model: Model) -> tuple[Tree, Tree]:
     """The shapes of (params, batch_stats), as jax.ShapeDtypeStructs; costs no memory."""
+    return _shapes(model, registry.get(model.name))
+
+
+@cache
+def _shapes(model: Model, backbone: Backbone) -> tuple[Tree, Tree]:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 

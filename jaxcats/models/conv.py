@@ -30,15 +30,25 @@ def conv2d(images: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Pa
     def xla(images, kernel):
         groups = channels if depthwise else 1
         return lax.conv_general_dilated(
-            images, kernel, (stride, stride), pads, dimension_numbers=DIMENSIONS, feature_group_count=groups
+            images,
+            kernel,
+            (stride, stride),
+            pads,
+            dimension_numbers=DIMENSIONS,
+            feature_group_count=groups,
+            precision=precision,
         )
 
     def shifted(images, kernel):
         return _shifted_depthwise(images, kernel, stride=stride, pads=pads)
 
+    # Half-size floats are asked for by dtype; float32 must not become TF32 on a GPU behind the user's back.
+    precision = lax.Precision.HIGHEST if images.dtype == jnp.float32 else None
     if window == 1 and not any(any(p) for p in pads):
         # A matrix product is up to six times faster than XLA's 1x1 convolution on CPU, and its gradients are products too.
-        return lax.dot_general(images[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ())))
+        return lax.dot_general(
+            images[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ())), precision=precision
+        )
     if not depthwise:
         return xla(images, kernel)
     # XLA's grouped convolution on CPU is 10 to 38 times slower than shifting, multiplying and adding.

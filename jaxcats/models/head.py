@@ -36,7 +36,7 @@ class LessonHead(nn.Module):
         for number, (units, rate) in enumerate(((512, 0.25), (self.num_classes, 0.5)), start=1):
             norm = batch_norm(train=train, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, name=f"bn{number}")
             x = nn.Dropout(rate, deterministic=not train)(norm(x))
-            x = nn.Dense(units, kernel_init=_kaiming, name=f"dense{number}")(x)
+            x = nn.Dense(units, precision="highest", kernel_init=_kaiming, name=f"dense{number}")(x)
             x = nn.relu(x) if number == 1 else x
         return x
 
@@ -51,4 +51,4 @@ class LinearHead(nn.Module):
     def __call__(self, features, *, train: bool):
         init = _uniform(features.shape[-1])
         x = nn.Dropout(self.dropout, deterministic=not train)(features)
-        return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="dense")(x)
+        return nn.Dense(self.num_classes, precision="highest", kernel_init=init, bias_init=init, name="dense")(x)

@@ -112,7 +112,10 @@ def _from_package(place: str, *, backbone: str) -> Path:
     module, _, file = place.partition("/")
     if not module or not file or "." in module:
         raise UserError(f"weights package:{place}: expected package:MODULE/PATH/IN/IT, as in package:my_weights/a.pth")
-    spec = importlib.util.find_spec(module)  # does not run a top-level package
+    try:
+        spec = importlib.util.find_spec(module)  # does not run a top-level package
+    except ValueError:
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"the weights of {backbone} are in the Python package {module}, which is not installed here: "
@@ -140,6 +143,8 @@ def _from_hub(place: str) -> Path:
         return Path(hub.hf_hub_download(repo, file, local_files_only=True))
     except errors.LocalEntryNotFoundError:
         pass
+    except errors.HFValidationError as e:
+        raise UserError(f"weights hf:{place}: not a repository's name ({str(e).splitlines()[0]})") from None
     try:
         # hf_hub_download alone tries six times, a minute each, before it says that there is no network.
         hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=HUB_SECONDS)

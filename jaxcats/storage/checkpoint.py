@@ -90,8 +90,10 @@ class Checkpoints:
         return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
 
     def restore(self, step: int, target: Any) -> Any:
-        """The state saved at `step`, with the structure, shapes and placement of `target`; verified against its hash."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+        """The state saved at `step`, with the structure and shapes of `target`, on the first device; verified by its hash."""
+        # Without a placement Orbax wants the devices that saved it.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
         state = self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
         if tree_hash(state) != self._meta(step)["arrays"]:
             raise self._damaged(step, "its arrays are not those that were saved")

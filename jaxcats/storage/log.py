@@ -22,7 +22,7 @@ class RunLog:
         kept = self.rows(path, resume_step) if resume_step is not None else []
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = path.open("a", encoding="utf-8")
-        purge = None if resume_step is None else resume_step + 1
+        purge = 0 if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     @staticmethod
@@ -35,7 +35,7 @@ class RunLog:
                     row = json.loads(line)
                 except json.JSONDecodeError:
                     continue
-                if row["step"] <= last_step:
+                if isinstance(row, dict) and row.get("step", last_step + 1) <= last_step:
                     found.append(row)
         return found
 
