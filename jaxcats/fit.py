@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from jaxcats.config import flat
 from jaxcats.core.scan import epoch_order
+from jaxcats.core.state import copy
 from jaxcats.errors import RunError, UserError
 from jaxcats.inputs import Evaluator, decoding, make_driver, precompute
 from jaxcats.job import Plan, Setup, abstract_state, check_config, fingerprint, make_phase, plans, schedules
@@ -178,7 +179,7 @@ class Trainer:
             **decoding(self.setup),
         )
         # Donation deletes what the caller may still hold, so the driver gets a copy.
-        state = jax.tree.map(jax.numpy.copy, state)
+        state = copy(state)
         while progress.epoch < last_epoch:
             order = epoch_order(n, batch_size=phase.batch_size, seed=self.setup.config.seed, epoch=progress.epoch)
             before = time.perf_counter()
@@ -272,7 +273,7 @@ class Trainer:
     def save(self, plan: Plan, progress: Progress, state: Any, judged: dict[str, float] | None = None) -> None:
         """Starts a checkpoint; RunError instead of one whose weights are not numbers."""
         leaves = jax.tree.leaves((state.params, state.batch_stats))
-        if not all(bool(jax.numpy.isfinite(x).all()) for x in leaves):
+        if not all(np.isfinite(x).all() for x in jax.device_get(leaves)):
             raise RunError(
                 f"phase '{plan.name}': the weights are no longer numbers at step {progress.step}. Try a lower "
                 f"phases.{plan.name}.lr (now {plan.phase.lr})."

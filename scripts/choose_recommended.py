@@ -13,11 +13,11 @@ import hashlib
 import json
 from collections import deque
 
-import jax
 import numpy as np
 
 from jaxcats.config import Config, DataConfig, ModelConfig, Phase
 from jaxcats.core.scan import epoch_order
+from jaxcats.core.state import copy
 from jaxcats.data.index import FolderIndex, Split
 from jaxcats.inputs import Evaluator, backbone_features, decoding, make_driver
 from jaxcats.job import Setup, create_model, initial_params, make_phase, plans, setup
@@ -83,7 +83,7 @@ def train_and_judge(whole: Setup, feats: np.ndarray, start, *, held: np.ndarray)
     (plan,) = plans(one)
     step, create = make_phase(one, plan)
     state, drive = create(*start), make_driver(one, plan, step, feats[parts["train"]])
-    state = jax.tree.map(jax.numpy.copy, state)
+    state = copy(state)
     for epoch in range(plan.phase.epochs):
         order = epoch_order(len(parts["train"]), batch_size=plan.phase.batch_size, seed=one.config.seed, epoch=epoch)
         state = deque(drive(state, order, epoch), maxlen=1)[0][0]

@@ -45,6 +45,12 @@ def create(params: Tree, batch_stats: Tree, tx, *, trainable: Tree, step: int = 
     return TrainState(jnp.asarray(step, jnp.int32), params, batch_stats, tx.init(select(params, trainable)))
 
 
+@jax.jit
+def copy(tree: Tree) -> Tree:
+    """The same values in buffers of their own, so that the others may be donated; one program for the whole tree."""
+    return jax.tree.map(jnp.copy, tree)
+
+
 def tree_hash(state: Any) -> str:
     """SHA-256 over the names, types, shapes and bytes of the arrays of a tree."""
     digest = hashlib.sha256()

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from jaxcats.core.state import tree_hash
+from jaxcats.core.state import copy, tree_hash
 from jaxcats.errors import UserError
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO and WARNING
@@ -56,9 +55,9 @@ class Checkpoints:
 
     def save(self, state: Any, meta: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
         """Starts saving a TrainState and JSON-able facts; returns when the arrays are copied, so the state may be donated."""
-        copy = jax.tree.map(jnp.copy, state)
+        saved = copy(state)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(copy), meta=ocp.args.JsonSave(dict(meta) | {"arrays": tree_hash(copy)})
+            state=ocp.args.StandardSave(saved), meta=ocp.args.JsonSave(dict(meta) | {"arrays": tree_hash(saved)})
         )
         self._manager.save(int(meta["step"]), args=args, metrics=dict(metrics) if metrics else None, force=True)
 
