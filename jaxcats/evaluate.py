@@ -182,7 +182,10 @@ def find_pictures(run: Run, folder: str | None, *, unlabelled: bool = False) -> 
         return found.splits["valid"], [b for b in found.bad if not b.path.startswith("train/")]
     top = Path(folder).expanduser()
     if not unlabelled and any(p.is_dir() and not p.name.startswith(".") for p in top.glob("*")):
-        return index.scan_labelled(top, classes=run.classes, **options)
+        try:
+            return index.scan_labelled(top, classes=run.classes, **options)
+        except UserError as e:
+            raise UserError(f"{e}. If the folders in it are no classes, add --unlabelled.") from None
     return index.scan_unlabelled(top, **options)
 
 

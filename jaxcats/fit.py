@@ -119,9 +119,9 @@ class Trainer:
         if point:
             where = f"step {progress.step:,} (epoch {progress.epoch})"
             self.say(f"Finished already, at {where}; evaluating again." if finished else f"Resuming at {where}.")
+        params, stats = (state.params, state.batch_stats) if state else initial()
         if not finished:
             self.say(metrics.table_head())
-        params, stats = (state.params, state.batch_stats) if state else initial()
         feats, counts = None, {}
         for plan in plans(self.setup)[progress.plan :]:
             if plan.index != progress.plan:

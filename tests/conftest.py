@@ -5,9 +5,8 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import numpy as np
 import pytest
-from PIL import Image
+from folders import write_pictures
 
 PHOTOS = os.environ.get("JAXCATS_PHOTOS")
 
@@ -33,21 +32,6 @@ def photos() -> Path:
     if not PHOTOS:
         pytest.skip("set JAXCATS_PHOTOS to a folder with train/ and valid/ of real photos to run this test")
     return Path(PHOTOS)
-
-
-def write_pictures(
-    root: Path, *, train: int = 24, valid: int = 10, classes=("cats", "dogs"), size=(48, 40), seed=0
-) -> Path:
-    """A folder of noisy pictures whose mean colour leans by class: learnable, not trivial."""
-    rng = np.random.default_rng(seed)
-    for part, count in (("train", train), ("valid", valid)):
-        for label, name in enumerate(classes):
-            folder = root / part / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for i in range(count // len(classes)):
-                pixels = rng.normal(128, 50, (size[1], size[0], 3)) + np.eye(3)[label % 3] * 25
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{name}.{i}.jpg", quality=90)
-    return root
 
 
 @pytest.fixture

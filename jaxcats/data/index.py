@@ -89,7 +89,6 @@ class _Reader:
     workers: int | None
     progress: bool
     on_bad_file: str
-    min_size: int | None
 
     def read(self, root: Path, paths: Sequence[str]) -> tuple[dict[str, FileRecord], tuple[BadFile, ...], int]:
         """Good records by path, the bad files, and how many were cached."""
@@ -103,13 +102,10 @@ class _Reader:
         )
         good, bad = {}, []
         for path, record in zip(paths, records, strict=True):
-            reason = record.bad
-            if reason is None and self.min_size and min(record.width, record.height) < self.min_size:
-                reason = f"{record.width} x {record.height} pixels, smaller than {self.min_size}"
-            if reason is None:
+            if record.bad is None:
                 good[path] = record
             else:
-                bad.append(BadFile(path, reason))
+                bad.append(BadFile(path, record.bad))
         if bad and self.on_bad_file == "fail":
             more = f", and {len(bad) - 5:,} more" if len(bad) > 5 else ""
             raise UserError(
@@ -135,7 +131,6 @@ def scan(
     rehash: bool = False,
     workers: int | None = None,
     progress: bool = True,
-    min_size: int | None = None,
 ) -> FolderIndex:
     """Index a folder of pictures for training; every file is decoded once, and remembered while it is unchanged.
 
@@ -151,14 +146,13 @@ def scan(
         manifest: JSON file of the split; None puts it in the cache folder, by root, fraction and seed.
         rehash: look at every file again, cached or not.
         workers: decoding threads; None is one per core.
-        min_size: pictures whose shorter side has fewer pixels count as bad.
 
     Raises UserError for a folder that can't be trained on, saying what was looked for and the way out.
     """
     started = time.perf_counter()
     root = existing_folder(root)
     cache_dir = Path(cache_dir) if cache_dir else cache_folder()
-    reader = _Reader(cache_dir, rehash, workers, progress, on_bad_file, min_size)
+    reader = _Reader(cache_dir, rehash, workers, progress, on_bad_file)
     train_top, valid_top = split_folders(root, valid_fraction)
     classes = class_names(train_top)
     if len(classes) == 1:
@@ -193,7 +187,6 @@ def scan_labelled(
     rehash: bool = False,
     workers: int | None = None,
     progress: bool = True,
-    min_size: int | None = None,
 ) -> tuple[Split, tuple[BadFile, ...]]:
     """Index another folder of labelled pictures, to evaluate a trained classifier on it.
 
@@ -203,7 +196,7 @@ def scan_labelled(
     Raises UserError where the class folders aren't exactly `classes`, saying which are missing and which unknown.
     """
     root = existing_folder(folder)
-    reader = _Reader(Path(cache_dir) if cache_dir else None, rehash, workers, progress, on_bad_file, min_size)
+    reader = _Reader(Path(cache_dir) if cache_dir else None, rehash, workers, progress, on_bad_file)
     top = valid_folder(root) or root
     check_classes(top, class_names(top), classes, against="the classifier")
     members = class_files(root, top, classes)
@@ -219,11 +212,10 @@ def scan_unlabelled(
     rehash: bool = False,
     workers: int | None = None,
     progress: bool = True,
-    min_size: int | None = None,
 ) -> tuple[Split, tuple[BadFile, ...]]:
     """Index any folder of pictures, at any depth, to predict on; labels are -1. Arguments as for `scan`."""
     root = existing_folder(folder)
-    reader = _Reader(Path(cache_dir) if cache_dir else None, rehash, workers, progress, on_bad_file, min_size)
+    reader = _Reader(Path(cache_dir) if cache_dir else None, rehash, workers, progress, on_bad_file)
     paths = list_pictures(root, root)
     if not paths:
         raise UserError(f"{root}: no pictures found at any depth; looked for {extensions()}")

@@ -115,21 +115,17 @@ def open_picture(source: "str | os.PathLike[str] | bytes") -> Iterator[Image.Ima
         raise PictureError(bad_reason(error)) from error
 
 
-def open_upright(source: "str | os.PathLike[str] | bytes | Image.Image", *, draft: int | None = None) -> Image.Image:
+def open_upright(source: "str | os.PathLike[str] | bytes | Image.Image") -> Image.Image:
     """A picture as Pillow RGB, upright, whatever its mode: the first frame, alpha laid on white, 16-bit greys scaled.
 
     Args:
         source: a path, a file's content, or a Pillow image (which is left as it was).
-        draft: None decodes every pixel; a number lets JPEG decode at a reduced scale whose shorter side is no smaller
-            than that. Quicker, and different pixels: never for evaluation.
 
     Raises PictureError with the reason.
     """
     if isinstance(source, Image.Image):
         return upright(source)
     with open_picture(source) as image:
-        if draft is not None:
-            image.draft(None, (draft, draft))  # type: ignore[arg-type]
         return upright(image)
 
 

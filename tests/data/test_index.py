@@ -119,15 +119,6 @@ def test_on_bad_file_fail_lists_the_first(two_classes, folder):
         scan(two_classes, on_bad_file="fail")
 
 
-def test_min_size_lists_small_pictures(two_classes, folder, encoded, photo):
-    folder({"train/cats/tiny.jpg": encoded(photo(1, 30, 8))})
-    index = scan(two_classes, min_size=16)
-    assert [(file.path, file.reason) for file in index.bad] == [
-        ("train/cats/tiny.jpg", "30 x 8 pixels, smaller than 16")
-    ]
-    assert scan(two_classes).bad == ()
-
-
 def test_unchanged_files_come_from_the_cache_and_changed_ones_dont(two_classes, encoded):
     first = scan(two_classes)
     again = scan(two_classes)

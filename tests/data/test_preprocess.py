@@ -144,11 +144,6 @@ def test_strips_give_a_square_and_no_gigabytes(width, height):
     assert (pixels == np.array(RED, np.uint8)).all()
 
 
-def test_draft_is_smaller_but_not_too_small(photo, encoded):
-    picture = open_upright(encoded(photo(1, 800, 600)), draft=100)
-    assert 100 <= min(picture.size) < 600
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
