@@ -193,7 +193,7 @@ def results_folder(run: Path, data: str | None, out: str | None) -> Path:
     """Where an evaluation goes: `out`; else the run folder, or a folder in it named after the other data."""
     if out:
         return Path(out)
-    return run / "evaluations" / "_".join(Path(data).absolute().parts[-2:]) if data else run
+    return run / "evaluations" / "_".join(Path(data).expanduser().absolute().parts[-2:]) if data else run
 
 
 def kept_metrics(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Otherwise the cache folder's path is part of every program's key, and tests with folders of their own share nothing.
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 import pytest
 from folders import write_pictures

@@ -35,7 +35,8 @@ class RunLog:
                     row = json.loads(line)
                 except json.JSONDecodeError:
                     continue
-                if isinstance(row, dict) and row.get("step", last_step + 1) <= last_step:
+                step = row.get("step") if isinstance(row, dict) else None
+                if isinstance(step, int) and step <= last_step:
                     found.append(row)
         return found
 

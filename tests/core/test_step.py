@@ -157,3 +157,37 @@ def test_gradient_of_the_frozen_part_is_not_computed():
     text = str(jax.make_jaxpr(step)(state, batch_of()))
     unfrozen, free = setup("nothing")
     assert text.count("dot_general") < str(jax.make_jaxpr(unfrozen)(free, batch_of())).count("dot_general")
+
+
+@pytest.mark.parametrize(
+    ("kind", "decay"), [("sgd", 0.0), ("sgd", 0.1), ("adam", 0.0), ("adam", 0.1), ("adamw", 0.0), ("adamw", 0.1)]
+)
+def test_three_steps_of_each_optimizer_equal_its_formula(kind, decay):
+    """In NumPy's double precision; decay is added to the gradient (sgd, adam) or to the update (adamw), of matrices only."""
+    lrs, momentum = (0.01, 0.02, 0.03), 0.8
+    schedules = [optim.make_schedule("constant", lr, 3) for lr in lrs]
+    tx = optim.make_tx(kind, schedules=schedules, groups=GROUPS, momentum=momentum, weight_decay=decay)
+    params = params_of()
+    opt_state = tx.init(params)
+    values = [np.asarray(p, np.float64) for p in jax.tree.leaves(params)]
+    groups, leaves = jax.tree.leaves(GROUPS), jax.tree.structure(params)
+    first, second = [np.zeros_like(p) for p in values], [np.zeros_like(p) for p in values]
+    rng = np.random.default_rng(0)
+    for t in (1, 2, 3):
+        grads = [rng.normal(size=p.shape).astype(np.float32) for p in values]
+        updates, opt_state = tx.update(jax.tree.unflatten(leaves, grads), opt_state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        for i, p in enumerate(values):
+            pull = decay * p if p.ndim > 1 else 0.0
+            g = grads[i] + (0.0 if kind == "adamw" else pull)
+            if kind == "sgd":
+                first[i] = momentum * first[i] + g
+                update = first[i]
+            else:
+                first[i] = 0.9 * first[i] + 0.1 * g
+                second[i] = 0.999 * second[i] + 0.001 * g**2
+                update = first[i] / (1 - 0.9**t) / (np.sqrt(second[i] / (1 - 0.999**t)) + 1e-8)
+                update = update + (pull if kind == "adamw" else 0.0)
+            values[i] = p - lrs[groups[i]] * update
+        for found, wanted in zip(jax.tree.leaves(params), values, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
