@@ -3,10 +3,14 @@
 TensorFlow is imported when the first batch is asked for, and never sees a GPU.
 """
 
+import atexit
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -33,7 +37,7 @@ def evaluation_batches(
     batch_size: int,
     indices: Sequence[int] | np.ndarray | None = None,
     workers: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every picture once, in order, through `evaluation_pixels`; the last batch is padded and masked.
 
     Args:
@@ -47,7 +51,7 @@ def evaluation_batches(
     steps = -(-len(rows) // batch_size)
     order = np.full(steps * batch_size, -1, np.int32)
     order[: len(rows)] = rows
-    return _pillow_batches(split, order.reshape(steps, batch_size), preprocess, workers)
+    return _closed_at_exit(_pillow_batches(split, order.reshape(steps, batch_size), preprocess, workers))
 
 
 def training_batches(
@@ -59,7 +63,7 @@ def training_batches(
     seed: int,
     crop: Literal["center", "random"],
     workers: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One batch per row of `order`, an int array [steps, B] of rows of `split`; the mask is True throughout.
 
     "center" gives the pixels of evaluation. "random" decodes in TensorFlow, brings the shorter side to
@@ -68,11 +72,13 @@ def training_batches(
     """
     order = np.asarray(order, np.int32)
     if crop == "center":
-        return _pillow_batches(split, order, preprocess, workers)
-    return _random_crop_batches(split, order, preprocess, _mixed(seed, epoch), workers)
+        return _closed_at_exit(_pillow_batches(split, order, preprocess, workers))
+    return _closed_at_exit(_random_crop_batches(split, order, preprocess, _mixed(seed, epoch), workers))
 
 
-def _pillow_batches(split: Split, order: np.ndarray, preprocess: Preprocess, workers: int | None) -> Iterator[Batch]:
+def _pillow_batches(
+    split: Split, order: np.ndarray, preprocess: Preprocess, workers: int | None
+) -> Generator[Batch, None, None]:
     tf = _tensorflow()
     workers = workers or os.cpu_count() or 1
     size, broken = preprocess.size, list[UserError]()
@@ -99,7 +105,7 @@ def _pillow_batches(split: Split, order: np.ndarray, preprocess: Preprocess, wor
 
 def _random_crop_batches(
     split: Split, order: np.ndarray, preprocess: Preprocess, seed: int, workers: int | None
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     tf = _tensorflow()
     workers = workers or os.cpu_count() or 1
     size, broken = preprocess.size, list[UserError]()
@@ -166,7 +172,7 @@ def _tf_upright(tf: Any, image: "tf.Tensor", place: "tf.Tensor") -> Any:
 
 def _run(
     split: Split, order: np.ndarray, dataset: "tf.data.Dataset", workers: int, broken: list[UserError]
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Images of the dataset joined with the rest of each batch; TensorFlow's errors become the user's."""
     tf = _tensorflow()
     options = tf.data.Options()
@@ -220,6 +226,22 @@ def _mixed(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "big") >> 1
 
 
+_open_batches: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+def _closed_at_exit(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    _open_batches.add(batches)
+    return batches
+
+
+def _close_all() -> None:
+    # TensorFlow's threads call Python. Left alone they wait for the interpreter while it, shutting down, waits for them.
+    for batches in list(_open_batches):
+        with contextlib.suppress(ValueError):  # it is running, in another thread
+            batches.close()
+
+
+@cache
 def _tensorflow() -> Any:
     """TensorFlow, imported quietly and hidden from GPUs before any op runs."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -232,4 +254,5 @@ def _tensorflow() -> Any:
         tf.config.threading.set_intra_op_parallelism_threads(1)
     except RuntimeError:  # the program has used TensorFlow before us: its settings stand
         pass
+    atexit.register(_close_all)  # after TensorFlow's own, so that it runs before them
     return tf
