@@ -106,6 +106,7 @@ class Trainer:
     ):
         """`facts` (versions and the like) are saved with each checkpoint; `say` prints."""
         self.setup, self.workdir, self.facts, self.say = setup, workdir, facts or {}, say
+        self.fingerprint = fingerprint(setup.index)  # once: it reads every row of the index
         self.checkpoints = Checkpoints(workdir / "checkpoints")
         self.seconds: dict[str, float] = {}
 
@@ -287,6 +288,6 @@ class Trainer:
             "classes": list(self.setup.index.classes),
             "config": flat(self.setup.config),
             "dtype": self.setup.model.dtype,
-            "fingerprint": fingerprint(self.setup.index),
+            "fingerprint": self.fingerprint,
         }
         self.checkpoints.save(state, meta, metrics=judged)

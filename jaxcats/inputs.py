@@ -202,10 +202,10 @@ def make_driver(setup: Setup, plan: Plan, step: Callable, feats: np.ndarray | No
             scan_steps, state, arrays, order=order, chunk=setup.config.chunk_steps
         )
     jitted = jax.jit(step, donate_argnums=0)
+    arrays = None if feats is None else resident(setup, split, feats)
 
     def batches(order: np.ndarray, epoch: int) -> Batches:
-        if feats is not None:
-            arrays = resident(setup, split, feats)
+        if arrays is not None:
             return ({k: v[rows] for k, v in arrays.items()} for rows in order)
         from jaxcats.data.pipeline import training_batches
 
