@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from jaxcats.core.state import TrainState
     from jaxcats.core.step import make_eval_step, make_train_step
     from jaxcats.data.preprocess import Preprocess, evaluation_pixels
-    from jaxcats.errors import UserError
+    from jaxcats.errors import RunError, UserError
+    from jaxcats.learner import Learner
+    from jaxcats.learner_data import ImageClassifierData
+    from jaxcats.results.metrics import sentence
 
 __version__ = "0.1.0"
 
@@ -23,12 +26,19 @@ _PUBLIC = {
     "TrainState": "jaxcats.core.state",
     "Preprocess": "jaxcats.data.preprocess",
     "evaluation_pixels": "jaxcats.data.preprocess",
+    "Learner": "jaxcats.learner",
+    "ImageClassifierData": "jaxcats.learner_data",
+    "sentence": "jaxcats.results.metrics",
+    "RunError": "jaxcats.errors",
     "UserError": "jaxcats.errors",
 }
 __all__ = [
     "Config",
+    "ImageClassifierData",
+    "Learner",
     "Phase",
     "Preprocess",
+    "RunError",
     "TrainState",
     "UserError",
     "__version__",
@@ -36,6 +46,7 @@ __all__ = [
     "make_eval_step",
     "make_train_step",
     "models",
+    "sentence",
 ]
 
 

@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxcats.config import Config, Phase, field_types, known_keys, read_yaml, unknown_key, validate
+from jaxcats.config import Config, Phase, field_types, known_keys, read_yaml, unknown_key
 from jaxcats.errors import RunError, UserError, nearest
+from jaxcats.validation import validate
 
 COMMANDS = {
     "train": "train a classifier on a folder of pictures, and judge it",
+    "lr_find": "find a learning rate by a range test",
     "evaluate": "judge a trained run on its validation pictures or on another folder",
 }
 

@@ -1,7 +1,6 @@
-"""The configuration: frozen dataclasses, YAML files with every key checked, validation, saving. Flags: cli.py."""
+"""The configuration: frozen dataclasses, YAML files with every key checked, saving. Values: validation.py; flags: cli.py."""
 
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,36 +62,66 @@ class Phase:
 
     Args:
         epochs: passes over the training pictures.
-        lr: peak learning rate, or three of them: early layers, late layers, head.
+        lr: peak learning rate, or three of them: early layers, late layers, head; auto: lr_find's valley.
         freeze: backbone: only the head learns; first: the early layers don't; nothing: all learn.
         precompute: compute the frozen backbone's features once and train the head on them.
         optimizer: sgd (with momentum), adam or adamw.
-        momentum: of sgd.
+        momentum: of sgd (b1 of adam); with one_cycle also three: at the start, at the peak rate, at the end.
         weight_decay: never applied to biases and BatchNorm; decoupled for adamw, added to the gradient otherwise.
-        schedule: course of the learning rate over the phase.
+        clip: greatest norm of the gradient; 0: no limit.
+        label_smoothing: share of the target spread over all classes.
+        schedule: course of the learning rate over the phase; exponential falls to a hundredth.
+        cycle_len: sgdr: epochs of the first cycle.
+        cycle_mult: sgdr: each cycle is so many times as long as the one before.
+        warmup: share of the steps in which the rate rises; empty: 0.25 (one_cycle), 0.1 (warmup_cosine).
+        div: one_cycle starts at lr / div.
         batch_size: pictures per step.
+        accumulate: parts that a batch goes through the network in, one after the other, to save memory.
         bn: frozen: the backbone's BatchNorms run on their stored averages; train: all of them, those of frozen layers too, run on the batch's statistics and update the averages.
-        augment: none; flip (left-right); crop (random crop); side_on (crop and flip). Not with precompute.
+        augment: none; flip (left-right); crop (a window of a larger picture); side_on (crop, flip, rotation, lighting); top_down (the same with all eight symmetries). Not with precompute.
         driver: stream: batches decoded on the fly; scan: everything resident on the device; auto: scan with precompute.
     """
 
     epochs: int = 3
-    lr: float | tuple[float, ...] = 0.01
+    lr: float | tuple[float, ...] | Literal["auto"] = 0.01
     freeze: Literal["backbone", "first", "nothing"] = "backbone"
     precompute: bool = False
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    momentum: float = 0.9
+    momentum: float | tuple[float, ...] = 0.9
     weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    clip: float = 0.0
+    label_smoothing: float = 0.0
+    schedule: Literal["constant", "cosine", "warmup_cosine", "sgdr", "one_cycle", "exponential"] = "constant"
+    cycle_len: int = 1
+    cycle_mult: int = 1
+    warmup: float | None = None
+    div: float = 25.0
     batch_size: int = 64
+    accumulate: int = 1
     bn: Literal["frozen", "train"] = "frozen"
-    augment: Literal["none", "flip", "crop", "side_on"] = "none"
+    augment: Literal["none", "flip", "crop", "side_on", "top_down"] = "none"
     driver: Literal["auto", "stream", "scan"] = "auto"
 
     @property
     def lrs(self) -> tuple[float, ...]:
         """One learning rate per layer group."""
+        if self.lr == "auto":
+            raise ValueError("lr: auto has no value before lr_find has run")
         return tuple(self.lr) if isinstance(self.lr, (tuple, list)) else (self.lr,) * GROUPS
+
+    @property
+    def cycles(self) -> tuple[int, ...]:
+        """Epochs of each cycle of sgdr; the last is cut where `epochs` ends."""
+        found, length = [], self.cycle_len
+        while sum(found) < self.epochs:
+            found.append(min(length, self.epochs - sum(found)))
+            length *= self.cycle_mult
+        return tuple(found)
+
+
+def sgdr_epochs(n_cycle: int, cycle_len: int, cycle_mult: int) -> int:
+    """Epochs of n cycles, each `cycle_mult` times as long as the one before: 1 + 2 + 4 = 7 for (3, 1, 2)."""
+    return sum(cycle_len * cycle_mult**i for i in range(n_cycle))
 
 
 @dataclass(frozen=True)
@@ -208,54 +237,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: not valid YAML{line} ({getattr(e, 'problem', None) or e}).") from None
     _check_tree(tree, Config, str(path))
     return {key: value for key, value in tree.items() if value is not None}
-
-
-def validate(config: Config) -> Config:
-    """The same Config, or UserError for values that no run can have."""
-
-    def need(ok: bool, key: str, value: Any, expected: str) -> None:
-        if not ok:
-            raise UserError(f"{key}: {value!r} can't be used; expected {expected}.")
-
-    d = config.data
-    need(
-        d.size is None or 32 <= d.size <= 2048,
-        "data.size",
-        d.size,
-        "32 to 2048 pixels (the backbones halve the picture five times)",
-    )
-    need(d.valid_fraction is None or 0 < d.valid_fraction < 1, "data.valid_fraction", d.valid_fraction, "0 < x < 1")
-    need(d.workers is None or d.workers >= 1, "data.workers", d.workers, "at least 1")
-    need(config.chunk_steps >= 1, "chunk_steps", config.chunk_steps, "at least 1")
-    need(config.feature_batch >= 1, "feature_batch", config.feature_batch, "at least 1")
-    need(config.checkpoint.every_steps >= 0, "checkpoint.every_steps", config.checkpoint.every_steps, "0 or more")
-    need(config.checkpoint.every_epochs >= 1, "checkpoint.every_epochs", config.checkpoint.every_epochs, "at least 1")
-    need(0 <= config.seed < 2**31, "seed", config.seed, "0 to 2147483647")
-    for name, p in config.phases.items():
-        key = f"phases.{name}"
-        need(len(p.lrs) == GROUPS, f"{key}.lr", p.lr, "one number, or three: early layers, late layers, head")
-        need(all(math.isfinite(x) and x >= 0 for x in p.lrs) and max(p.lrs) > 0, f"{key}.lr", p.lr, "a number above 0")
-        need(p.epochs >= 1, f"{key}.epochs", p.epochs, "at least 1")
-        need(p.batch_size >= 2, f"{key}.batch_size", p.batch_size, "at least 2 (the head's BatchNorm needs two)")
-        need(0 <= p.momentum < 1, f"{key}.momentum", p.momentum, "0 <= x < 1")
-        need(p.weight_decay >= 0, f"{key}.weight_decay", p.weight_decay, "0 or more")
-        if p.precompute:
-            need(p.freeze == "backbone", f"{key}.freeze", p.freeze, "backbone with precompute: true")
-            need(p.bn == "frozen", f"{key}.bn", p.bn, "frozen with precompute: true")
-            need(
-                p.augment == "none",
-                f"{key}.augment",
-                p.augment,
-                "none with precompute: true (features are computed once, so augmentation has no effect)",
-            )
-        elif p.driver == "scan":
-            need(
-                p.augment in ("none", "flip"),
-                f"{key}.augment",
-                p.augment,
-                "none or flip with driver: scan (random crops are cut while decoding: use driver: stream)",
-            )
-    return config
 
 
 def to_tree(config: Config) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jaxcats.config import Config
 from jaxcats.errors import RunError, UserError
 from jaxcats.results import metrics
 from jaxcats.storage.atomic import write_json, write_text
+from jaxcats.validation import check_tta
 
 BEST_EPOCH = ["choosing the best epoch"]
 CHOSE = "also chose the best epoch, so the number flatters"
@@ -28,6 +29,12 @@ OPTIONS = {
     },
     "checkpoint": {"type": str, "help": "last, best or a step (default: what the run's config says)"},
     "unlabelled": {"action": "store_true", "help": "the folders in --data are no classes: predictions only"},
+    "tta": {
+        "type": int,
+        "default": 0,
+        "help": "also judge so many randomly changed versions of each picture, and average (test-time augmentation)",
+    },
+    "tta_weight": {"type": float, "help": "share of the plain picture's answer in that (default: 1 / (tta + 1))"},
     "out": {
         "type": str,
         "help": "where the results go (default: the run folder, or a folder in its evaluations/ with --data)",
@@ -92,6 +99,7 @@ class Run:
     classes: tuple[str, ...]
     state: Any
     precomputed: bool
+    augment: str
     checkpoint: dict[str, Any]
     fingerprint: str
 
@@ -114,6 +122,28 @@ class Run:
                 f"{self.folder}: the network's answers are not numbers; train again with a lower learning rate."
             )
         return found
+
+
+def judge_with_tta(run: Run, split: Any, logits: np.ndarray, *, n: int, weight: float | None) -> Any:
+    """(log-probabilities [N, C] averaged over n changed versions and the plain picture, facts about how)."""
+    from jaxcats import tta
+
+    config = run.config
+    how = tta.preset(run.augment)
+    changed = tta.augmented_probabilities(
+        run.model,
+        split,
+        run.state.params,
+        run.state.batch_stats,
+        preprocess=run.preprocess,
+        how=how,
+        n=n,
+        seed=config.seed,
+        batch_size=config.feature_batch,
+        workers=config.data.workers,
+    )
+    share = 1 / (n + 1) if weight is None else weight
+    return tta.combine(logits, changed, n=n, weight=share), {"n": n, "weight": share, "augment": how}
 
 
 def load_run(run: Path, which: str | None = None) -> Run:
@@ -153,7 +183,16 @@ def load_run(run: Path, which: str | None = None) -> Run:
     checkpoints.close()
     facts = {"use": use, "step": step, "valid_used_for": BEST_EPOCH if use == "best" else []}
     return Run(
-        run, config, model, preprocess, tuple(meta["classes"]), state, phase.precompute, facts, meta["fingerprint"]
+        folder=run,
+        config=config,
+        model=model,
+        preprocess=preprocess,
+        classes=tuple(meta["classes"]),
+        state=state,
+        precomputed=phase.precompute,
+        augment=phase.augment,
+        checkpoint=facts,
+        fingerprint=meta["fingerprint"],
     )
 
 
@@ -211,6 +250,7 @@ def main(argv: Sequence[str]) -> None:
     for name, kwargs in OPTIONS.items():
         parser.add_argument(f"--{name}", **kwargs)
     options = parse_own(parser, argv)
+    check_tta(options.tta, options.tta_weight)
     run = load_run(Path(options.run), options.checkpoint)
     loaded = time.perf_counter()
     split, bad = find_pictures(run, options.data, unlabelled=options.unlabelled)
@@ -218,6 +258,8 @@ def main(argv: Sequence[str]) -> None:
         print(line)
     indexed = time.perf_counter()
     logits = run.logits(split)
+    n = options.tta
+    averaged, how = judge_with_tta(run, split, logits, n=n, weight=options.tta_weight) if n else (None, {})
     done = time.perf_counter()
     seconds = {"load": loaded - started, "index": indexed - loaded, "evaluate": done - indexed, "total": done - started}
     seconds = {name: round(value, 3) for name, value in seconds.items()}
@@ -227,8 +269,21 @@ def main(argv: Sequence[str]) -> None:
     before = kept_metrics(folder) if folder == run.folder else {}
     facts |= {"seconds": before.get("seconds", {}) | {"evaluation": seconds} if before else seconds}
     chose = CHOSE if run.checkpoint["valid_used_for"] and not options.data else ""
+    if averaged is not None:
+        write_predictions(
+            folder / "predictions_tta.csv", split.paths, labels=split.labels, classes=run.classes, logits=averaged
+        )
+        if (split.labels >= 0).all():
+            facts["tta"] = how | metrics.summary(averaged, split.labels)
     write_results(folder, split, classes=run.classes, logits=logits, facts={**before, **facts}, chose=chose)
-    print(f"Written: {folder}/predictions.csv" + (", metrics.json" if (split.labels >= 0).all() else ""))
+    if "tta" in facts:
+        found = facts["tta"]
+        print(
+            f"with TTA ({how['n']} x {how['augment']}, plain weight {how['weight']:.3g}): "
+            + metrics.sentence(found["errors"], found["n"])
+        )
+    more = ", predictions_tta.csv" if averaged is not None else ""
+    print(f"Written: {folder}/predictions.csv{more}" + (", metrics.json" if (split.labels >= 0).all() else ""))
 
 
 if __name__ == "__main__":

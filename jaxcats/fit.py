@@ -1,26 +1,25 @@
-"""The one place that runs phases: precompute, driver, checkpoints, resumption, logging."""
+"""The one place that runs phases: driver, evaluation, table, log, checkpoints; used by runs.py and learner.py."""
 
 import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jaxcats.config import flat
 from jaxcats.core.scan import epoch_order
 from jaxcats.core.state import copy
-from jaxcats.errors import RunError, UserError
-from jaxcats.inputs import Evaluator, decoding, make_driver, precompute
-from jaxcats.job import Plan, Setup, abstract_state, check_config, fingerprint, make_phase, plans, schedules
+from jaxcats.errors import RunError
+from jaxcats.find_lr import find_lr
+from jaxcats.inputs import Evaluator, decoding, make_driver
+from jaxcats.job import Plan, Setup, fingerprint, make_phase, schedules
 from jaxcats.results import metrics
-from jaxcats.storage.checkpoint import Checkpoints
-from jaxcats.storage.log import RunLog
+from jaxcats.results.table import Table
+from jaxcats.storage.log import progress_bar
 
 SMOOTHING = 0.98  # of the shown training loss, as fastai's
 
@@ -36,6 +35,7 @@ class Progress:
         step: steps done, over all phases.
         smooth: average of the training loss since the phase began, not yet debiased.
         smooth_steps: losses in it.
+        lr: what lr_find chose for the phase, with `lr: auto`.
     """
 
     plan: int = 0
@@ -44,6 +44,11 @@ class Progress:
     step: int = 0
     smooth: float = 0.0
     smooth_steps: int = 0
+    lr: float | None = None
+
+    def begin(self, plan: Plan) -> None:
+        """At the start of a phase."""
+        self.plan, self.smooth, self.smooth_steps, self.lr = plan.index, 0.0, 0, None
 
     def add_loss(self, loss: float) -> None:
         self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
@@ -55,106 +60,31 @@ class Progress:
         return self.smooth / (1 - SMOOTHING**self.smooth_steps) if self.smooth_steps else float("nan")
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What training leaves.
+class Fitter:
+    """Runs phases; whoever uses it gives it a `log` and a place for `checkpoints`.
 
     Attributes:
-        params: of the checkpoint that the configuration wants judged.
-        batch_stats: likewise.
-        step: its step.
-        valid_features: of the validation pictures, where they were computed with this very backbone; else None.
+        log: `write(rows)`, see RunLog.
+        checkpoints: `save(state, meta, metrics=)`, see Checkpoints.
         seconds: by phase and part.
-        counts: features {"reused", "computed"} of the last precompute.
     """
 
-    params: Any
-    batch_stats: Any
-    step: int
-    valid_features: np.ndarray | None
-    seconds: dict[str, float]
-    counts: dict[str, int]
-
-
-def resume_point(setup: Setup, checkpoints: Checkpoints) -> tuple[Progress, Any] | None:
-    """(Progress, TrainState) of the latest checkpoint, or None; UserError when the pictures have changed since."""
-    steps = checkpoints.steps()
-    if not steps:
-        return None
-    meta = checkpoints.meta(steps[-1])
-    check_config(setup.config, meta)
-    if meta["fingerprint"] != fingerprint(setup.index):
-        raise UserError(
-            f"{setup.config.data.root}: the pictures have changed since this run was started; a resumed run would "
-            f"not be the same. Restore the folder, or train into a new --workdir."
-        )
-    if meta["dtype"] != setup.model.dtype:
-        raise UserError(
-            f"precision: this run was computed in {meta['dtype']}, this machine would go on in {setup.model.dtype}; add "
-            f"--precision {meta['dtype']} to a new run, or resume on the kind of device it began on."
-        )
-    progress = Progress(**meta["progress"])
-    target = abstract_state(setup.model, plans(setup)[progress.plan])
-    return progress, checkpoints.restore(steps[-1], target)
-
-
-class Trainer:
-    """Runs the phases of one run folder."""
+    log: Any
+    checkpoints: Any
 
     def __init__(
-        self, setup: Setup, workdir: Path, *, facts: Mapping[str, Any] | None = None, say: Callable[[str], None] = print
+        self,
+        setup: Setup,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = print,
+        table: Table | None = None,
     ):
-        """`facts` (versions and the like) are saved with each checkpoint; `say` prints."""
-        self.setup, self.workdir, self.facts, self.say = setup, workdir, facts or {}, say
+        """`facts` (versions and the like) are saved with each checkpoint; `say` prints; `table` shows the epochs."""
+        self.setup, self.facts, self.say = setup, facts or {}, say
+        self.table = table or Table(say)
         self.fingerprint = fingerprint(setup.index)  # once: it reads every row of the index
-        self.checkpoints = Checkpoints(workdir / "checkpoints")
         self.seconds: dict[str, float] = {}
-
-    def run(self, initial: Callable[[], tuple[Any, Any]]) -> Fitted:
-        """All phases, from the latest checkpoint where there is one, else from `initial()` = (params, batch_stats)."""
-        point = resume_point(self.setup, self.checkpoints)
-        progress, state = point or (Progress(), None)
-        self.log = RunLog(self.workdir, resume_step=progress.step if point else None)
-        last = plans(self.setup)[-1]
-        finished = progress.epoch == last.first_epoch + last.phase.epochs
-        if point:
-            where = f"step {progress.step:,} (epoch {progress.epoch})"
-            self.say(f"Finished already, at {where}; evaluating again." if finished else f"Resuming at {where}.")
-        params, stats = (state.params, state.batch_stats) if state else initial()
-        if not finished:
-            self.say(metrics.table_head())
-        feats, counts = None, {}
-        for plan in plans(self.setup)[progress.plan :]:
-            if plan.index != progress.plan:
-                progress.plan, progress.smooth, progress.smooth_steps, state = plan.index, 0.0, 0, None
-            feats = None
-            if plan.phase.precompute:
-                with self.clock(plan, "features"):
-                    feats, counts = precompute(self.setup, params, stats)
-            state = self.run_phase(plan, progress, state, (params, stats), feats)
-            params, stats = state.params, state.batch_stats
-        valid = feats["valid"] if feats else None
-        with self.clock(None, "checkpoint_wait"):
-            self.checkpoints.wait()
-        step = self.checkpoints.pick(self.setup.config.checkpoint.use)
-        if step != progress.step:
-            meta = self.checkpoints.meta(step)
-            plan = plans(self.setup)[meta["progress"]["plan"]]
-            best = self.checkpoints.restore(step, abstract_state(self.setup.model, plan))
-            params, stats, valid = best.params, best.batch_stats, valid if plan.index == progress.plan else None
-        return Fitted(params, stats, step, valid, self.seconds, counts)
-
-    def close(self) -> None:
-        """Waits for saves under way and closes the log."""
-        self.checkpoints.close()
-        if hasattr(self, "log"):
-            self.log.close()
-
-    def __enter__(self) -> "Trainer":
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.close()
 
     @contextlib.contextmanager
     def clock(self, plan: Plan | None, what: str) -> Iterator[None]:
@@ -165,6 +95,7 @@ class Trainer:
 
     def run_phase(self, plan: Plan, progress: Progress, state: Any, start: tuple[Any, Any], feats: Any) -> Any:
         """One phase, from where `progress` says; the state at its end."""
+        plan = self.settle(plan, progress, start, feats)
         phase, n = plan.phase, len(self.setup.index.splits["train"])
         last_epoch = plan.first_epoch + phase.epochs
         step, create = make_phase(self.setup, plan)
@@ -191,7 +122,27 @@ class Trainer:
             with self.clock(plan, "evaluate"):
                 logits = evaluate(state.params, state.batch_stats)
             self.end_epoch(plan, progress, state, logits, seconds, pictures / seconds)
+        self.table.end()
         return state
+
+    def settle(self, plan: Plan, progress: Progress, start: tuple[Any, Any], feats: Any) -> Plan:
+        """The plan with a number for `lr: auto`: the valley of a range test, or RunError when that can't be trusted."""
+        if plan.phase.lr != "auto":
+            return plan
+        if progress.lr is None:
+            with self.clock(plan, "lr_find"):
+                result = find_lr(self.setup, plan, *start, feats["train"] if feats else None)
+            self.found_lr(plan, result)
+            if result.refusal:
+                raise RunError(
+                    f"phase '{plan.name}': lr_find gives no rate: {result.refusal}. Set phases.{plan.name}.lr to a number."
+                )
+            progress.lr = float(result.suggestion())
+            self.say(f"{plan.name}: learning rate {progress.lr:.3g}, by lr_find ({result.why})")
+        return plan.at(progress.lr)
+
+    def found_lr(self, plan: Plan, result: Any) -> None:
+        """For subclasses that keep lr_find's result."""
 
     def run_epoch(self, plan: Plan, progress: Progress, state: Any, drive: Callable, order: np.ndarray) -> Any:
         """The rest of an epoch; saves in the middle where the configuration says so."""
@@ -199,9 +150,7 @@ class Trainer:
         size = order.shape[1]
         pending = None
         desc, total = f"{plan.name} {progress.epoch}", len(order) * size
-        with tqdm(
-            total=total, initial=progress.epoch_step * size, desc=desc, unit="img", disable=None, leave=False
-        ) as bar:
+        with progress_bar(total=total, initial=progress.epoch_step * size, desc=desc) as bar:
             for new, sums in drive(state, order[progress.epoch_step :], progress.epoch):
                 state = new
                 if pending:
@@ -227,8 +176,7 @@ class Trainer:
         if len(bad):
             raise RunError(
                 f"phase '{plan.name}': the loss is {losses[bad[0]]} at step {at + bad[0] + 1} (steps {at + 1} to "
-                f"{at + len(losses)} were run together). Try a lower phases.{plan.name}.lr (now "
-                f"{plan.phase.lr}), or precision: float32."
+                f"{at + len(losses)} were run together). {_try(plan)}, or precision: float32."
             )
         rows = []
         for i, loss in enumerate(losses.tolist()):
@@ -246,8 +194,7 @@ class Trainer:
         found = metrics.summary(logits, self.setup.index.splits["valid"].labels)
         if not math.isfinite(found["log_loss"]):
             raise RunError(
-                f"phase '{plan.name}': the validation loss after epoch {progress.epoch} is not a number. Try a lower "
-                f"phases.{plan.name}.lr (now {plan.phase.lr})."
+                f"phase '{plan.name}': the validation loss after epoch {progress.epoch} is not a number. {_try(plan)}."
             )
         row = {
             "step": progress.step,
@@ -262,7 +209,7 @@ class Trainer:
             "seconds": seconds,
             "images_per_second": rate,
         }
-        self.say(metrics.table_row(row))
+        self.table.add(row)
         self.log.write([row])
         progress.epoch, progress.epoch_step = progress.epoch + 1, 0
         judged = {"errors": float(found["errors"]), "loss": found["log_loss"]}
@@ -276,8 +223,7 @@ class Trainer:
         leaves = jax.tree.leaves((state.params, state.batch_stats))
         if not all(np.isfinite(x).all() for x in jax.device_get(leaves)):
             raise RunError(
-                f"phase '{plan.name}': the weights are no longer numbers at step {progress.step}. Try a lower "
-                f"phases.{plan.name}.lr (now {plan.phase.lr})."
+                f"phase '{plan.name}': the weights are no longer numbers at step {progress.step}. {_try(plan)}."
             )
         meta = {
             **self.facts,
@@ -291,3 +237,7 @@ class Trainer:
             "fingerprint": self.fingerprint,
         }
         self.checkpoints.save(state, meta, metrics=judged)
+
+
+def _try(plan: Plan) -> str:
+    return f"Try a lower learning rate (phases.{plan.name}.lr is {plan.phase.lr})"

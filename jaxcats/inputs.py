@@ -9,17 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from jaxcats import models
+from jaxcats.config import Phase
 from jaxcats.core import scan
 from jaxcats.core.state import tree_hash
 from jaxcats.core.step import make_eval_step, normalise
-from jaxcats.data import features
+from jaxcats.data import augment, features
 from jaxcats.data.index import Split
 from jaxcats.data.preprocess import TRANSFORM_VERSION, Preprocess
 from jaxcats.errors import RunError
-from jaxcats.job import Plan, Setup, head_on_features
+from jaxcats.job import Plan, Setup, augmentation, head_on_features
+from jaxcats.storage.log import progress_bar
 
 ARRAY_BATCH = 1024  # rows per evaluation call on features
 
@@ -59,7 +60,7 @@ def backbone_features(
 
     def compute(rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         pending = None  # read one batch late, so that the device and the decoder overlap
-        with tqdm(total=len(rows), desc="features", unit="img", disable=None, leave=False) as bar:
+        with progress_bar(total=len(rows), desc="features") as bar:
             for batch in picture_batches(
                 split, preprocess=preprocess, batch_size=batch_size, workers=workers, rows=rows
             ):
@@ -131,17 +132,36 @@ def array_batches(arrays: dict[str, np.ndarray], batch_size: int) -> Batches:
         yield {k: v[keep] for k, v in arrays.items()} | {"mask": mask, "index": keep.astype(np.int32)}
 
 
-def resident(setup: Setup, split: Split, feats: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Arrays with a row per picture, for the scan driver: features, or the pictures themselves."""
+def source(setup: Setup, plan: Plan) -> Preprocess:
+    """What a phase's training pictures go through before its augmentation."""
+    return augment.source_preprocess(setup.preprocess, augmentation(plan.phase))
+
+
+def resident(setup: Setup, plan: Plan, feats: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Arrays with a row per training picture, for the scan driver: features, or the pictures themselves."""
+    split = setup.index.splits["train"]
     n = len(split)
     arrays = {"label": split.labels, "index": np.arange(n, dtype=np.int32), "mask": np.ones(n, bool)}
     if feats is not None:
         return arrays | {"features": feats}
-    size = setup.preprocess.size
-    images = np.zeros((n, size, size, 3), np.uint8)
-    for batch in picture_batches(split, **decoding(setup)):
+    how = decoding(setup) | {"preprocess": source(setup, plan)}
+    images = np.zeros((n, how["preprocess"].size, how["preprocess"].size, 3), np.uint8)
+    for batch in picture_batches(split, **how):
         images[batch["index"][batch["mask"]]] = batch["image"][batch["mask"]]
     return arrays | {"image": images}
+
+
+def streamed(setup: Setup, plan: Plan, order: np.ndarray) -> Batches:
+    """Training batches of pictures, decoded on the fly: one per row of `order`."""
+    from jaxcats.data.pipeline import training_batches
+
+    split, workers = setup.index.splits["train"], setup.config.data.workers
+    return training_batches(split, preprocess=source(setup, plan), order=order, workers=workers)
+
+
+def scans(phase: Phase) -> bool:
+    """Whether the phase's driver scans over arrays on the device."""
+    return phase.driver == "scan" or (phase.driver == "auto" and phase.precompute)
 
 
 def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: Batches, *, n: int) -> np.ndarray:
@@ -194,30 +214,18 @@ class Evaluator:
 
 def make_driver(setup: Setup, plan: Plan, step: Callable, feats: np.ndarray | None) -> Callable:
     """`(state, order, epoch) -> iterator of (state, metrics [k])` for the phase's driver."""
-    phase, split = plan.phase, setup.index.splits["train"]
-    if phase.driver == "scan" or (phase.driver == "auto" and phase.precompute):
-        arrays = jax.device_put(resident(setup, split, feats))
+    if scans(plan.phase):
+        arrays = jax.device_put(resident(setup, plan, feats))
         scan_steps = jax.jit(scan.make_scan(step), donate_argnums=0)
         return lambda state, order, epoch: scan.scan_epoch(
             scan_steps, state, arrays, order=order, chunk=setup.config.chunk_steps
         )
     jitted = jax.jit(step, donate_argnums=0)
-    arrays = None if feats is None else resident(setup, split, feats)
+    rows = None if feats is None else resident(setup, plan, feats)
 
-    def batches(order: np.ndarray, epoch: int) -> Batches:
-        if arrays is not None:
-            return ({k: v[rows] for k, v in arrays.items()} for rows in order)
-        from jaxcats.data.pipeline import training_batches
+    def batches(order: np.ndarray) -> Batches:
+        if rows is None:
+            return streamed(setup, plan, order)
+        return ({k: v[chosen] for k, v in rows.items()} for chosen in order)
 
-        crop = "random" if phase.augment in ("crop", "side_on") else "center"
-        return training_batches(
-            split,
-            preprocess=setup.preprocess,
-            order=order,
-            epoch=epoch,
-            seed=setup.config.seed,
-            crop=crop,
-            workers=setup.config.data.workers,
-        )
-
-    return lambda state, order, epoch: scan.stream_epoch(jitted, state, batches(order, epoch))
+    return lambda state, order, epoch: scan.stream_epoch(jitted, state, batches(order))

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,9 @@ from jaxcats import models
 from jaxcats.config import Config, Phase, flat, training_changes
 from jaxcats.core import optim
 from jaxcats.core import state as states
-from jaxcats.core.step import make_train_step, normalise
+from jaxcats.core.schedules import Schedule, one_cycle_momentum
+from jaxcats.core.schedules import make as make_schedule
+from jaxcats.core.step import make_train_step, normalise, smoothed_cross_entropy
 from jaxcats.data import augment
 from jaxcats.data.index import FolderIndex, cache_folder
 from jaxcats.data.index import scan as scan_folder
@@ -67,6 +69,10 @@ class Plan:
     def steps(self) -> int:
         return self.steps_per_epoch * self.phase.epochs
 
+    def at(self, lr: float) -> "Plan":
+        """The same plan with a learning rate in place of `auto`."""
+        return dataclasses.replace(self, phase=dataclasses.replace(self.phase, lr=lr))
+
 
 def cache_of(config: Config) -> Path:
     """The cache folder of a Config."""
@@ -93,12 +99,21 @@ def create_model(config: Config, num_classes: int, *, dtype: str | None = None) 
     return model, dataclasses.replace(model.preprocess, size=size, policy=config.data.policy)
 
 
-def setup(config: Config) -> Setup:
-    """Indexes the pictures and creates the model; no weights yet."""
+def setup(config: Config, index: FolderIndex | None = None) -> Setup:
+    """Indexes the pictures, unless that is done, and creates the model; no weights yet."""
     cache = start_jax(config)
-    d = config.data
     create_model(config, 2)  # a backbone's name that doesn't exist is said before any picture is read
-    index = scan_folder(
+    index = index_pictures(config, cache) if index is None else index
+    model, preprocess = create_model(config, len(index.classes))
+    if len(index.splits["train"]) < 2:
+        raise UserError(f"{config.data.root}: has one training picture; training needs two at least.")
+    return Setup(config, index, model, preprocess, cache)
+
+
+def index_pictures(config: Config, cache: Path) -> FolderIndex:
+    """The pictures that a Config names."""
+    d = config.data
+    return scan_folder(
         d.root,
         valid_fraction=d.valid_fraction,
         seed=config.seed,
@@ -108,10 +123,6 @@ def setup(config: Config) -> Setup:
         rehash=d.rehash,
         workers=d.workers,
     )
-    model, preprocess = create_model(config, len(index.classes))
-    if len(index.splits["train"]) < 2:
-        raise UserError(f"{d.root}: has one training picture; training needs two at least.")
-    return Setup(config, index, model, preprocess, cache)
 
 
 def initial_params(setup: Setup) -> tuple[Any, Any, dict[str, Any]]:
@@ -135,52 +146,114 @@ def plans(setup: Setup) -> list[Plan]:
     found, step, epoch = [], 0, 0
     n = len(setup.index.splits["train"])
     for i, (name, phase) in enumerate(setup.config.phases.items()):
+        if min(phase.batch_size, n) % phase.accumulate:
+            raise UserError(
+                f"phases.{name}.accumulate: {phase.accumulate} doesn't divide a batch of {n}, which is all the training "
+                f"pictures there are; set phases.{name}.batch_size to a multiple of it that is at most {n}."
+            )
         per_epoch = n // min(phase.batch_size, n)
         found.append(Plan(i, name, phase, step, epoch, per_epoch))
         step, epoch = step + per_epoch * phase.epochs, epoch + phase.epochs
     return found
 
 
-def make_optimizer(model: models.Model, plan: Plan) -> tuple[Any, Any]:
-    """(tx, trainable): the optimizer of a phase, and a tree of bools like params."""
+def make_optimizer(
+    model: models.Model, plan: Plan, *, rates: Sequence[Schedule] | None = None, params: Any = None
+) -> tuple[Any, Any]:
+    """(tx, trainable): the optimizer of a phase, and a tree of bools like params.
+
+    Args:
+        model: whose params, unless `params` (or a part of them) are given, only for their structure.
+        plan: of the phase.
+        rates: learning rates by step and layer group in place of the phase's.
+        params: see `model`.
+    """
     phase = plan.phase
-    groups = model.groups(models.shapes(model)[0])
+    groups = model.groups(models.shapes(model)[0] if params is None else params)
     tx = optim.make_tx(
         phase.optimizer,
-        schedules=schedules(plan),
+        schedules=schedules(plan) if rates is None else rates,
         groups=groups,
-        momentum=phase.momentum,
+        momentum=momentum(plan) if rates is None else first_momentum(phase),
         weight_decay=phase.weight_decay,
+        clip=phase.clip,
     )
     return tx, optim.trainable_mask(groups, phase.freeze)
 
 
-def make_phase(setup: Setup, plan: Plan) -> tuple[Callable, Callable[[Any, Any], states.TrainState]]:
-    """The pure train step of a phase, and `(params, batch_stats) -> TrainState` with its fresh optimizer."""
+def first_momentum(phase: Phase) -> float:
+    """The momentum that a phase begins with."""
+    return phase.momentum[0] if isinstance(phase.momentum, (tuple, list)) else phase.momentum
+
+
+def momentum(plan: Plan) -> float | Schedule:
+    """A phase's momentum: a number, or by step."""
+    phase = plan.phase
+    if not isinstance(phase.momentum, (tuple, list)):
+        return phase.momentum
+    return one_cycle_momentum(phase.momentum, plan.steps, warmup=0.25 if phase.warmup is None else phase.warmup)
+
+
+def schedules(plan: Plan) -> list[Schedule]:
+    """One learning rate by step per layer group, counted from the phase's first step."""
+    phase = plan.phase
+    cycles = [n * plan.steps_per_epoch for n in phase.cycles]
+    return [
+        make_schedule(phase.schedule, lr, steps=plan.steps, cycles=cycles, warmup=phase.warmup, div=phase.div)
+        for lr in phase.lrs
+    ]
+
+
+def augmentation(phase: Phase) -> augment.Augmentation | None:
+    """What a phase does to its pictures."""
+    return augment.PRESETS[phase.augment]
+
+
+def augment_key(key: jax.Array) -> jax.Array:
+    """The augmentation's key, from a run's."""
+    return jax.random.fold_in(key, name_number("augment"))
+
+
+def make_phase(
+    setup: Setup,
+    plan: Plan,
+    *,
+    key: jax.Array | None = None,
+    rates: Sequence[Schedule] | None = None,
+    params: Any = None,
+) -> tuple[Callable, Callable[[Any, Any], states.TrainState]]:
+    """The pure train step of a phase, and `(params, batch_stats) -> TrainState` with its fresh optimizer.
+
+    Args:
+        setup: what all phases share.
+        plan: the phase and its place.
+        key: base of all randomness; by default the configuration's seed.
+        rates: see `make_optimizer`.
+        params: see `make_optimizer`.
+    """
     phase, model = plan.phase, setup.model
-    tx, trainable = make_optimizer(model, plan)
-    key = jax.random.key(setup.config.seed)
-    flips = phase.augment in ("flip", "side_on")
+    tx, trainable = make_optimizer(model, plan, rates=rates, params=params)
+    key = jax.random.key(setup.config.seed) if key is None else key
+    how = augmentation(phase)
+    size = setup.preprocess.size
     step = make_train_step(
         apply_fn=head_on_features(model) if phase.precompute else model.apply,
         tx=tx,
+        loss_fn=smoothed_cross_entropy(phase.label_smoothing),
         trainable=trainable,
         preprocess=normalise(setup.preprocess.mean, setup.preprocess.std),
-        augment=augment.flip(jax.random.fold_in(key, name_number("flip"))) if flips else None,
+        augment=how and augment.make_augment(how, key=augment_key(key), size=size),
         key=jax.random.fold_in(key, name_number("dropout")),
         epoch_of=lambda step: plan.first_epoch + (step - plan.first_step) // plan.steps_per_epoch,
         bn_train=phase.bn == "train",
+        accumulate=phase.accumulate,
     )
     return step, lambda p, s: states.create(p, s, tx, trainable=trainable, step=plan.first_step)
 
 
-def schedules(plan: Plan) -> list[optim.Schedule]:
-    """One schedule per layer group, from the phase's first step."""
-    return [optim.make_schedule(plan.phase.schedule, lr, plan.steps) for lr in plan.phase.lrs]
-
-
 def abstract_state(model: models.Model, plan: Plan) -> states.TrainState:
     """Shapes and dtypes of a phase's state, without computing any of it."""
+    plan = plan.at(0.01) if plan.phase.lr == "auto" else plan  # no shape depends on the rate
     tx, trainable = make_optimizer(model, plan)
     return jax.eval_shape(lambda p, s: states.create(p, s, tx, trainable=trainable), *models.shapes(model))
 

@@ -75,6 +75,11 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
     return folder
 
 
+def rates(lr: Any) -> str:
+    """A phase's learning rate, or its three, in words."""
+    return " / ".join(map(str, dict.fromkeys(lr))) if isinstance(lr, (tuple, list)) else str(lr)
+
+
 def describe(setup: Any) -> str:
     """What is about to be trained, in two or three lines."""
     index, c = setup.index, setup.config
@@ -88,7 +93,7 @@ def describe(setup: Any) -> str:
     lines.append(
         f"{c.model.backbone} ({start}), {c.model.head} head, {setup.preprocess.size} px, {setup.model.dtype}; "
         + "; ".join(
-            f"{n}: {p.epochs} epoch{'s' * (p.epochs > 1)}, {p.optimizer} {p.schedule} lr {' / '.join(map(str, dict.fromkeys(p.lrs)))}, "
+            f"{n}: {p.epochs} epoch{'s' * (p.epochs > 1)}, {p.optimizer} {p.schedule} lr {rates(p.lr)}, "
             f"{p.freeze} frozen, BatchNorm {p.bn}"
             for n, p in c.phases.items()
         )
@@ -101,8 +106,8 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
     import jax
 
     from jaxcats import job
-    from jaxcats.fit import Trainer
     from jaxcats.inputs import Evaluator, decoding
+    from jaxcats.runs import Trainer
 
     seconds = {"imports": time.perf_counter() - started}
     at = time.perf_counter()

@@ -15,8 +15,8 @@ import tiny  # noqa: F401
 
 from jaxcats import evaluate, fit, job, train
 from jaxcats.cli import parse, run_command
-from jaxcats.fit import Trainer
 from jaxcats.results.metrics import wilson_interval
+from jaxcats.runs import Trainer
 from jaxcats.storage.checkpoint import Checkpoints
 
 BASE = ["--model.backbone", "tiny", "--model.pretrained", "false", "--data.size", "32", "--phases.head.batch_size", "4"]
@@ -113,7 +113,7 @@ def in_process(code, *argv, check=True):
 KILLED = """
 import os, signal, sys, tiny
 from jaxcats import fit, train
-at, read = int(sys.argv[1]), fit.Trainer.read
+at, read = int(sys.argv[1]), fit.Fitter.read
 
 def read_and_die(self, plan, progress, pending, lrs, bar):
     read(self, plan, progress, pending, lrs, bar)
@@ -121,7 +121,7 @@ def read_and_die(self, plan, progress, pending, lrs, bar):
         self.checkpoints._manager.wait_until_finished()  # so that there is a checkpoint to go on from
         os.kill(os.getpid(), signal.SIGKILL)
 
-fit.Trainer.read = read_and_die
+fit.Fitter.read = read_and_die
 train.main(sys.argv[2:])
 """
 
@@ -285,4 +285,4 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_the_step(pictures, tmp_pa
     assert run(*argv) == 1
     message = capsys.readouterr().err
     assert "step" in message
-    assert "lower phases.head.lr" in message
+    assert "lower learning rate (phases.head.lr" in message

@@ -282,7 +282,7 @@ def test_weights_that_are_no_numbers_are_not_saved(pictures, tmp_path, capfd):
     settings = BACKBONE_LEARNS | {"model.head": "lesson", "phases.head.freeze": "nothing", "phases.head.bn": "frozen"}
     settings |= {"phases.head.lr": "1e38", "phases.head.epochs": "2", "checkpoint.every_steps": "1"}
     assert fit(pictures, workdir, settings) == 1
-    assert "lower phases.head.lr" in capfd.readouterr().err
+    assert "lower learning rate (phases.head.lr" in capfd.readouterr().err
     assert saved_states(workdir) == {}
     assert command(evaluate, "--run", workdir) == 2
     out, err = capfd.readouterr()
@@ -296,7 +296,7 @@ def test_answers_that_are_no_numbers_are_no_result(pictures, tmp_path, capfd):
     settings = {"model.head": "lesson", "chunk_steps": "1"}
     settings |= {"phases.head.lr": "1e38", "phases.head.epochs": "2", "checkpoint.every_steps": "1"}
     assert fit(pictures, workdir, settings) == 1
-    assert "lower phases.head.lr" in capfd.readouterr().err
+    assert "lower learning rate (phases.head.lr" in capfd.readouterr().err
     found = saved_states(workdir)
     assert found
     assert all(np.isfinite(leaf).all() for state in found.values() for leaf in jax.tree.leaves(state.params))

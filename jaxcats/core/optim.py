@@ -1,4 +1,4 @@
-"""Schedules, learning rates per layer group, weight decay where it belongs, and what is frozen."""
+"""The optimizer of a phase: learning rates per layer group, weight decay where it belongs, and what is frozen."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -7,29 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Schedule = optax.Schedule
+from jaxcats.core.schedules import Schedule
+
 FIRST_TRAINED = {"nothing": 0, "first": 1, "backbone": 2}
 
 
 def trainable_mask(groups: Any, freeze: Literal["backbone", "first", "nothing"]) -> Any:
     """Tree of bools: True where the layer group (tree of ints 0, 1, 2) is not frozen."""
     return jax.tree.map(lambda g: g >= FIRST_TRAINED[freeze], groups)
-
-
-def make_schedule(kind: Literal["constant", "cosine", "one_cycle"], peak_lr: float, steps: int) -> Schedule:
-    """Learning rate by step, counted from 0 at the start of the phase.
-
-    Args:
-        kind: constant; cosine from the peak to 0; one_cycle: peak/25 up to the peak over the first quarter and down to
-            peak/1e5 over the rest, both by cosine (as fastai's one-cycle; Smith, arXiv:1803.09820).
-        peak_lr: the greatest learning rate.
-        steps: length of the phase in steps.
-    """
-    if kind == "constant":
-        return optax.constant_schedule(peak_lr)
-    if kind == "cosine":
-        return optax.cosine_decay_schedule(peak_lr, steps)
-    return optax.cosine_onecycle_schedule(steps, peak_lr, pct_start=0.25, div_factor=25, final_div_factor=1e5 / 25)
 
 
 def scale_by_group(schedules: Sequence[Schedule], groups: Any) -> optax.GradientTransformation:
@@ -58,19 +43,31 @@ def make_tx(
     *,
     schedules: Sequence[Schedule],
     groups: Any,
-    momentum: float = 0.9,
+    momentum: float | Schedule = 0.9,
     weight_decay: float = 0.0,
+    clip: float = 0.0,
 ) -> optax.GradientTransformation:
     """The optimizer of a phase.
 
     Args:
-        kind: sgd with heavy-ball momentum (no Nesterov), adam (b1 .9, b2 .999, eps 1e-8) or adamw.
+        kind: sgd with heavy-ball momentum (no Nesterov), adam (b2 .999, eps 1e-8) or adamw.
         schedules: one per layer group.
         groups: tree of ints like params: the layer group of each leaf.
-        momentum: of sgd.
+        momentum: of sgd, or b1 of adam and adamw; a number, or a schedule.
         weight_decay: added to the gradient (sgd, adam) as torch.optim does, or to the update (adamw).
+        clip: gradients whose norm over all learning leaves is greater are scaled down to it; 0: never.
     """
     decay = [optax.add_decayed_weights(weight_decay, mask=decays)] if weight_decay else []
-    core = optax.trace(decay=momentum) if kind == "sgd" else optax.scale_by_adam()
+    core = _momentum(kind, momentum)
     parts = [core, *decay] if kind == "adamw" else [*decay, core]
-    return optax.chain(*parts, scale_by_group(schedules, groups))
+    clipping = [optax.clip_by_global_norm(clip)] if clip else []
+    return optax.chain(*clipping, *parts, scale_by_group(schedules, groups))
+
+
+def _momentum(kind: str, momentum: float | Schedule) -> optax.GradientTransformation:
+    if not callable(momentum):
+        return optax.trace(decay=momentum) if kind == "sgd" else optax.scale_by_adam(b1=momentum)
+    if kind == "sgd":
+        return optax.inject_hyperparams(optax.trace, static_args=("nesterov", "accumulator_dtype"))(decay=momentum)
+    fixed = ("b2", "eps", "eps_root", "mu_dtype", "nesterov")
+    return optax.inject_hyperparams(optax.scale_by_adam, static_args=fixed)(b1=momentum)

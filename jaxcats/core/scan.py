@@ -1,9 +1,12 @@
-"""Epochs as XLA programs: the step scanned over an index array that gathers from arrays resident on the device."""
+"""Epochs and the range test as XLA programs: the step scanned over an index array that gathers from arrays on the device."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -59,3 +62,68 @@ def stream_epoch(step: Callable, state: Any, batches: Iterator[dict[str, np.ndar
     for batch in batches:
         state, metrics = step(state, batch)
         yield state, jax.tree.map(lambda x: x[None], metrics)
+
+
+BETA = 0.98  # of the range test's average, as fastai's
+DIVERGED = 4  # times the best average so far: the range test stops
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["state", "average", "best", "count", "reason"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class RangeTest:
+    """Where a range test is.
+
+    Attributes:
+        state: the TrainState, as the next iteration finds it.
+        average: float32 scalar, running average of the loss, not yet debiased.
+        best: float32 scalar, least debiased average so far.
+        count: int32 scalar, iterations run.
+        reason: int32 scalar; 0 while it runs, 1 when the loss has diverged, 2 when it is no longer a number.
+    """
+
+    state: Any
+    average: jax.Array
+    best: jax.Array
+    count: jax.Array
+    reason: jax.Array
+
+
+def begin_range_test(state: Any) -> RangeTest:
+    """A range test before its first iteration."""
+    zero = jnp.zeros((), jnp.float32)
+    return RangeTest(state, zero, jnp.full((), jnp.inf, jnp.float32), jnp.int32(0), jnp.int32(0))
+
+
+def make_range_test(step: Callable, *, iterations: int) -> Callable:
+    """A pure function `(test, arrays, order [K, B]) -> (test, (losses [K], averages [K]))`: K iterations of lr_find.
+
+    After a loss that is not a number, a debiased average above four times the best, or `iterations` in all, nothing
+    changes any more and the remaining losses are NaN; outside vmap those iterations cost nothing.
+
+    Args:
+        step: from `make_train_step`, with a tx whose learning rate grows exponentially (schedules.exponential).
+        iterations: how many are wanted in all; chunks may overshoot.
+
+    Source: L. N. Smith, arXiv:1506.01186; the average and the end are fastai's.
+    """
+
+    def take(test: RangeTest, batch: Any):
+        state, sums = step(test.state, batch)
+        loss = sums["loss"] / sums["n"]
+        average = BETA * test.average + (1 - BETA) * loss
+        smooth = average / (1 - jnp.float32(BETA) ** (test.count + 1))
+        best = jnp.minimum(test.best, smooth)
+        reason = jnp.where(jnp.isfinite(loss), jnp.where(smooth > DIVERGED * best, 1, 0), 2).astype(jnp.int32)
+        return RangeTest(state, average, best, test.count + 1, reason), (loss, smooth)
+
+    def skip(test: RangeTest, batch: Any):
+        return test, (jnp.float32(jnp.nan), jnp.float32(jnp.nan))
+
+    def run(test: RangeTest, arrays: dict[str, jax.Array], order: jax.Array):
+        def body(test, rows):
+            batch = {k: v[rows] for k, v in arrays.items()}
+            return jax.lax.cond((test.reason == 0) & (test.count < iterations), take, skip, test, batch)
+
+        return jax.lax.scan(body, test, order)
+
+    return run

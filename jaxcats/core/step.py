@@ -29,6 +29,16 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
+def smoothed_cross_entropy(alpha: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`cross_entropy` against targets `(1 - alpha) onehot + alpha / C` (label smoothing; Szegedy et al., arXiv:1512.00567)."""
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), alpha)
+        return optax.softmax_cross_entropy(logits, targets)
+
+    return loss if alpha else cross_entropy
+
+
 def _inputs(batch: Batch, preprocess: Callable) -> jax.Array:
     return batch["features"] if "features" in batch else preprocess(batch["image"])
 
@@ -50,6 +60,7 @@ def make_train_step(
     key: jax.Array,
     epoch_of: Callable[[jax.Array], jax.Array] = lambda step: jnp.zeros_like(step),
     bn_train: bool = False,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure training step.
 
@@ -58,40 +69,61 @@ def make_train_step(
         tx: optimizer of the trainable leaves.
         loss_fn: `(logits, labels) -> losses [B]`.
         trainable: tree of bools like params. Leaves with False get no gradient, no update and no optimizer state.
-        preprocess: uint8 pictures -> the network's input.
-        augment: `(images uint8, epoch, index [B]) -> images uint8`, before `preprocess`.
-        key: base of the step's randomness; dropout uses `fold_in(key, step)`.
+        preprocess: pictures, 0 to 255 -> the network's input.
+        augment: `(images uint8, epoch, index [B]) -> images`, before `preprocess`.
+        key: base of the step's randomness; dropout uses `fold_in(key, step)`, and the part's number with `accumulate`.
         epoch_of: step -> epoch, both int32 scalars; for `augment`.
         bn_train: whether the backbone's BatchNorms use and update statistics of the batch.
+        accumulate: the batch goes through the network in so many equal parts, one after the other, and their gradients are
+            added up: less memory, the same update, but for BatchNorms on batch statistics, which see a part at a time.
 
     Returns:
         `(state, batch) -> (state, {"loss", "correct", "n"})`; the metrics are sums over the batch, from before the update.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if augment is not None and "image" in batch:
-            batch = batch | {"image": augment(batch["image"], epoch_of(state.step), batch["index"])}
-        frozen = select(state.params, jax.tree.map(lambda t: not t, trainable))
-
-        def loss_of(chosen):
-            logits, stats = apply_fn(
-                merge(chosen, frozen),
-                state.batch_stats,
-                _inputs(batch, preprocess),
-                train=True,
-                bn_train=bn_train,
-                key=jax.random.fold_in(key, state.step),
-            )
-            metrics = _sums(logits, loss_fn(logits, batch["label"]), batch)
-            return metrics["loss"] / jnp.maximum(metrics["n"], 1), (stats, metrics)
-
         chosen = select(state.params, trainable)
-        grads, (stats, metrics) = jax.grad(loss_of, has_aux=True)(chosen)
+        frozen = select(state.params, jax.tree.map(lambda t: not t, trainable))
+        total = jnp.maximum(batch["mask"].sum(), 1)
+
+        def gradients(stats, part: Batch, key: jax.Array):
+            if augment is not None and "image" in part:
+                part = part | {"image": augment(part["image"], epoch_of(state.step), part["index"])}
+
+            def loss_of(chosen):
+                logits, new = apply_fn(
+                    merge(chosen, frozen), stats, _inputs(part, preprocess), train=True, bn_train=bn_train, key=key
+                )
+                metrics = _sums(logits, loss_fn(logits, part["label"]), part)
+                return metrics["loss"] / total, (new, metrics)
+
+            return jax.grad(loss_of, has_aux=True)(chosen)
+
+        key_now = jax.random.fold_in(key, state.step)
+        if accumulate == 1:
+            grads, (stats, metrics) = gradients(state.batch_stats, batch, key_now)
+        else:
+            grads, (stats, metrics) = _accumulated(gradients, state.batch_stats, chosen, batch, key_now, accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, chosen)
         params = merge(optax.apply_updates(chosen, updates), frozen)
         return TrainState(state.step + 1, params, stats, opt_state), metrics
 
     return train_step
+
+
+def _accumulated(gradients: Callable, stats: Any, chosen: Any, batch: Batch, key: jax.Array, parts: int):
+    """What `gradients` of the whole batch gives, from `parts` equal parts in turn."""
+    split = {k: v.reshape(parts, -1, *v.shape[1:]) for k, v in batch.items()}
+
+    def body(carry, part):
+        sofar, stats = carry
+        number, rows = part
+        grads, (stats, metrics) = gradients(stats, rows, jax.random.fold_in(key, number))
+        return (jax.tree.map(jnp.add, sofar, grads), stats), metrics
+
+    start = (jax.tree.map(jnp.zeros_like, chosen), stats)
+    (grads, stats), metrics = jax.lax.scan(body, start, (jnp.arange(parts), split))
+    return grads, (stats, jax.tree.map(lambda m: m.sum(0), metrics))
 
 
 def make_eval_step(

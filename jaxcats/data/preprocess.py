@@ -184,25 +184,11 @@ def evaluation_pixels(source: "str | os.PathLike[str] | bytes | Image.Image", pr
 
     Raises PictureError with the reason.
     """
-    return crop_pixels(open_upright(source), preprocess, resize_to=preprocess.resize_to, at=None)
-
-
-def crop_pixels(
-    image: Image.Image, preprocess: Preprocess, *, resize_to: int, at: tuple[float, float] | None
-) -> np.ndarray:
-    """Shorter side to `resize_to`, then a square of `preprocess.size` cut out; uint8 [size, size, 3].
-
-    Args:
-        at: where the square lies in the room there is, (down, right) in 0..1; None is the centre.
-    """
     size, method = preprocess.size, _FILTERS[preprocess.interpolation]
-    image = _middle_of_strip(image)
+    image = _middle_of_strip(open_upright(source))
     width, height = image.size
-    wide, high = resized_sides(width, height, resize_to)
-    if at is None:
-        top, left = round((high - size) / 2.0), round((wide - size) / 2.0)
-    else:
-        top, left = int(at[0] * (high - size + 1)), int(at[1] * (wide - size + 1))
+    wide, high = resized_sides(width, height, preprocess.resize_to)
+    top, left = round((high - size) / 2.0), round((wide - size) / 2.0)
     if (wide, high) != (width, height):
         image = image.resize((wide, high), method)
     return np.array(image.crop((left, top, left + size, top + size)))

@@ -151,6 +151,43 @@ class Model:
         """What the head takes: the pooled feature map, float32 [N,F], BatchNorm on its stored averages."""
         return pool(self._feature_map(params, batch_stats, images, bn_train=False)[0], head=self.head)
 
+    def apply_map(self, params: Tree, batch_stats: Tree, feature_map: jax.Array) -> jax.Array:
+        """Logits float32 [N,C] of a feature map [N,h,w,C] as `feature_map` gives it: pooling and head, evaluating."""
+        return self.apply_head(params, batch_stats, pool(feature_map, head=self.head), train=False)[0]
+
+    def activations(self, params: Tree, batch_stats: Tree, images: jax.Array) -> dict[str, jax.Array]:
+        """What the backbone's parts put out, float32 [N,h,w,C] by name, BatchNorm on its stored averages.
+
+        The parts are the stem, every residual or inverted block ("layer2/block1") and what follows them, in the order
+        they are computed (under jit: by name, as JAX sorts dictionaries); of another backbone, its top-level modules.
+        A block's output is what the next block sees; the stem's and the tail's are those of their BatchNorm, before
+        the ReLU.
+        """
+        places: list[tuple[str, ...]] = []
+
+        def wanted(module: nn.Module, method: str) -> bool:
+            path = module.path
+            part = len(path) == 1 or (len(path) == 2 and path[1].startswith("block"))
+            if part and method == "__call__":
+                places.append(path)
+                return True
+            return False
+
+        variables = {"params": params["backbone"], "batch_stats": batch_stats["backbone"]}
+        backbone = _module(self, "backbone")
+        _, state = backbone.apply(
+            variables, images, train=False, capture_intermediates=wanted, mutable=["intermediates"]
+        )
+        of_blocks = {path[0] for path in places if len(path) == 2}
+        outputs = {}
+        for path in places:
+            if len(path) == 2 or path[0] not in of_blocks:
+                part: Any = state["intermediates"]
+                for name in path:
+                    part = part[name]
+                outputs["/".join(path)] = part["__call__"][-1].astype(jnp.float32)
+        return outputs
+
     def _feature_map(self, params, batch_stats, images, *, bn_train: bool):
         if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < self.min_size:
             raise ValueError(

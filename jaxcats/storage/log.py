@@ -1,6 +1,8 @@
-"""What a run writes while it goes: metrics.jsonl and TensorBoard events."""
+"""What a run writes while it goes: metrics.jsonl, TensorBoard events, and progress on the screen."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,22 @@ class RunLog:
         """Flushes and closes both."""
         self._file.close()
         self._board.close()
+
+
+def in_notebook() -> bool:
+    """Whether this is a Jupyter kernel."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def progress_bar(**options: Any) -> Any:
+    """A bar that counts pictures: on a terminal and in Jupyter, silent elsewhere; arguments are tqdm's."""
+    if in_notebook():
+        if importlib.util.find_spec("ipywidgets"):
+            from tqdm.notebook import tqdm
+        else:
+            from tqdm import tqdm
+        return tqdm(unit="img", leave=False, **options)
+    from tqdm import tqdm
+
+    return tqdm(unit="img", disable=None, leave=False, **options)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcats.core import optim, scan
+from jaxcats.core import optim, scan, schedules
 from jaxcats.core import state as states
-from jaxcats.core.step import cross_entropy, make_eval_step, make_train_step, normalise
+from jaxcats.core.step import cross_entropy, make_eval_step, make_train_step, normalise, smoothed_cross_entropy
 
 KEY = jax.random.key(0)
 
@@ -39,7 +39,7 @@ def batch_of(n=6, seed=0):
 
 def setup(freeze="nothing", lrs=(0.1, 0.1, 0.1), kind="sgd", **kwargs):
     trainable = optim.trainable_mask(GROUPS, freeze)
-    tx = optim.make_tx(kind, schedules=[optim.make_schedule("constant", lr, 10) for lr in lrs], groups=GROUPS, **kwargs)
+    tx = optim.make_tx(kind, schedules=[schedules.constant(lr) for lr in lrs], groups=GROUPS, **kwargs)
     step = make_train_step(apply_fn=apply_fn, tx=tx, trainable=trainable, preprocess=lambda x: x, key=KEY)
     return step, states.create(params_of(), {"seen": jnp.zeros(())}, tx, trainable=trainable)
 
@@ -80,9 +80,7 @@ def test_frozen_leaves_keep_their_bits_and_have_no_optimizer_state(freeze, learn
 
 def test_weight_decay_spares_vectors():
     params = params_of()
-    tx = optim.make_tx(
-        "adamw", schedules=[optim.make_schedule("constant", 1.0, 1)] * 3, groups=GROUPS, weight_decay=0.1
-    )
+    tx = optim.make_tx("adamw", schedules=[schedules.constant(1.0)] * 3, groups=GROUPS, weight_decay=0.1)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["head"]["w"], -0.1 * params["head"]["w"], rtol=1e-6)
     assert not np.any(updates["backbone"]["b"])
@@ -133,25 +131,6 @@ def test_order_is_a_permutation_that_changes_with_epoch_and_seed():
     assert scan.epoch_order(5, batch_size=64, seed=0, epoch=0).shape == (1, 5)
 
 
-@pytest.mark.parametrize("kind", ["constant", "cosine", "one_cycle"])
-def test_schedules_equal_their_formulas(kind):
-    n, peak = 40, 0.5
-    schedule = optim.make_schedule(kind, peak, n)
-
-    def wanted(t):
-        if kind == "constant":
-            return peak
-        if kind == "cosine":
-            return peak / 2 * (1 + np.cos(np.pi * t / n))
-        up = n // 4
-        low, high, x = (peak / 25, peak, t / up) if t <= up else (peak, peak / 1e5, (t - up) / (n - up))
-        return low + (high - low) * (1 - np.cos(np.pi * x)) / 2
-
-    np.testing.assert_allclose(
-        [schedule(t) for t in range(n + 1)], [wanted(t) for t in range(n + 1)], rtol=1e-4, atol=1e-6
-    )
-
-
 def test_gradient_of_the_frozen_part_is_not_computed():
     step, state = setup("backbone")
     text = str(jax.make_jaxpr(step)(state, batch_of()))
@@ -165,8 +144,8 @@ def test_gradient_of_the_frozen_part_is_not_computed():
 def test_three_steps_of_each_optimizer_equal_its_formula(kind, decay):
     """In NumPy's double precision; decay is added to the gradient (sgd, adam) or to the update (adamw), of matrices only."""
     lrs, momentum = (0.01, 0.02, 0.03), 0.8
-    schedules = [optim.make_schedule("constant", lr, 3) for lr in lrs]
-    tx = optim.make_tx(kind, schedules=schedules, groups=GROUPS, momentum=momentum, weight_decay=decay)
+    rates = [schedules.constant(lr) for lr in lrs]
+    tx = optim.make_tx(kind, schedules=rates, groups=GROUPS, momentum=momentum, weight_decay=decay)
     params = params_of()
     opt_state = tx.init(params)
     values = [np.asarray(p, np.float64) for p in jax.tree.leaves(params)]
@@ -184,10 +163,71 @@ def test_three_steps_of_each_optimizer_equal_its_formula(kind, decay):
                 first[i] = momentum * first[i] + g
                 update = first[i]
             else:
-                first[i] = 0.9 * first[i] + 0.1 * g
+                first[i] = momentum * first[i] + (1 - momentum) * g
                 second[i] = 0.999 * second[i] + 0.001 * g**2
-                update = first[i] / (1 - 0.9**t) / (np.sqrt(second[i] / (1 - 0.999**t)) + 1e-8)
+                update = first[i] / (1 - momentum**t) / (np.sqrt(second[i] / (1 - 0.999**t)) + 1e-8)
                 update = update + (pull if kind == "adamw" else 0.0)
             values[i] = p - lrs[groups[i]] * update
         for found, wanted in zip(jax.tree.leaves(params), values, strict=True):
             np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_label_smoothing_equals_its_formula():
+    logits, labels = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32), np.array([0, 1, 2, 0, 1, 2])
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    wanted = -(0.9 * logs[np.arange(6), labels] + 0.1 * logs.mean(1))
+    np.testing.assert_allclose(smoothed_cross_entropy(0.1)(logits, labels), wanted, rtol=1e-5)
+    assert smoothed_cross_entropy(0.0) is cross_entropy
+
+
+def test_clipping_scales_the_gradient_of_all_learning_leaves_together():
+    params = params_of()
+    grads = jax.tree.map(lambda p: 3.0 * jnp.ones_like(p), params)
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+    for clip, scale in ((norm / 4, 0.25), (norm * 2, 1.0)):
+        tx = optim.make_tx("sgd", schedules=[schedules.constant(1.0)] * 3, groups=GROUPS, clip=clip)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
+            np.testing.assert_allclose(u, -scale * g, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_momentum_may_follow_a_schedule(kind):
+    """Two steps of a constant gradient: the second update shows the momentum of the second step."""
+    params, ones = {"head": {"w": jnp.zeros((2, 2))}}, {"head": {"w": jnp.ones((2, 2))}}
+    moms = schedules.one_cycle_momentum((0.9, 0.5, 0.9), 4)
+    tx = optim.make_tx(
+        kind, schedules=[schedules.constant(1.0)] * 3, groups={"head": {"w": 2}}, momentum=lambda t: moms(t)
+    )
+    state = tx.init(params)
+    first, state = tx.update(ones, state, params)
+    second, _ = tx.update({"head": {"w": 2 * jnp.ones((2, 2))}}, state, params)
+    m = 0.5  # after the first quarter of four steps
+    if kind == "sgd":
+        wanted = -(1 * m + 2)
+    else:
+        b1, b2 = (0.1 * m + (1 - m) * 2) / (1 - m**2), (0.001 * 0.999 * 1 + 0.001 * 4) / (1 - 0.999**2)
+        wanted = -b1 / np.sqrt(b2)
+    np.testing.assert_allclose(second["head"]["w"], wanted * np.ones((2, 2)), rtol=1e-4)
+    np.testing.assert_allclose(first["head"]["w"], -np.ones((2, 2)), rtol=1e-4)
+
+
+def test_four_parts_of_sixteen_equal_one_batch_of_sixty_four():
+    def stepped(parts):
+        trainable = optim.trainable_mask(GROUPS, "nothing")
+        tx = optim.make_tx("sgd", schedules=[schedules.constant(0.1)] * 3, groups=GROUPS)
+        step = make_train_step(
+            apply_fn=apply_fn, tx=tx, trainable=trainable, preprocess=lambda x: x, key=KEY, accumulate=parts
+        )
+        state = states.create(params_of(), {"seen": jnp.zeros(())}, tx, trainable=trainable)
+        batch = batch_of(64) | {"mask": np.arange(64) != 5}
+        for _ in range(3):
+            state, sums = jax.jit(step)(state, batch)
+        return state, sums
+
+    (one, sums), (four, parts) = stepped(1), stepped(4)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert int(sums["n"]) == int(parts["n"]) == 63
+    assert int(sums["correct"]) == int(parts["correct"])
+    np.testing.assert_allclose(sums["loss"], parts["loss"], rtol=1e-5)

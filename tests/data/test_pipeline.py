@@ -7,7 +7,7 @@ from PIL import Image
 
 from jaxcats.data.index import scan, scan_unlabelled
 from jaxcats.data.pipeline import evaluation_batches, training_batches
-from jaxcats.data.preprocess import Preprocess, evaluation_pixels, open_upright
+from jaxcats.data.preprocess import Preprocess, evaluation_pixels
 from jaxcats.errors import UserError
 
 SMALL = Preprocess(size=32)
@@ -39,11 +39,6 @@ def pictures(folder, encoded, photo):
 def joined(batches):
     batches = list(batches)
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-
-
-def training(split, order, **options):
-    options = {"preprocess": SMALL, "epoch": 0, "seed": 0, "crop": "random"} | options
-    return training_batches(split, order=np.asarray(order), **options)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -99,83 +94,58 @@ def test_nothing_to_evaluate_gives_no_batches(pictures):
 ORDER = np.array([[3, 9, 0], [6, 1, 10], [2, 5, 8]])
 
 
-def test_training_with_the_centre_crop_sees_evaluations_pixels(pictures):
-    batch = joined(training(pictures, ORDER, crop="center"))
-    assert batch["index"].tolist() == ORDER.ravel().tolist()
+@pytest.mark.parametrize("workers", [1, 4])
+def test_training_sees_evaluations_pixels_in_the_order_given(pictures, workers):
+    batches = list(training_batches(pictures, preprocess=SMALL, order=ORDER, workers=workers))
+    assert [batch["index"].tolist() for batch in batches] == ORDER.tolist()
+    batch = joined(batches)
+    assert {key: value.dtype for key, value in batch.items()} == {
+        "image": np.uint8,
+        "label": np.int32,
+        "mask": np.bool_,
+        "index": np.int32,
+    }
     assert batch["mask"].all()
     assert batch["label"].tolist() == pictures.labels[ORDER.ravel()].tolist()
     for row, pixels in zip(ORDER.ravel(), batch["image"], strict=True):
         np.testing.assert_array_equal(pixels, evaluation_pixels(pictures.root / pictures.paths[row], SMALL))
 
 
-def test_random_crops_come_in_order_and_in_shape(pictures):
-    batches = list(training(pictures, ORDER))
-    assert [batch["index"].tolist() for batch in batches] == ORDER.tolist()
-    assert all(batch["image"].shape == (3, 32, 32, 3) and batch["image"].dtype == np.uint8 for batch in batches)
-    assert all(batch["mask"].all() for batch in batches)
-
-
-def test_random_crops_depend_on_seed_epoch_and_picture_alone(pictures):
-    by_row = dict(zip(ORDER.ravel(), joined(training(pictures, ORDER, workers=1))["image"], strict=True))
-    other = [[5, 2, 0, 1], [10, 9, 8, 6]]  # other batches, another order, other workers
-    again = joined(training(pictures, other, workers=4))
-    for row, pixels in zip(again["index"], again["image"], strict=True):
-        np.testing.assert_array_equal(pixels, by_row[row])
-    for change in ({"seed": 1}, {"epoch": 1}):
-        changed = joined(training(pictures, ORDER, **change))["image"]
-        assert sum(not np.array_equal(a, b) for a, b in zip(changed, by_row.values(), strict=True)) >= 6
-
-
 def test_an_epoch_continues_from_its_middle(pictures):
-    whole, rest = joined(training(pictures, ORDER)), joined(training(pictures, ORDER[1:]))
+    whole, rest = (joined(training_batches(pictures, preprocess=SMALL, order=order)) for order in (ORDER, ORDER[1:]))
     for key in whole:
         np.testing.assert_array_equal(rest[key], whole[key][3:])
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_tensorflow_turns_pictures_as_pillow_does(folder, encoded, photo, kind, orientation):
-    """A picture whose upright form is square leaves no room for a random crop, so the two must agree."""
-    root = folder({"a.jpg": encoded(photo(orientation, 150, 150), kind, orientation=orientation)})
-    split, _ = scan_unlabelled(root)
-    assert split.plain.all()
-    for interpolation, most in (("bilinear", 2), ("bicubic", 8)):
-        preprocess = Preprocess(size=48, interpolation=interpolation)
-        (batch,) = training(split, [[0]], preprocess=preprocess)
-        pillow = evaluation_pixels(root / "a.jpg", preprocess)
-        difference = np.abs(batch["image"][0].astype(int) - pillow)
-        assert difference.max() <= most
-        assert difference.mean() < 0.5
+def test_training_pictures_come_in_the_size_asked_for(pictures):
+    """Augmentation cuts its window from a picture larger than the network's."""
+    larger = Preprocess(size=37)
+    batch = joined(training_batches(pictures, preprocess=larger, order=ORDER))
+    assert batch["image"].shape == (9, 37, 37, 3)
+    path = pictures.root / pictures.paths[3]
+    np.testing.assert_array_equal(batch["image"][0], evaluation_pixels(path, larger))
 
 
-def test_a_random_crop_is_a_window_of_the_resized_picture(folder, encoded, photo):
-    root = folder({f"{i}.jpg": encoded(photo(i, 300, 140)) for i in range(12)})
-    split, _ = scan_unlabelled(root)
-    places = []
-    for row, pixels in enumerate(joined(training(split, np.arange(12).reshape(3, 4)))["image"]):
-        resized = np.asarray(open_upright(root / split.paths[row]).resize((68, 32), Image.Resampling.BILINEAR), int)
-        windows = [np.abs(resized[:, x : x + 32] - pixels).mean() for x in range(68 - 32 + 1)]
-        assert min(windows) < 1
-        places.append(int(np.argmin(windows)))
-    assert len(set(places)) >= 6
-    assert max(places) - min(places) > 15
+def both_kinds(split):
+    yield training_batches(split, preprocess=SMALL, order=ORDER)
+    yield evaluation_batches(split, preprocess=SMALL, batch_size=4)
 
 
-@pytest.mark.parametrize("crop", ["center", "random"])
-def test_a_file_that_went_away_is_named(pictures, crop):
+def test_a_file_that_went_away_is_named(pictures):
     (pictures.root / pictures.paths[1]).unlink()
-    with pytest.raises(UserError, match=r"train/cats/b\.jpg: .*can't be now \(no such file"):
-        list(training(pictures, ORDER, crop=crop))
+    for batches in both_kinds(pictures):
+        with pytest.raises(UserError, match=r"train/cats/b\.jpg: .*can't be now \(no such file"):
+            list(batches)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "d.png"])
-@pytest.mark.parametrize("crop", ["center", "random"])
-def test_a_file_that_was_spoilt_is_named(pictures, crop, name):
+def test_a_file_that_was_spoilt_is_named(pictures, name):
     path = pictures.root / "train/cats" / name
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match=f"train/cats/{name}: ") as caught:
-        list(training(pictures, ORDER, crop=crop))
-    assert "\n" not in str(caught.value)
+    for batches in both_kinds(pictures):
+        with pytest.raises(UserError, match=f"train/cats/{name}: ") as caught:
+            list(batches)
+        assert "\n" not in str(caught.value)
 
 
 def test_stopping_early_is_quiet_and_leaves_tensorflow_without_a_gpu(folder):
@@ -190,9 +160,7 @@ batches = evaluation_batches(split, preprocess=Preprocess(size=32), batch_size=2
 assert "tensorflow" not in sys.modules
 print(next(batches)["index"].tolist())
 order = [[i, i + 1] for i in range(0, 40, 2)]
-training = training_batches(
-    split, preprocess=Preprocess(size=32), order=order, epoch=0, seed=0, crop="random"
-)
+training = training_batches(split, preprocess=Preprocess(size=32), order=order)
 print(next(training)["index"].tolist())
 import tensorflow as tf
 print(tf.config.get_visible_devices("GPU"))

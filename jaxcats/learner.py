@@ -1,0 +1,298 @@
+"""The notebook face: `Learner` holds a network's state and calls the functions that train, judge and draw."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxcats import job
+from jaxcats.config import Config, ModelConfig, Phase, sgdr_epochs
+from jaxcats.core.state import TrainState
+from jaxcats.errors import UserError, nearest
+from jaxcats.find_lr import find_lr, find_lr_band
+from jaxcats.fit import Fitter, Progress
+from jaxcats.inputs import precompute
+from jaxcats.learner_data import ImageClassifierData
+from jaxcats.learner_state import Keeper, load_state, save_state
+from jaxcats.learner_views import Answers, Sched
+from jaxcats.results import metrics
+from jaxcats.results.range_test import LRFindBand, LRFindResult
+from jaxcats.results.table import NotebookTable, Table
+from jaxcats.storage.log import in_notebook
+from jaxcats.validation import validate
+
+LR = float | Sequence[float] | slice | Literal["auto"]
+
+
+class Learner(Answers):
+    """A classifier in the making. Make it with `Learner.pretrained`.
+
+        data = ImageClassifierData.from_paths("data/dogscats", size=224)
+        learn = Learner.pretrained("resnet34", data, precompute=True)
+        learn.fit(0.01, 3)
+
+    Attributes:
+        data: the pictures; its `augment` and `batch_size` may be changed between fits.
+        model: pure functions of params and batch_stats, see jaxcats.models.Model.
+        params: {"backbone": ..., "head": ...}, nested dicts of float32 arrays.
+        batch_stats: likewise; running averages of BatchNorm.
+        precompute: whether fits train the head on the frozen backbone's features, computed once.
+        history: a dict per epoch of every fit so far.
+        sched: learning rates and losses of the last fit or lr_find, to plot.
+    """
+
+    def __init__(self, setup: job.Setup, data: ImageClassifierData, params: Any, batch_stats: Any, *, workdir: Path):
+        self.data, self.model, self.workdir = data, setup.model, workdir
+        self.params, self.batch_stats = params, batch_stats
+        self.history: list[Mapping[str, Any]] = []
+        self.sched = Sched()
+        self._setup, self._phases, self._progress = setup, dict[str, Phase](), Progress()
+        self._freeze: Literal["backbone", "first", "nothing"] = "backbone"
+        self._bn: Literal["frozen", "train"] = "frozen"
+        self._precompute, self._state = False, None
+        self._features: dict[str, np.ndarray] | None = None
+        self._answers: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def pretrained(
+        cls,
+        backbone: str,
+        data: ImageClassifierData,
+        *,
+        precompute: bool = False,
+        weights: str | Path | None = None,
+        head: Literal["lesson", "linear"] = "lesson",
+        bn: Literal["frozen", "train"] = "frozen",
+        pretrained: bool = True,
+        precision: Literal["auto", "float32", "bfloat16"] = "auto",
+        workdir: str | Path = "runs/notebook",
+    ) -> "Learner":
+        """A network with pretrained weights, frozen, under a fresh head for the classes of `data`.
+
+        Args:
+            backbone: resnet18, resnet34, resnet50, efficientnet_lite0, or a registered name.
+            data: from `ImageClassifierData.from_paths`.
+            precompute: train the head on features computed once; augmentation has no effect then.
+            weights: a .safetensors, .pth or .npz file, hf:OWNER/REPO/FILE or package:MODULE/FILE; None: the backbone's own.
+            head: lesson (pooling, BN, dropout, 512, BN, dropout, classes) or linear.
+            bn: what the backbone's BatchNorms do in training: run on stored averages, or on the batch's statistics.
+            pretrained: False starts from random weights.
+            precision: of the arithmetic; auto is float32 on CPU and bfloat16 elsewhere.
+            workdir: folder that `save` writes into.
+
+        Raises:
+            UserError: unknown backbone, no weights to be found, or weights that don't fit.
+        """
+        config = Config(
+            seed=data.seed,
+            data=data.settings,
+            model=ModelConfig(backbone, head, pretrained, None if weights is None else str(weights)),
+            precision=precision,
+        )
+        setup = job.setup(validate(config), data.index)
+        learn = cls(setup, data, *job.initial_params(setup)[:2], workdir=Path(workdir))
+        learn._precompute, learn._bn = precompute, bn
+        return learn
+
+    def __repr__(self) -> str:
+        m = self.model
+        return (
+            f"Learner({m.name}, {m.head} head, {self._setup.preprocess.size} px, {m.dtype}; frozen: {self._freeze}; "
+            f"precompute: {self._precompute}; {self._progress.epoch} epochs trained)"
+        )
+
+    # Training
+
+    def fit(
+        self,
+        lr: LR,
+        n_cycle: int = 1,
+        *,
+        cycle_len: int | None = None,
+        cycle_mult: int = 1,
+        keep: Literal["last", "best"] = "last",
+        **options: Any,
+    ) -> None:
+        """Trains: `n_cycle` epochs at a constant rate, or so many cosine cycles with warm restarts.
+
+        Args:
+            lr: learning rate; three of them (early layers, late layers, head); a slice(a, b), spread geometrically from
+                a to b; or "auto", the valley of an lr_find.
+            n_cycle: epochs, or cycles with `cycle_len`.
+            cycle_len: epochs of the first cycle; None: no cycles, a constant rate.
+            cycle_mult: each cycle is so many times as long as the one before: fit(lr, 3, cycle_len=1, cycle_mult=2)
+                is 1 + 2 + 4 epochs.
+            keep: what stays: the last epoch, or the best (fewest validation errors, then the lowest loss).
+            **options: further fields of jaxcats.Phase: optimizer, momentum, weight_decay, schedule, batch_size,
+                label_smoothing, clip, accumulate, driver, ...
+
+        Raises:
+            UserError: values that can't be used.
+            RunError: the loss is no longer a number; the Learner is as it was before.
+        """
+        if cycle_len is None:
+            self._fit(lr, keep=keep, epochs=n_cycle, **options)
+            return
+        epochs = sgdr_epochs(n_cycle, cycle_len, cycle_mult)
+        cycles = {"schedule": "sgdr", "cycle_len": cycle_len, "cycle_mult": cycle_mult}
+        self._fit(lr, keep=keep, epochs=epochs, **cycles, **options)
+
+    def fit_one_cycle(
+        self, epochs: int, lr: LR = 2e-3, *, div: float = 25.0, pct_start: float = 0.25, keep="last", **options: Any
+    ) -> None:
+        """One cycle: the rate up from lr/div over the share `pct_start` of the steps, then down to lr/1e5, momentum .95, .85, .95.
+
+        As fastai v2's; arguments otherwise as of `fit`.
+        """
+        cycle = {"schedule": "one_cycle", "warmup": pct_start, "div": div, "momentum": (0.95, 0.85, 0.95)}
+        self._fit(lr, keep=keep, epochs=epochs, **(cycle | options))
+
+    def fine_tune(
+        self, epochs: int, base_lr: float = 2e-3, *, freeze_epochs: int = 1, keep="last", **options: Any
+    ) -> None:
+        """fastai v2's recipe: the head alone for `freeze_epochs`, then every layer for `epochs`, one cycle each.
+
+        The rates are base_lr, then from base_lr/200 (early layers) to base_lr/2 (head).
+        """
+        self.freeze()
+        self.fit_one_cycle(freeze_epochs, base_lr, pct_start=0.99, **options)
+        self.unfreeze()
+        half = base_lr / 2
+        self.fit_one_cycle(epochs, slice(half / 100, half), pct_start=0.3, div=5.0, keep=keep, **options)
+
+    def lr_find(
+        self, start: float = 1e-7, end: float = 10.0, *, iterations: int = 100, seeds: int = 1, **options: Any
+    ) -> LRFindResult | LRFindBand:
+        """Loss under a rate that grows from `start` to `end`; the Learner's state doesn't change.
+
+        Args:
+            start: first rate.
+            end: what the last approaches.
+            iterations: batches.
+            seeds: with precompute: so many fresh heads at once, for a band.
+            **options: as of `fit`.
+        """
+        plan, params, stats, feats = self._begin(Phase(), **options)
+        train = feats["train"] if feats else None
+        span = {"start": start, "end": end, "iterations": iterations}
+        if seeds == 1:
+            result = find_lr(self._setup, plan, params, stats, train, **span)
+        else:
+            result = find_lr_band(self._setup, plan, params, stats, train, seeds=seeds, **span)
+        self.sched = Sched(result=result)
+        return result
+
+    def _begin(self, phase: Phase, **options: Any) -> tuple[job.Plan, Any, Any, dict[str, np.ndarray] | None]:
+        """The plan of the next phase, the weights it starts from, and features where it trains on them."""
+        known = [f.name for f in dataclasses.fields(Phase)]
+        for name in options:
+            if name not in known:
+                raise UserError(f"There is no option '{name}'.{nearest(name, known)} Options: {', '.join(known)}.")
+        given = {
+            "batch_size": self.data.batch_size,
+            "freeze": self._freeze,
+            "bn": self._bn,
+            "precompute": self._precompute,
+            "augment": "none" if self._precompute else self.data.augment,
+        }
+        phase = dataclasses.replace(phase, **(given | options))
+        name = f"fit{len(self._phases) + 1}"
+        config = dataclasses.replace(self._setup.config, phases={**self._phases, name: phase})
+        self._setup = dataclasses.replace(self._setup, config=validate(config))
+        plan = job.plans(self._setup)[-1]
+        plan = dataclasses.replace(plan, first_step=self._progress.step, first_epoch=self._progress.epoch)
+        return plan, self.params, self.batch_stats, self._computed() if phase.precompute else None
+
+    def _fit(self, lr: LR, *, keep: str, **options: Any) -> None:
+        if keep not in ("last", "best"):
+            raise UserError(f"keep: {keep!r} is not one of last, best.")
+        plan, params, stats, feats = self._begin(Phase(), lr=spread(lr), **options)
+        fitter = Fitter(self._setup, table=NotebookTable() if in_notebook() else Table())
+        keeper = Keeper(best=keep == "best")
+        fitter.log = fitter.checkpoints = keeper
+        progress = dataclasses.replace(self._progress)  # an interrupted fit leaves no trace
+        progress.begin(plan)
+        state = fitter.run_phase(plan, progress, None, (params, stats), feats)
+        if keep == "best":
+            state = keeper.state
+            if not in_notebook():
+                print(
+                    f"Kept epoch {keeper.row['epoch']}, the best: {metrics.sentence(keeper.row['errors'], keeper.row['n'])}."
+                )
+        self._phases[plan.name] = plan.phase
+        self._progress, self.history = progress, [*self.history, *keeper.epochs]
+        self.sched = Sched(rows=keeper.rows, momentum=job.momentum(plan), first_step=plan.first_step)
+        self._take(state, backbone_too=plan.phase.freeze != "backbone" or plan.phase.bn == "train")
+
+    def _take(self, state: TrainState, *, backbone_too: bool) -> None:
+        self._state, self.params, self.batch_stats = state, state.params, state.batch_stats
+        self._answers = {}
+        if backbone_too:
+            self._features = None
+
+    def _computed(self) -> dict[str, np.ndarray]:
+        if self._features is None:
+            self._features = precompute(self._setup, self.params, self.batch_stats)[0]
+        return self._features
+
+    # What learns
+
+    @property
+    def precompute(self) -> bool:
+        """Whether fits train the head on the frozen backbone's features, computed once."""
+        return self._precompute
+
+    @precompute.setter
+    def precompute(self, value: bool) -> None:
+        if value and (self._freeze != "backbone" or self._bn != "frozen"):
+            raise UserError("precompute: needs a frozen backbone; call freeze() first (and bn='frozen').")
+        self._precompute = bool(value)
+
+    def freeze(self) -> None:
+        """Only the head learns."""
+        self.freeze_to(-1)
+
+    def unfreeze(self) -> None:
+        """Every layer learns; precompute is switched off."""
+        self.freeze_to(0)
+
+    def freeze_to(self, group: int) -> None:
+        """Layer groups before `group` are frozen: 0 none, 1 the early layers, 2 (or -1) all but the head."""
+        if not -3 <= group <= 2:
+            raise UserError(f"freeze_to: {group} can't be used; there are three layer groups: 0, 1 and 2.")
+        self._freeze = ("nothing", "first", "backbone")[group % 3]
+        if self._freeze != "backbone":
+            self._precompute = False
+
+    # Keeping it
+
+    @property
+    def config(self) -> Config:
+        """What was done so far, as a configuration: `train` does the same from it."""
+        return dataclasses.replace(self._setup.config, phases=self._phases or {"fit1": Phase()})
+
+    def save(self, name: str) -> Path:
+        """Writes the state as a run folder `workdir/name`, which `load` and `python -m jaxcats.evaluate --run` read."""
+        setup = dataclasses.replace(self._setup, config=self.config)
+        return save_state(self.workdir / name, setup, self._state, self._progress, (self.params, self.batch_stats))
+
+    def load(self, name: str) -> None:
+        """Takes up what `save(name)` wrote; UserError when it isn't there or is of another network or other classes."""
+        state, progress, phases = load_state(self.workdir / name, self._setup)
+        self._phases, self._progress = phases, progress
+        self._take(state, backbone_too=True)
+
+
+def spread(lr: LR) -> float | tuple[float, ...] | Literal["auto"]:
+    """A learning rate as a configuration has it; slice(a, b) is geometric from a to b, slice(b) is b/10, b/10, b."""
+    if isinstance(lr, slice):
+        if lr.stop is None or lr.step is not None:
+            raise UserError(f"lr: {lr} can't be used; expected slice(a, b) or slice(b).")
+        if lr.start is None:
+            return (lr.stop / 10, lr.stop / 10, lr.stop)
+        return tuple(float(x) for x in np.geomspace(lr.start, lr.stop, 3))
+    if isinstance(lr, (Sequence, np.ndarray)) and not isinstance(lr, str):
+        return tuple(float(x) for x in lr)
+    return lr

@@ -1,0 +1,78 @@
+"""Values of a Config that no run can have; each error names the key, the value and what was expected."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from jaxcats.config import GROUPS, Config, Phase
+from jaxcats.errors import UserError
+
+
+def validate(config: Config) -> Config:
+    """The same Config, or UserError for values that no run can have."""
+
+    def need(ok: bool, key: str, value: Any, expected: str) -> None:
+        if not ok:
+            raise UserError(f"{key}: {value!r} can't be used; expected {expected}.")
+
+    d = config.data
+    need(
+        d.size is None or 32 <= d.size <= 2048,
+        "data.size",
+        d.size,
+        "32 to 2048 pixels (the backbones halve the picture five times)",
+    )
+    need(d.valid_fraction is None or 0 < d.valid_fraction < 1, "data.valid_fraction", d.valid_fraction, "0 < x < 1")
+    need(d.workers is None or d.workers >= 1, "data.workers", d.workers, "at least 1")
+    need(config.chunk_steps >= 1, "chunk_steps", config.chunk_steps, "at least 1")
+    need(config.feature_batch >= 1, "feature_batch", config.feature_batch, "at least 1")
+    need(config.checkpoint.every_steps >= 0, "checkpoint.every_steps", config.checkpoint.every_steps, "0 or more")
+    need(config.checkpoint.every_epochs >= 1, "checkpoint.every_epochs", config.checkpoint.every_epochs, "at least 1")
+    need(0 <= config.seed < 2**31, "seed", config.seed, "0 to 2147483647")
+    for name, p in config.phases.items():
+        _validate_phase(p, f"phases.{name}", need)
+    return config
+
+
+def _validate_phase(p: Phase, key: str, need: Callable[[bool, str, Any, str], None]) -> None:
+    if p.lr != "auto":
+        need(len(p.lrs) == GROUPS, f"{key}.lr", p.lr, "one number, or three: early layers, late layers, head; or auto")
+        need(all(math.isfinite(x) and x >= 0 for x in p.lrs) and max(p.lrs) > 0, f"{key}.lr", p.lr, "a number above 0")
+    several = isinstance(p.momentum, (tuple, list))
+    momenta = p.momentum if isinstance(p.momentum, (tuple, list)) else (p.momentum,)
+    need(all(0 <= x < 1 for x in momenta), f"{key}.momentum", p.momentum, "0 <= x < 1")
+    if several:
+        need(len(momenta) == 3, f"{key}.momentum", p.momentum, "one number, or three: start, peak rate, end")
+        need(p.schedule == "one_cycle", f"{key}.momentum", p.momentum, "one number, unless schedule is one_cycle")
+    need(p.epochs >= 1, f"{key}.epochs", p.epochs, "at least 1")
+    need(p.batch_size >= 2, f"{key}.batch_size", p.batch_size, "at least 2 (the head's BatchNorm needs two)")
+    need(p.accumulate >= 1, f"{key}.accumulate", p.accumulate, "at least 1")
+    parts = f"a divisor of batch_size, {p.batch_size}, that leaves two pictures in a part"
+    need(
+        p.batch_size % p.accumulate == 0 and p.batch_size // p.accumulate >= 2,
+        f"{key}.accumulate",
+        p.accumulate,
+        parts,
+    )
+    for field_name in ("weight_decay", "clip"):
+        need(0 <= getattr(p, field_name) < math.inf, f"{key}.{field_name}", getattr(p, field_name), "0 or more")
+    need(0 <= p.label_smoothing < 1, f"{key}.label_smoothing", p.label_smoothing, "0 <= x < 1")
+    need(p.cycle_len >= 1, f"{key}.cycle_len", p.cycle_len, "at least 1")
+    need(p.cycle_mult >= 1, f"{key}.cycle_mult", p.cycle_mult, "at least 1")
+    need(p.warmup is None or 0 <= p.warmup <= 1, f"{key}.warmup", p.warmup, "0 <= x <= 1")
+    need(1 <= p.div < math.inf, f"{key}.div", p.div, "at least 1")
+    if p.precompute:
+        need(p.freeze == "backbone", f"{key}.freeze", p.freeze, "backbone with precompute: true")
+        need(p.bn == "frozen", f"{key}.bn", p.bn, "frozen with precompute: true")
+        why = "none with precompute: true (features are computed once, so augmentation has no effect)"
+        need(p.augment == "none", f"{key}.augment", p.augment, why)
+
+
+def check_tta(n: int, weight: float | None) -> None:
+    """UserError for a number of changed versions, or a weight of the plain answer, that can't be."""
+    if n < 0:
+        raise UserError(f"tta: {n} can't be used; expected 0 or more changed versions of each picture.")
+    if weight is not None and not (n and 0 <= weight <= 1):
+        raise UserError(
+            f"tta_weight: {weight} can't be used; expected 0 to 1, the plain answer's share, and tta above 0."
+        )
