@@ -75,7 +75,7 @@ def _phase_help() -> str:
         kind = field_types(Phase)[name]
         choices = " | ".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal else ""
         default = next(f.default for f in dataclasses.fields(Phase) if f.name == name)
-        lines.append(f"  {name:13} {text}{' [' + choices + ']' if choices else ''} (default: {default})")
+        lines.append(f"  {name:15} {text}{' [' + choices + ']' if choices else ''} (default: {default})")
     return "\n".join(lines)
 
 
@@ -109,10 +109,11 @@ def readable_error(message: str) -> str:
         return text
     kind, value = found.groups()
     value = "null" if value == "None" else f"'{value}'"
-    choices = re.findall(r"'(\w+)'", kind) if "Literal" in kind else []
+    choices = [word for words in re.findall(r"Literal\[([^\]]*)\]", kind) for word in re.findall(r"'(\w+)'", words)]
     several = ["a list of numbers"] if "tuple[" in kind else []
-    plain = re.findall(r"int|float|bool|str|NoneType", re.sub(r"tuple\[[^\]]*\]", "", kind))
-    wanted = f"one of {', '.join(choices)}" if choices else " or ".join([*(KINDS[k] for k in plain), *several])
+    plain = re.findall(r"\b(?:int|float|bool|str|NoneType)\b", re.sub(r"tuple\[[^\]]*\]|Literal\[[^\]]*\]", "", kind))
+    one_of = [f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]] if choices else []
+    wanted = " or ".join([*(KINDS[k] for k in plain), *several, *one_of])
     return f"{'.'.join(dict.fromkeys(keys))}: expected {wanted or kind}, got {value}.{nearest(value.strip(chr(39)), choices)}"
 
 

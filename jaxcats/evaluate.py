@@ -143,7 +143,7 @@ def judge_with_tta(run: Run, split: Any, logits: np.ndarray, *, n: int, weight: 
         workers=config.data.workers,
     )
     share = 1 / (n + 1) if weight is None else weight
-    return tta.combine(logits, changed, n=n, weight=share), {"n": n, "weight": share, "augment": how}
+    return tta.combine(logits, changed, n=n, weight=share), {"versions": n, "weight": share, "augment": how}
 
 
 def load_run(run: Path, which: str | None = None) -> Run:
@@ -279,7 +279,7 @@ def main(argv: Sequence[str]) -> None:
     if "tta" in facts:
         found = facts["tta"]
         print(
-            f"with TTA ({how['n']} x {how['augment']}, plain weight {how['weight']:.3g}): "
+            f"with TTA ({how['versions']} x {how['augment']}, plain weight {how['weight']:.3g}): "
             + metrics.sentence(found["errors"], found["n"])
         )
     more = ", predictions_tta.csv" if averaged is not None else ""

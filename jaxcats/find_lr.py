@@ -1,5 +1,6 @@
 """lr_find: the range test of a phase, on features or pictures, for one seed or several; its result is results.range_test's."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,12 +161,11 @@ def chunks(
         return
     size, whole = order.shape[1], -(-len(order) // PICTURE_CHUNK) * PICTURE_CHUNK
     padded = order[np.arange(whole) % len(order)]  # one program for every chunk; the iterations beyond do nothing
-    batches = streamed(setup, plan, padded)
-    for _ in range(0, whole, PICTURE_CHUNK):
-        parts = [next(batches) for _ in range(PICTURE_CHUNK)]
-        arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-        yield arrays, np.arange(PICTURE_CHUNK * size, dtype=np.int32).reshape(PICTURE_CHUNK, size)
-    batches.close()
+    with contextlib.closing(streamed(setup, plan, padded)) as batches:  # the test may end before they do
+        for _ in range(0, whole, PICTURE_CHUNK):
+            parts = [next(batches) for _ in range(PICTURE_CHUNK)]
+            arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+            yield arrays, np.arange(PICTURE_CHUNK * size, dtype=np.int32).reshape(PICTURE_CHUNK, size)
 
 
 def to_result(losses: np.ndarray, averages: np.ndarray, *, lrs: np.ndarray, count: int, reason: int) -> LRFindResult:

@@ -14,7 +14,7 @@ from jaxcats.config import flat
 from jaxcats.core.scan import epoch_order
 from jaxcats.core.state import copy
 from jaxcats.errors import RunError
-from jaxcats.find_lr import find_lr
+from jaxcats.find_lr import find_lr, find_lr_band
 from jaxcats.inputs import Evaluator, decoding, make_driver
 from jaxcats.job import Plan, Setup, fingerprint, make_phase, schedules
 from jaxcats.results import metrics
@@ -22,6 +22,7 @@ from jaxcats.results.table import Table
 from jaxcats.storage.log import progress_bar
 
 SMOOTHING = 0.98  # of the shown training loss, as fastai's
+SEEDS = 5  # heads that decide `lr: auto` where one test gives no answer
 
 
 @dataclass
@@ -132,6 +133,8 @@ class Fitter:
         if progress.lr is None:
             with self.clock(plan, "lr_find"):
                 result = find_lr(self.setup, plan, *start, feats["train"] if feats else None)
+                if result.refusal and feats:  # one noisy curve may mislead where several heads together don't
+                    result = find_lr_band(self.setup, plan, *start, feats["train"], seeds=SEEDS)
             self.found_lr(plan, result)
             if result.refusal:
                 raise RunError(

@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +144,14 @@ def resident(setup: Setup, plan: Plan, feats: np.ndarray | None) -> dict[str, np
     arrays = {"label": split.labels, "index": np.arange(n, dtype=np.int32), "mask": np.ones(n, bool)}
     if feats is not None:
         return arrays | {"features": feats}
-    how = decoding(setup) | {"preprocess": source(setup, plan)}
+    how: dict[str, Any] = decoding(setup) | {"preprocess": source(setup, plan)}
     images = np.zeros((n, how["preprocess"].size, how["preprocess"].size, 3), np.uint8)
     for batch in picture_batches(split, **how):
         images[batch["index"][batch["mask"]]] = batch["image"][batch["mask"]]
     return arrays | {"image": images}
 
 
-def streamed(setup: Setup, plan: Plan, order: np.ndarray) -> Batches:
+def streamed(setup: Setup, plan: Plan, order: np.ndarray) -> Generator[dict[str, np.ndarray], None, None]:
     """Training batches of pictures, decoded on the fly: one per row of `order`."""
     from jaxcats.data.pipeline import training_batches
 

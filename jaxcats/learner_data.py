@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcats.config import DataConfig
@@ -160,7 +161,7 @@ class ImageClassifierData:
             from jaxcats.job import augment_key
 
             change = augment.make_augment(how, key=augment_key(jax.random.key(self.seed)), size=preprocess.size)
-            images = change(images, epoch, np.asarray(rows, np.int32))
+            images = change(images, jnp.int32(epoch), jnp.asarray(rows, jnp.int32))
         return list(np.clip(np.round(np.asarray(images, np.float32)), 0, 255).astype(np.uint8))
 
     @property

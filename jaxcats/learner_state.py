@@ -25,7 +25,8 @@ class Keeper:
     """
 
     def __init__(self, *, best: bool):
-        self.best, self.state, self.row, self.rows = best, None, {}, list[dict[str, Any]]()
+        self.best, self.row, self.rows = best, dict[str, Any](), list[dict[str, Any]]()
+        self.state: Any = None
 
     @property
     def epochs(self) -> list[dict[str, Any]]:

@@ -139,8 +139,10 @@ class Sched:
         if self.result is not None:
             return plots.learning_rates(self.result.results[0].lrs)
         rates = np.array([row["lr"] for row in self._trained()])
-        curves = rates if rates.ndim == 1 else {f"{g} layers": r for g, r in zip(GROUP_NAMES, rates.T, strict=True)}
-        moments = [float(self.momentum(t)) for t in range(len(rates))] if callable(self.momentum) else None
+        curves: Any = (
+            rates if rates.ndim == 1 else {f"{g} layers": r for g, r in zip(GROUP_NAMES, rates.T, strict=True)}
+        )
+        moments = [np.asarray(self.momentum(t)).item() for t in range(len(rates))] if callable(self.momentum) else None
         return plots.learning_rates(curves, momentum=moments)
 
     def plot(self) -> plots.Figure:

@@ -16,9 +16,9 @@ DESCRIPTION = (
 OPTIONS = {
     "phase": {"type": str, "help": "whose rate to find, from the initial weights (default: the first phase)"},
     "seeds": {"type": int, "default": 1, "help": "so many heads at once, for a band (with precompute)"},
-    "start": {"type": float, "default": 1e-7, "help": "first learning rate (default: 1e-7)"},
-    "end": {"type": float, "default": 10.0, "help": "learning rate that the last iteration approaches (default: 10)"},
-    "iterations": {"type": int, "default": 100, "help": "batches in all (default: 100)"},
+    "start": {"type": float, "default": 1e-7, "help": "first learning rate"},
+    "end": {"type": float, "default": 10.0, "help": "learning rate that the last iteration approaches"},
+    "iterations": {"type": int, "default": 100, "help": "batches in all"},
     "out": {"type": str, "help": "folder for lr_find.json and figures/lr_find.png (default: runs/lr_find-TIME)"},
 }
 

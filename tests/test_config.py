@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from jaxcats.cli import from_file, parse
-from jaxcats.config import Config, flat, to_yaml, training_changes
+from jaxcats.config import Config, Phase, flat, sgdr_epochs, to_yaml, training_changes
 from jaxcats.errors import UserError
 
 FILE = """
@@ -58,6 +58,22 @@ def test_saved_config_reads_back_equal(file, tmp_path):
         (["--data.size", "8"], ["data.size", "8", "32"]),
         (["--phases.head.lr", "[1, 2]"], ["phases.head.lr", "three"]),
         (["--phases.head.lr", "-1"], ["phases.head.lr", "above 0"]),
+        (
+            ["--phases.head.lr", "auot"],
+            ["phases.head.lr", "a number or a list of numbers or auto", "Did you mean 'auto'"],
+        ),
+        (["--phases.head.momentum", "[0.9, 0.8, 0.9]"], ["phases.head.momentum", "one_cycle"]),
+        (["--phases.head.momentum", "[0.9, 0.8]", "--phases.head.schedule", "one_cycle"], ["momentum", "or three"]),
+        (["--phases.head.momentum", "1"], ["phases.head.momentum", "x < 1"]),
+        (["--phases.head.accumulate", "3"], ["phases.head.accumulate", "divisor of batch_size, 64"]),
+        (["--phases.head.accumulate", "64"], ["phases.head.accumulate", "two pictures"]),
+        (["--phases.head.label_smoothing", "1"], ["phases.head.label_smoothing"]),
+        (["--phases.head.clip", "-1"], ["phases.head.clip", "0 or more"]),
+        (["--phases.head.cycle_len", "0"], ["phases.head.cycle_len"]),
+        (["--phases.head.cycle_mult", "0"], ["phases.head.cycle_mult"]),
+        (["--phases.head.warmup", "2"], ["phases.head.warmup"]),
+        (["--phases.head.div", "0"], ["phases.head.div"]),
+        (["--phases.head.schedule", "sgd"], ["phases.head.schedule", "one_cycle", "Did you mean 'sgdr'"]),
         (["--phases.head.epochs", "0"], ["phases.head.epochs", "at least 1"]),
         (["--phases.head.augment", "flip"], ["phases.head.augment", "precompute"]),
         (["--config", "absent.yaml"], ["absent.yaml", "No such file"]),
@@ -104,3 +120,16 @@ def test_changes_that_matter_are_named_and_others_pass(file):
     assert training_changes(flat(old), flat(read("--config", file, "--phases.all.lr", "0.1"))) == [
         "phases.all.lr: [0.0001, 0.001, 0.01] -> 0.1"
     ]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "cycle_len", "cycle_mult", "cycles"),
+    [(7, 1, 2, (1, 2, 4)), (6, 1, 2, (1, 2, 3)), (3, 1, 1, (1, 1, 1)), (4, 2, 1, (2, 2)), (1, 3, 2, (1,))],
+)
+def test_cycles_of_sgdr(epochs, cycle_len, cycle_mult, cycles):
+    assert Phase(epochs=epochs, cycle_len=cycle_len, cycle_mult=cycle_mult).cycles == cycles
+
+
+def test_three_cycles_of_one_epoch_doubled_are_seven_epochs():
+    assert sgdr_epochs(3, 1, 2) == 7
+    assert sgdr_epochs(3, 1, 1) == 3

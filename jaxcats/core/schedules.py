@@ -36,7 +36,7 @@ def sgdr(peak: float, lengths: Sequence[int], *, warm: bool = True) -> Schedule:
     """
     wave = optax.join_schedules([cosine(peak, n) for n in lengths], list(accumulate(lengths))[:-1])
     quiet = math.ceil(lengths[0] / 20) if warm else 0
-    return lambda step: jnp.where(step < quiet, peak / 100, wave(step))
+    return lambda step: jnp.where(jnp.asarray(step) < quiet, peak / 100, wave(step))
 
 
 def one_cycle(peak: float, steps: int, *, warmup: float = 0.25, div: float = 25.0, final_div: float = 1e5) -> Schedule:

@@ -76,7 +76,14 @@ def _pillow_batches(
                 if rows[place] >= 0:
                     images[place] = _read(split, rows[place], preprocess, broken)
 
-            list(pool.map(put, range(len(rows))))
+            try:
+                tasks = [pool.submit(put, place) for place in range(len(rows))]
+            except RuntimeError:  # the pool is shut down, and TensorFlow, not yet stopped, asks for one more batch
+                for place in range(len(rows)):
+                    put(place)
+            else:
+                for task in tasks:
+                    task.result()
             return images
 
         def batch(rows: "tf.Tensor") -> "tf.Tensor":

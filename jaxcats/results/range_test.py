@@ -243,19 +243,25 @@ class LRFindBand(_Found):
         found = [r.suggestions for r in self.results if not r.refusal]
         return {name: float(np.median([each[name] for each in found])) for name in RULES}
 
+    @property
+    def why(self) -> str:
+        """How many seeds there were, how far they ran, and how many give an answer."""
+        answers, ran = sum(not r.refusal for r in self.results), [len(r.lrs) for r in self.results]
+        return (
+            f"ran {min(ran)} to {max(ran)} of {self.results[0].iterations} iterations under {len(self.results)} seeds, of "
+            f"which {answers} give an answer"
+        )
+
     def table(self) -> str:
         """The result as plain text."""
-        answers = sum(not r.refusal for r in self.results)
-        head = f"learning rate range test under {len(self.results)} seeds; {answers} of them give an answer"
-        ran = [len(r.lrs) for r in self.results]
-        ends = f"they ran {min(ran)} to {max(ran)} of {self.results[0].iterations} iterations"
+        head = f"learning rate range test: {self.why}"
         refused = [f"  seed {i}: {r.refusal}" for i, r in enumerate(self.results) if r.refusal]
         spans = {name: self._span(name) for name in self.suggestions}
         rows = {
             name: f"{_rate(value):<9} ({_rate(spans[name][0])} to {_rate(spans[name][1])})"
             for name, value in self.suggestions.items()
         }
-        return "\n".join([head, ends, *refused, *_answer(rows, self.refusal, self.outliers)])
+        return "\n".join([head, *refused, *_answer(rows, self.refusal, self.outliers)])
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON: the summary, and every seed's result."""

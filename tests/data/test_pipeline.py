@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -146,6 +147,30 @@ def test_a_file_that_was_spoilt_is_named(pictures, name):
         with pytest.raises(UserError, match=f"train/cats/{name}: ") as caught:
             list(batches)
         assert "\n" not in str(caught.value)
+
+
+def test_batches_asked_for_while_the_interpreter_exits_are_quiet(folder):
+    """Python ends its thread pools before it calls what was registered for its exit; TensorFlow goes on in between."""
+    root = folder({f"{i:02d}.jpg": i for i in range(40)})
+    code = f"""
+import atexit, time
+from jaxcats.data import pipeline
+from jaxcats.data.index import scan_unlabelled
+from jaxcats.data.preprocess import Preprocess, evaluation_pixels
+
+def slowly(path, preprocess):
+    time.sleep(0.05)
+    return evaluation_pixels(path, preprocess)
+
+pipeline.evaluation_pixels = slowly
+split, _ = scan_unlabelled({str(root)!r})
+batches = pipeline.evaluation_batches(split, preprocess=Preprocess(size=32), batch_size=2, workers=1)
+print(next(batches)["index"].tolist())
+atexit.register(time.sleep, 0.5)
+"""
+    env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "1"}  # JAX's own setting, which shows TensorFlow's warnings
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1]\n", "")
 
 
 def test_stopping_early_is_quiet_and_leaves_tensorflow_without_a_gpu(folder):

@@ -23,7 +23,7 @@ models.register("identity", models.Backbone(build=lambda dtype: Identity(), chan
 
 
 def pictures():
-    """Dark, with a red square at the top left and a blue one at the bottom right; float32 [2, 6, 8, 3], upright and mirrored."""
+    """A red square at the top left and a blue one at the bottom right; then its mirror image; float32 [2, 6, 8, 3]."""
     image = np.zeros((6, 8, 3), np.float32)
     image[:2, :2, 0] = 1.0
     image[:2, 0, 0] = 2.0

@@ -237,7 +237,7 @@ def test_a_band_is_the_median_of_its_seeds():
     assert len(answers) >= 3
     assert band.suggestion() == np.median(answers)
     assert band.range("valley") == (min(answers), max(answers))
-    assert f"under 6 seeds; {len(answers)} of them give an answer" in repr(band)
+    assert f"under 6 seeds, of which {len(answers)} give an answer" in repr(band)
     assert "seed 5: no descent" in repr(band)
     back = LRFindBand.from_dict(json.loads(json.dumps(band.to_dict(), allow_nan=False)))
     assert back.suggestions == band.suggestions
