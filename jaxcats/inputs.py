@@ -101,8 +101,6 @@ def _join(parts: list[Split]) -> Split:
         paths=sum((s.paths for s in parts), ()),
         labels=np.concatenate([s.labels for s in parts]),
         hashes=sum((s.hashes for s in parts), ()),
-        plain=np.concatenate([s.plain for s in parts]),
-        orientation=np.concatenate([s.orientation for s in parts]),
     )
 
 

@@ -59,8 +59,6 @@ def rows_of(split: Split, rows: np.ndarray) -> Split:
         tuple(split.paths[i] for i in pick[0]),
         split.labels[rows],
         tuple(split.hashes[i] for i in pick[0]),
-        split.plain[rows],
-        split.orientation[rows],
     )
 
 

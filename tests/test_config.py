@@ -1,6 +1,7 @@
 """The configuration as a user meets it: files, flags, and what a slip gets."""
 
 import dataclasses
+import typing
 
 import pytest
 
@@ -133,3 +134,9 @@ def test_cycles_of_sgdr(epochs, cycle_len, cycle_mult, cycles):
 def test_three_cycles_of_one_epoch_doubled_are_seven_epochs():
     assert sgdr_epochs(3, 1, 2) == 7
     assert sgdr_epochs(3, 1, 1) == 3
+
+
+def test_every_preset_of_augmentation_has_a_name_in_the_configuration():
+    from jaxcats.data.augment import PRESETS
+
+    assert typing.get_args(typing.get_type_hints(Phase)["augment"]) == tuple(PRESETS)

@@ -15,7 +15,7 @@ from typing import Any
 import PIL
 from tqdm import tqdm
 
-from jaxcats.data.preprocess import PictureError, bad_reason, exif_orientation, open_picture, upright
+from jaxcats.data.preprocess import PictureError, bad_reason, open_picture, upright
 from jaxcats.errors import UserError
 from jaxcats.storage.atomic import write_json
 
@@ -25,11 +25,7 @@ IMAGE_EXTENSIONS = frozenset(
     for names in ("jpg jpeg jpe jfif png bmp gif webp tif tiff", "ppm pgm pbm pnm jp2 avif heic heif")
     for name in names.split()
 )
-CACHE_VERSION = 1
-
-# Beyond these TensorFlow's decoder, which holds the whole picture as float32, is the wrong tool: Pillow reads them.
-_PLAIN_PIXELS = 50_000_000
-_PLAIN_RATIO = 8
+CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,6 @@ class FileRecord:
     height: int = 0
     mode: str = ""
     format: str = ""
-    orientation: int = 1
-    plain: bool = False
     bad: str | None = None
 
 
@@ -105,21 +99,11 @@ def look_at(path: Path) -> FileRecord:
 def _decode(content: bytes) -> dict[str, Any]:
     with open_picture(content) as image:
         picture = upright(image)
-        long, short = max(image.size), min(image.size)
-        plain = (
-            image.format in ("JPEG", "MPO", "PNG")
-            and image.mode in ("RGB", "L")
-            and "transparency" not in image.info
-            and long * short <= _PLAIN_PIXELS
-            and long <= _PLAIN_RATIO * short
-        )
         return {
             "width": picture.width,
             "height": picture.height,
             "mode": image.mode,
             "format": image.format,
-            "orientation": exif_orientation(image),
-            "plain": plain,
         }
 
 
@@ -182,7 +166,7 @@ def _load_records(store: Path) -> dict[str, FileRecord]:
         if (saved["version"], saved["pillow"]) != (CACHE_VERSION, PIL.__version__):
             return {}
         records = {path: FileRecord(*values) for path, values in saved["files"].items()}
-        if not all(len(record.sha256) == 64 and record.orientation in range(1, 9) for record in records.values()):
+        if not all(len(record.sha256) == 64 for record in records.values()):
             raise ValueError("fields out of range")
         return records
     except FileNotFoundError:

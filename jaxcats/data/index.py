@@ -50,16 +50,12 @@ class Split:
         paths: N of them, with forward slashes.
         labels: int32 [N], indices of classes; -1 where there is none.
         hashes: SHA-256 of each file's content, in hex.
-        plain: bool [N], an ordinary RGB or grey JPEG or PNG, which TensorFlow decodes like Pillow.
-        orientation: int8 [N], the EXIF orientation, 1 to 8.
     """
 
     root: Path
     paths: tuple[str, ...]
     labels: np.ndarray
     hashes: tuple[str, ...]
-    plain: np.ndarray
-    orientation: np.ndarray
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -250,8 +246,6 @@ def _split(root: Path, table: list[list[str]], good: Mapping[str, FileRecord], *
         paths=tuple(path for path, _ in pairs),
         labels=np.array([label for _, label in pairs], np.int32),
         hashes=tuple(record.sha256 for record in records),
-        plain=np.array([record.plain for record in records], np.bool_),
-        orientation=np.array([record.orientation for record in records], np.int8),
     )
 
 

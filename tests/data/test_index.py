@@ -24,10 +24,8 @@ def test_the_two_folder_layout(two_classes):
     assert train.paths == tuple(f"train/{kind}s/{kind}{i}.jpg" for kind in ("cat", "dog") for i in range(3))
     assert valid.paths == ("valid/cats/x.jpg", "valid/dogs/y.jpg")
     assert (train.labels.tolist(), valid.labels.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 1])
-    assert (train.labels.dtype, train.orientation.dtype, train.plain.dtype) == (np.int32, np.int8, np.bool_)
+    assert train.labels.dtype == np.int32
     assert train.hashes[0] == hashlib.sha256((train.root / train.paths[0]).read_bytes()).hexdigest()
-    assert train.plain.all()
-    assert (train.orientation == 1).all()
     assert (len(train), index.bad, index.reused) == (6, (), 0)
 
 
@@ -56,25 +54,6 @@ def test_nested_folders_odd_extensions_and_hidden_files(two_classes, folder, enc
         *("cat0.jpg", "cat1.jpg", "cat2.jpg"),
     }
     assert index.bad == ()
-
-
-def test_orientation_and_plainness_are_recorded(two_classes, folder, encoded, photo):
-    pictures = {
-        "a_plain.jpg": (encoded(40), True, 1),
-        "b_turned.jpg": (encoded(41, orientation=6), True, 6),
-        "c_grey.jpg": (encoded(photo(42).convert("L")), True, 1),
-        "d_cmyk.jpg": (encoded(photo(43).convert("CMYK")), False, 1),
-        "e_plain.png": (encoded(44, "PNG"), True, 1),
-        "f_palette.png": (encoded(photo(45).convert("P"), "PNG"), False, 1),
-        "g_alpha.png": (encoded(photo(46).convert("RGBA"), "PNG"), False, 1),
-        "h.gif": (encoded(47, "GIF"), False, 1),
-        "i_strip.jpg": (encoded(photo(48, 600, 9)), False, 1),
-    }
-    folder({f"valid/cats/{name}": content for name, (content, _, _) in pictures.items()})
-    (two_classes / "valid/cats/x.jpg").unlink()
-    valid = scan(two_classes).splits["valid"]
-    assert valid.plain.tolist()[:-1] == [plain for _, plain, _ in pictures.values()]
-    assert valid.orientation.tolist()[:-1] == [orientation for _, _, orientation in pictures.values()]
 
 
 def test_links_that_loop_end_and_broken_ones_are_listed(two_classes):
