@@ -1,5 +1,6 @@
 """What feeds a phase: features or pictures, as batches or resident on the device; the drivers; exact evaluation."""
 
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -185,6 +186,15 @@ def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: 
     return logits
 
 
+@functools.cache  # a notebook judges the same network after every fit: one program for all
+def _eval_program(
+    model: models.Model, backbone: models.Backbone, preprocess: Preprocess, on_features: bool
+) -> Callable:
+    """The jitted evaluation step; `backbone` is what the model's name stands for now."""
+    apply_fn = head_on_features(model) if on_features else model.apply
+    return jax.jit(make_eval_step(apply_fn=apply_fn, preprocess=normalise(preprocess.mean, preprocess.std)))
+
+
 class Evaluator:
     """`(params, batch_stats) -> logits [n, C]` of a split, from features where there are some, else from the pictures."""
 
@@ -200,8 +210,7 @@ class Evaluator:
     ):
         self.split, self.arrays = split, None if feats is None else {"label": split.labels, "features": feats}
         self.decoding = {"preprocess": preprocess, "batch_size": batch_size, "workers": workers}
-        apply_fn = model.apply if feats is None else head_on_features(model)
-        self.step = jax.jit(make_eval_step(apply_fn=apply_fn, preprocess=normalise(preprocess.mean, preprocess.std)))
+        self.step = _eval_program(model, models.registry.get(model.name), preprocess, feats is not None)
 
     def __call__(self, params: Any, batch_stats: Any) -> np.ndarray:
         batches = (

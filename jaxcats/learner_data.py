@@ -161,7 +161,7 @@ class ImageClassifierData:
             from jaxcats.job import augment_key
 
             change = augment.make_augment(how, key=augment_key(jax.random.key(self.seed)), size=preprocess.size)
-            images = change(images, jnp.int32(epoch), jnp.asarray(rows, jnp.int32))
+            images = jax.jit(change)(images, jnp.int32(epoch), jnp.asarray(rows, jnp.int32))
         return list(np.clip(np.round(np.asarray(images, np.float32)), 0, 255).astype(np.uint8))
 
     @property

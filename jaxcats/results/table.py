@@ -22,7 +22,8 @@ def overfitting(rows: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     low = min(range(len(rows)), key=lambda i: rows[i]["valid_loss"])
     least, last = rows[low], rows[-1]
-    if low == len(rows) - 1 or not last["train_loss"] < least["train_loss"]:
+    lasting = len(rows) - 1 - low >= 2 or last["valid_loss"] > 1.1 * least["valid_loss"]  # one small rise is noise
+    if not lasting or not last["train_loss"] < least["train_loss"]:
         return None
     return (
         f"Overfitting: the validation loss was lowest after epoch {least['epoch']} ({least['valid_loss']:.4f}) and is "
