@@ -38,7 +38,7 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         return 1 if e.errno == errno.ENOSPC else 2
     except KeyboardInterrupt:
         print(
-            "stopped by the keyboard; `train --resume --workdir FOLDER` goes on from its last checkpoint.",
+            "stopped by the keyboard; a training goes on from its last checkpoint with `train --resume --workdir FOLDER`.",
             file=sys.stderr,
         )
         return 130

@@ -269,5 +269,18 @@ def flat(config: Config) -> dict[str, Any]:
 
 def training_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two `flat` Configs in fields that decide the result: 'key: old -> new' each."""
-    keys = [k for k in dict.fromkeys([*old, *new]) if k not in RESUMABLE and old.get(k) != new.get(k)]
-    return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys]
+    names = [list(dict.fromkeys(k.split(".")[1] for k in side if k.startswith("phases."))) for side in (old, new)]
+    found = [] if names[0] == names[1] else [f"phases: {', '.join(names[0])} -> {', '.join(names[1])}"]
+    for key in dict.fromkeys([*old, *new]):
+        before, after = (side.get(key, _default(key)) for side in (old, new))
+        if key not in RESUMABLE and before != after:
+            found.append(f"{key}: {before!r} -> {after!r}")
+    return found
+
+
+def _default(key: str) -> Any:
+    """What a field is where a record, of an older version perhaps, doesn't have it."""
+    section, _, name = key.rpartition(".")
+    if section.startswith("phases."):
+        return getattr(Phase(), name, None)
+    return flat(Config()).get(key)

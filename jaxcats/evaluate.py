@@ -181,7 +181,8 @@ def load_run(run: Path, which: str | None = None) -> Run:
     plan = job.Plan(0, meta["phase"], phase, 0, 0, 1)
     state = checkpoints.restore(step, job.abstract_state(model, plan))
     checkpoints.close()
-    facts = {"use": use, "step": step, "valid_used_for": BEST_EPOCH if use == "best" else []}
+    chosen = use == "best" or meta.get("kept_best", False)  # kept_best: by Learner.fit(keep="best")
+    facts = {"use": use, "step": step, "valid_used_for": BEST_EPOCH if chosen else []}
     return Run(
         folder=run,
         config=config,
@@ -266,7 +267,10 @@ def main(argv: Sequence[str]) -> None:
     folder = results_folder(run.folder, options.data, options.out)
     facts = {"data": options.data or run.config.data.root, "checkpoint": run.checkpoint, "bad_files": len(bad)}
     # What training measured stays; this evaluation's seconds go beside it.
-    before = kept_metrics(folder) if folder == run.folder else {}
+    before = kept_metrics(folder)
+    if "tta" in before and averaged is None:
+        (folder / "predictions_tta.csv").unlink(missing_ok=True)  # of an earlier evaluation, perhaps of other weights
+    before = {k: before[k] for k in ("seconds", "features") if k in before} if folder == run.folder else {}
     facts |= {"seconds": before.get("seconds", {}) | {"evaluation": seconds} if before else seconds}
     chose = CHOSE if run.checkpoint["valid_used_for"] and not options.data else ""
     if averaged is not None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxcats.core import scan
-from jaxcats.core.schedules import Schedule, exponential
+from jaxcats.core.schedules import Schedule, constant, exponential
 from jaxcats.errors import UserError
 from jaxcats.inputs import resident, scans, streamed
 from jaxcats.job import Plan, Setup, make_phase, name_number
@@ -87,9 +87,7 @@ def find_lr_band(
 
     Arguments and errors as of `find_lr`; `feats` is needed. No test ends early: the frozen ones wait for the others.
     """
-    check_range(start, end, iterations)
-    if seeds < 1:
-        raise UserError(f"seeds: {seeds} can't be used; expected at least 1.")
+    check_range(start, end, iterations, seeds)
     if feats is None:
         raise UserError("seeds: several at once need cached features: set precompute: true, or use seeds 1.")
     params, batch_stats = head_only(params), head_only(batch_stats)
@@ -116,12 +114,13 @@ def find_lr_band(
     )
 
 
-def check_range(start: float, end: float, iterations: int) -> None:
+def check_range(start: float, end: float, iterations: int, seeds: int = 1) -> None:
     """UserError for a range test that can't be."""
+    for name, value in (("iterations", iterations), ("seeds", seeds)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}: {value!r} can't be used; expected a whole number, at least 1.")
     if not 0 < start < end < float("inf"):
         raise UserError(f"lr_find: the rates {start} to {end} can't be used; expected 0 < start < end.")
-    if iterations < 1:
-        raise UserError(f"iterations: {iterations} can't be used; expected at least 1.")
 
 
 def head_only(tree: dict[str, Any]) -> dict[str, Any]:
@@ -130,11 +129,14 @@ def head_only(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def group_rates(plan: Plan, start: float, end: float, iterations: int) -> list[Schedule]:
-    """An exponential rate per layer group, in the ratios of the phase's own."""
+    """An exponential rate per layer group, in the ratios of the phase's own; `start` to `end` is the last group's."""
     lrs = (1.0, 1.0, 1.0) if plan.phase.lr == "auto" else plan.phase.lrs
-    ratios = [lr / (lrs[-1] or max(lrs)) for lr in lrs]
+    if not lrs[-1]:
+        raise UserError(
+            f"lr_find: the last layer group's rate is 0 in {lrs}; give it one, so that there is one to find."
+        )
     # A group at rate 0 stays there.
-    return [exponential(start * r, end * r, iterations) if r else (lambda step: 0.0) for r in ratios]
+    return [exponential(start * lr / lrs[-1], end * lr / lrs[-1], iterations) if lr else constant(0.0) for lr in lrs]
 
 
 def rates_at(schedule: Schedule, iterations: int) -> np.ndarray:

@@ -133,12 +133,13 @@ class Fitter:
         if progress.lr is None:
             with self.clock(plan, "lr_find"):
                 result = find_lr(self.setup, plan, *start, feats["train"] if feats else None)
-                if result.refusal and feats:  # one noisy curve may mislead where several heads together don't
+                # One noisy curve may mislead where several fresh heads don't; for a head that is trained they say nothing.
+                if result.refusal and feats and progress.step == 0:
                     result = find_lr_band(self.setup, plan, *start, feats["train"], seeds=SEEDS)
             self.found_lr(plan, result)
             if result.refusal:
                 raise RunError(
-                    f"phase '{plan.name}': lr_find gives no rate: {result.refusal}. Set phases.{plan.name}.lr to a number."
+                    f"phase '{plan.name}': lr_find gives no rate ({result.refusal}). Set phases.{plan.name}.lr to a number."
                 )
             progress.lr = float(result.suggestion())
             self.say(f"{plan.name}: learning rate {progress.lr:.3g}, by lr_find ({result.why})")

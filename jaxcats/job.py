@@ -146,10 +146,11 @@ def plans(setup: Setup) -> list[Plan]:
     found, step, epoch = [], 0, 0
     n = len(setup.index.splits["train"])
     for i, (name, phase) in enumerate(setup.config.phases.items()):
-        if min(phase.batch_size, n) % phase.accumulate:
+        batch = min(phase.batch_size, n)
+        if phase.accumulate > 1 and (batch % phase.accumulate or batch < 2 * phase.accumulate):
             raise UserError(
-                f"phases.{name}.accumulate: {phase.accumulate} doesn't divide a batch of {n}, which is all the training "
-                f"pictures there are; set phases.{name}.batch_size to a multiple of it that is at most {n}."
+                f"phases.{name}.accumulate: {phase.accumulate} parts of two pictures at least don't make a batch of {batch}, "
+                f"which is all the training pictures there are; set phases.{name}.accumulate to 1, or to a divisor."
             )
         per_epoch = n // min(phase.batch_size, n)
         found.append(Plan(i, name, phase, step, epoch, per_epoch))
@@ -191,7 +192,9 @@ def momentum(plan: Plan) -> float | Schedule:
     phase = plan.phase
     if not isinstance(phase.momentum, (tuple, list)):
         return phase.momentum
-    return one_cycle_momentum(phase.momentum, plan.steps, warmup=0.25 if phase.warmup is None else phase.warmup)
+    start, peak, end = phase.momentum
+    warmup = 0.25 if phase.warmup is None else phase.warmup
+    return one_cycle_momentum((start, peak, end), plan.steps, warmup=warmup)
 
 
 def schedules(plan: Plan) -> list[Schedule]:

@@ -1,7 +1,7 @@
 """The notebook face: `Learner` holds a network's state and calls the functions that train, judge and draw."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +10,12 @@ import numpy as np
 from jaxcats import job
 from jaxcats.config import Config, ModelConfig, Phase, sgdr_epochs
 from jaxcats.core.state import TrainState
-from jaxcats.errors import UserError, nearest
+from jaxcats.errors import UserError
 from jaxcats.find_lr import find_lr, find_lr_band
 from jaxcats.fit import Fitter, Progress
 from jaxcats.inputs import precompute
 from jaxcats.learner_data import ImageClassifierData
+from jaxcats.learner_options import LR, phase_of
 from jaxcats.learner_state import Keeper, load_state, save_state
 from jaxcats.learner_views import Answers, Sched
 from jaxcats.results import metrics
@@ -22,8 +23,6 @@ from jaxcats.results.range_test import LRFindBand, LRFindResult
 from jaxcats.results.table import NotebookTable, Table
 from jaxcats.storage.log import in_notebook
 from jaxcats.validation import validate
-
-LR = float | Sequence[float] | slice | Literal["auto"]
 
 
 class Learner(Answers):
@@ -36,22 +35,30 @@ class Learner(Answers):
     Attributes:
         data: the pictures; its `augment` and `batch_size` may be changed between fits.
         model: pure functions of params and batch_stats, see jaxcats.models.Model.
-        params: {"backbone": ..., "head": ...}, nested dicts of float32 arrays.
-        batch_stats: likewise; running averages of BatchNorm.
-        precompute: whether fits train the head on the frozen backbone's features, computed once.
         history: a dict per epoch of every fit so far.
         sched: learning rates and losses of the last fit or lr_find, to plot.
     """
 
-    def __init__(self, setup: job.Setup, data: ImageClassifierData, params: Any, batch_stats: Any, *, workdir: Path):
+    def __init__(
+        self,
+        setup: job.Setup,
+        data: ImageClassifierData,
+        params: Any,
+        batch_stats: Any,
+        *,
+        workdir: Path,
+        bn: Literal["frozen", "train"] = "frozen",
+    ):
+        if bn not in ("frozen", "train"):
+            raise UserError(f"bn: {bn!r} is not one of frozen, train.")
         self.data, self.model, self.workdir = data, setup.model, workdir
-        self.params, self.batch_stats = params, batch_stats
+        self._params, self._batch_stats = params, batch_stats
         self.history: list[Mapping[str, Any]] = []
         self.sched = Sched()
         self._setup, self._phases, self._progress = setup, dict[str, Phase](), Progress()
         self._freeze: Literal["backbone", "first", "nothing"] = "backbone"
-        self._bn: Literal["frozen", "train"] = "frozen"
-        self._precompute, self._state = False, None
+        self._bn: Literal["frozen", "train"] = bn
+        self._precompute, self._state, self._kept_best = False, None, False
         self._features: dict[str, np.ndarray] | None = None
         self._answers: dict[str, np.ndarray] = {}
 
@@ -92,8 +99,8 @@ class Learner(Answers):
             precision=precision,
         )
         setup = job.setup(validate(config), data.index)
-        learn = cls(setup, data, *job.initial_params(setup)[:2], workdir=Path(workdir))
-        learn._precompute, learn._bn = precompute, bn
+        learn = cls(setup, data, *job.initial_params(setup)[:2], workdir=Path(workdir), bn=bn)
+        learn.precompute = precompute
         return learn
 
     def __repr__(self) -> str:
@@ -130,14 +137,20 @@ class Learner(Answers):
 
         Raises:
             UserError: values that can't be used.
-            RunError: the loss is no longer a number; the Learner is as it was before.
+            RunError: the loss is no longer a number, or lr_find gives no rate for "auto".
+
+        After an error, or Ctrl-C, the Learner is as it was before.
         """
+        counts = {"n_cycle": n_cycle, "cycle_mult": cycle_mult, "cycle_len": 1 if cycle_len is None else cycle_len}
+        for name, value in counts.items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}: {value!r} can't be used; expected a whole number, at least 1.")
         if cycle_len is None:
-            self._fit(lr, keep=keep, epochs=n_cycle, **options)
+            self._fit(lr, {"epochs": n_cycle}, options, keep=keep)
             return
         epochs = sgdr_epochs(n_cycle, cycle_len, cycle_mult)
-        cycles = {"schedule": "sgdr", "cycle_len": cycle_len, "cycle_mult": cycle_mult}
-        self._fit(lr, keep=keep, epochs=epochs, **cycles, **options)
+        cycles = {"epochs": epochs, "schedule": "sgdr", "cycle_len": cycle_len, "cycle_mult": cycle_mult}
+        self._fit(lr, cycles, options, keep=keep)
 
     def fit_one_cycle(
         self, epochs: int, lr: LR = 2e-3, *, div: float = 25.0, pct_start: float = 0.25, keep="last", **options: Any
@@ -146,18 +159,23 @@ class Learner(Answers):
 
         As fastai v2's; arguments otherwise as of `fit`.
         """
-        cycle = {"schedule": "one_cycle", "warmup": pct_start, "div": div, "momentum": (0.95, 0.85, 0.95)}
-        self._fit(lr, keep=keep, epochs=epochs, **(cycle | options))
+        cycle = {"epochs": epochs, "schedule": "one_cycle", "warmup": pct_start, "div": div}
+        self._fit(lr, cycle, {"momentum": (0.95, 0.85, 0.95)} | options, keep=keep)
 
     def fine_tune(
         self, epochs: int, base_lr: float = 2e-3, *, freeze_epochs: int = 1, keep="last", **options: Any
     ) -> None:
         """fastai v2's recipe: the head alone for `freeze_epochs`, then every layer for `epochs`, one cycle each.
 
-        The rates are base_lr, then from base_lr/200 (early layers) to base_lr/2 (head).
+        The rates are base_lr, then from base_lr/200 (early layers) to base_lr/2 (head). An error in the second part leaves
+        the first one done.
         """
+        for name in ("pct_start", "div", "lr"):
+            if name in options:
+                raise UserError(f"{name}: fine_tune sets it itself; use fit_one_cycle to choose.")
         self.freeze()
-        self.fit_one_cycle(freeze_epochs, base_lr, pct_start=0.99, **options)
+        frozen = {k: v for k, v in options.items() if k != "augment" or not self._precompute}
+        self.fit_one_cycle(freeze_epochs, base_lr, pct_start=0.99, **frozen)
         self.unfreeze()
         half = base_lr / 2
         self.fit_one_cycle(epochs, slice(half / 100, half), pct_start=0.3, div=5.0, keep=keep, **options)
@@ -174,7 +192,7 @@ class Learner(Answers):
             seeds: with precompute: so many fresh heads at once, for a band.
             **options: as of `fit`.
         """
-        plan, params, stats, feats = self._begin(Phase(), **options)
+        plan, params, stats, feats = self._begin({}, options)
         train = feats["train"] if feats else None
         span = {"start": start, "end": end, "iterations": iterations}
         if seeds == 1:
@@ -184,20 +202,12 @@ class Learner(Answers):
         self.sched = Sched(result=result)
         return result
 
-    def _begin(self, phase: Phase, **options: Any) -> tuple[job.Plan, Any, Any, dict[str, np.ndarray] | None]:
+    def _begin(
+        self, fixed: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[job.Plan, Any, Any, dict[str, np.ndarray] | None]:
         """The plan of the next phase, the weights it starts from, and features where it trains on them."""
-        known = [f.name for f in dataclasses.fields(Phase)]
-        for name in options:
-            if name not in known:
-                raise UserError(f"There is no option '{name}'.{nearest(name, known)} Options: {', '.join(known)}.")
-        given = {
-            "batch_size": self.data.batch_size,
-            "freeze": self._freeze,
-            "bn": self._bn,
-            "precompute": self._precompute,
-            "augment": "none" if self._precompute else self.data.augment,
-        }
-        phase = dataclasses.replace(phase, **(given | options))
+        now = {"batch_size": self.data.batch_size, "freeze": self._freeze, "bn": self._bn}
+        phase = phase_of(fixed, options, now | {"precompute": self._precompute, "augment": self.data.augment})
         name = f"fit{len(self._phases) + 1}"
         config = dataclasses.replace(self._setup.config, phases={**self._phases, name: phase})
         self._setup = dataclasses.replace(self._setup, config=validate(config))
@@ -205,10 +215,10 @@ class Learner(Answers):
         plan = dataclasses.replace(plan, first_step=self._progress.step, first_epoch=self._progress.epoch)
         return plan, self.params, self.batch_stats, self._computed() if phase.precompute else None
 
-    def _fit(self, lr: LR, *, keep: str, **options: Any) -> None:
+    def _fit(self, lr: LR, fixed: Mapping[str, Any], options: Mapping[str, Any], *, keep: str) -> None:
         if keep not in ("last", "best"):
             raise UserError(f"keep: {keep!r} is not one of last, best.")
-        plan, params, stats, feats = self._begin(Phase(), lr=spread(lr), **options)
+        plan, params, stats, feats = self._begin({"lr": lr, **fixed}, options)
         fitter = Fitter(self._setup, table=NotebookTable() if in_notebook() else Table())
         keeper = Keeper(best=keep == "best")
         fitter.log = fitter.checkpoints = keeper
@@ -218,16 +228,18 @@ class Learner(Answers):
         if keep == "best":
             state = keeper.state
             if not in_notebook():
+                result = metrics.sentence(keeper.row["errors"], keeper.row["n"])
                 print(
-                    f"Kept epoch {keeper.row['epoch']}, the best: {metrics.sentence(keeper.row['errors'], keeper.row['n'])}."
+                    f"Kept epoch {keeper.row['epoch']}, the best: {result}; chosen on these pictures, so it flatters."
                 )
         self._phases[plan.name] = plan.phase
         self._progress, self.history = progress, [*self.history, *keeper.epochs]
+        self._kept_best = self._kept_best or keep == "best"
         self.sched = Sched(rows=keeper.rows, momentum=job.momentum(plan), first_step=plan.first_step)
         self._take(state, backbone_too=plan.phase.freeze != "backbone" or plan.phase.bn == "train")
 
     def _take(self, state: TrainState, *, backbone_too: bool) -> None:
-        self._state, self.params, self.batch_stats = state, state.params, state.batch_stats
+        self._state, self._params, self._batch_stats = state, state.params, state.batch_stats
         self._answers = {}
         if backbone_too:
             self._features = None
@@ -237,7 +249,17 @@ class Learner(Answers):
             self._features = precompute(self._setup, self.params, self.batch_stats)[0]
         return self._features
 
-    # What learns
+    # What it is, and what learns
+
+    @property
+    def params(self) -> Any:
+        """{"backbone": ..., "head": ...}, nested dicts of float32 arrays."""
+        return self._params
+
+    @property
+    def batch_stats(self) -> Any:
+        """The same two keys; running averages of BatchNorm."""
+        return self._batch_stats
 
     @property
     def precompute(self) -> bool:
@@ -260,8 +282,8 @@ class Learner(Answers):
 
     def freeze_to(self, group: int) -> None:
         """Layer groups before `group` are frozen: 0 none, 1 the early layers, 2 (or -1) all but the head."""
-        if not -3 <= group <= 2:
-            raise UserError(f"freeze_to: {group} can't be used; there are three layer groups: 0, 1 and 2.")
+        if not isinstance(group, int) or not -3 <= group <= 2:
+            raise UserError(f"freeze_to: {group!r} can't be used; there are three layer groups: 0, 1 and 2.")
         self._freeze = ("nothing", "first", "backbone")[group % 3]
         if self._freeze != "backbone":
             self._precompute = False
@@ -270,29 +292,22 @@ class Learner(Answers):
 
     @property
     def config(self) -> Config:
-        """What was done so far, as a configuration: `train` does the same from it."""
+        """What was done so far, as a configuration: `train` does the same from it, but for `keep="best"`."""
         return dataclasses.replace(self._setup.config, phases=self._phases or {"fit1": Phase()})
 
     def save(self, name: str) -> Path:
         """Writes the state as a run folder `workdir/name`, which `load` and `python -m jaxcats.evaluate --run` read."""
         setup = dataclasses.replace(self._setup, config=self.config)
-        return save_state(self.workdir / name, setup, self._state, self._progress, (self.params, self.batch_stats))
+        notes = {"history": self.history, "kept_best": self._kept_best}
+        weights = (self.params, self.batch_stats)
+        return save_state(self.workdir / name, setup, self._state, self._progress, weights, notes)
 
-    def load(self, name: str) -> None:
-        """Takes up what `save(name)` wrote; UserError when it isn't there or is of another network or other classes."""
-        state, progress, phases = load_state(self.workdir / name, self._setup)
-        self._phases, self._progress = phases, progress
+    def load(self, name: str | Path) -> None:
+        """Takes up what `save(name)` wrote, or a finished run's folder (an absolute path).
+
+        Raises:
+            UserError: it isn't there, isn't finished, or is of another network or other classes.
+        """
+        state, self._progress, self._phases, notes = load_state(self.workdir / name, self._setup)
+        self.history, self._kept_best = list(notes["history"]), bool(notes["kept_best"])
         self._take(state, backbone_too=True)
-
-
-def spread(lr: LR) -> float | tuple[float, ...] | Literal["auto"]:
-    """A learning rate as a configuration has it; slice(a, b) is geometric from a to b, slice(b) is b/10, b/10, b."""
-    if isinstance(lr, slice):
-        if lr.stop is None or lr.step is not None:
-            raise UserError(f"lr: {lr} can't be used; expected slice(a, b) or slice(b).")
-        if lr.start is None:
-            return (lr.stop / 10, lr.stop / 10, lr.stop)
-        return tuple(float(x) for x in np.geomspace(lr.start, lr.stop, 3))
-    if isinstance(lr, (Sequence, np.ndarray)) and not isinstance(lr, str):
-        return tuple(float(x) for x in lr)
-    return lr

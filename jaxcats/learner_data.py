@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcats.config import DataConfig
 from jaxcats.data import augment
-from jaxcats.data.files import cache_folder
+from jaxcats.data.files import list_pictures
 from jaxcats.data.index import FolderIndex, Split, scan, scan_unlabelled
 from jaxcats.data.preprocess import Preprocess, evaluation_pixels
 from jaxcats.errors import UserError
@@ -78,8 +78,14 @@ class ImageClassifierData:
             root=str(path), size=size, policy=policy, valid_fraction=valid_fraction, manifest=None, workers=workers
         )
         index = scan(path, valid_fraction=valid_fraction, seed=seed, workers=workers)
+        if test in index.classes:
+            raise UserError(
+                f"{path}: {test} lies beside the class folders and counts as a class; move it elsewhere, or say test=None "
+                f"if it is one."
+            )
         folder = Path(path).expanduser() / test if test else None
-        found = scan_unlabelled(folder, workers=workers)[0] if folder and folder.is_dir() else None
+        there = folder is not None and folder.is_dir() and list_pictures(folder, folder)
+        found = scan_unlabelled(folder, workers=workers)[0] if folder and there else None
         return cls(index, d, batch_size, augment, seed, found)
 
     def __post_init__(self):
@@ -139,12 +145,16 @@ class ImageClassifierData:
 
     def show_batch(self, n: int = 8, *, seed: int = 0) -> plots.Figure:
         """n training pictures as the network sees them in training, with their classes."""
-        rows = np.random.default_rng(seed).permutation(len(self.trn_y))[:n]
+        rows = np.random.default_rng(seed).permutation(len(self.trn_y))[: max(n, 1)]
         titles = [self.classes[self.trn_y[row]] for row in rows]
         return plots.gallery(self.training_pixels(rows), titles, wrong=[False] * len(rows))
 
     def show_augmented(self, row: int = 0, n: int = 8) -> plots.Figure:
         """One training picture as n epochs would show it, under `augment`."""
+        if not 0 <= row < len(self.trn_y):
+            raise UserError(
+                f"row {row}: there are {len(self.trn_y):,} training pictures, 0 to {len(self.trn_y) - 1:,}."
+            )
         pixels = [self.training_pixels([row], epoch=epoch)[0] for epoch in range(n)]
         return plots.gallery(
             pixels, [f"epoch {e}" for e in range(n)], wrong=[False] * n, heading=f"augment: {self.augment}"
@@ -163,11 +173,6 @@ class ImageClassifierData:
             change = augment.make_augment(how, key=augment_key(jax.random.key(self.seed)), size=preprocess.size)
             images = jax.jit(change)(images, jnp.int32(epoch), jnp.asarray(rows, jnp.int32))
         return list(np.clip(np.round(np.asarray(images, np.float32)), 0, 255).astype(np.uint8))
-
-    @property
-    def cache(self) -> Path:
-        """Where the index, features and compiled programs are kept."""
-        return cache_folder()
 
 
 def _check_preset(name: str) -> None:

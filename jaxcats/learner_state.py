@@ -1,6 +1,9 @@
 """What a Learner keeps: a fit's rows and best state in memory, its own state in a folder."""
 
+import json
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,12 @@ from jaxcats.core.state import TrainState, copy
 from jaxcats.errors import UserError
 from jaxcats.fit import Progress
 from jaxcats.results.table import best_epoch
-from jaxcats.storage.atomic import write_text
+from jaxcats.storage.atomic import write_json, write_text
 from jaxcats.storage.checkpoint import Checkpoints
 
 
 class Keeper:
-    """A fit's log and checkpoints, in memory: rows of metrics, and the last or the best state.
+    """A fit's log and checkpoints, in memory: rows of metrics, and with `best` the best state.
 
     Attributes:
         rows: of steps and epochs.
@@ -43,50 +46,63 @@ class Keeper:
             self.state, self.row = copy(state), epochs[-1]
 
 
+MARK = "learner.json"  # only `save_state` writes it: a folder without it is never replaced
+
+
 def save_state(
-    folder: Path, setup: job.Setup, state: TrainState | None, progress: Progress, weights: tuple[Any, Any]
+    folder: Path,
+    setup: job.Setup,
+    state: TrainState | None,
+    progress: Progress,
+    weights: tuple[Any, Any],
+    notes: Mapping[str, Any],
 ) -> Path:
-    """A Learner's state as a run folder, complete or absent; an older one of its own there is replaced.
+    """A Learner's state as a run folder, complete or absent; one that this function wrote there before is replaced.
 
     Raises:
-        UserError: the folder is there and is no run, or can't be written.
+        UserError: something else is there, or it can't be written.
     """
     name = list(setup.config.phases)[-1]
-    phase = setup.config.phases[name]
     if state is None:
-        plan = job.Plan(0, name, phase, 0, 0, 1)
+        plan = job.Plan(0, name, setup.config.phases[name], 0, 0, 1)
         state = job.make_phase(setup, plan)[1](*weights)
-    if folder.exists() and not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: is there already, and is no run folder; choose another name.")
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    if folder.exists() and not (folder / MARK).is_file():
+        raise UserError(f"{folder}: is there already, and not from learn.save; choose another name.")
+    meta = {
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "phase": name,
+        "progress": vars(progress).copy(),
+        "classes": list(setup.index.classes),
+        "config": flat(setup.config),
+        "dtype": setup.model.dtype,
+        "fingerprint": job.fingerprint(setup.index),
+        "kept_best": notes["kept_best"],
+    }
+    fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
+        fresh.mkdir(parents=True)
         checkpoints = Checkpoints(fresh / "checkpoints")
-        meta = {
-            "step": progress.step,
-            "epoch": progress.epoch,
-            "phase": name,
-            "progress": vars(progress).copy(),
-            "classes": list(setup.index.classes),
-            "config": flat(setup.config),
-            "dtype": setup.model.dtype,
-            "fingerprint": job.fingerprint(setup.index),
-        }
         checkpoints.save(state, meta)
         checkpoints.close()
         write_text(fresh / "config.yaml", to_yaml(setup.config))
-        shutil.rmtree(folder, ignore_errors=True)
+        write_json(fresh / MARK, dict(notes))
+        if folder.exists():
+            folder.rename(old)
         fresh.rename(folder)
     except OSError as e:
         raise UserError(f"{folder}: can't be written ({e.strerror}).") from None
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
-def load_state(folder: Path, setup: job.Setup) -> tuple[TrainState, Progress, dict[str, Phase]]:
-    """What `save_state` wrote.
+def load_state(folder: Path, setup: job.Setup) -> tuple[TrainState, Progress, dict[str, Phase], dict[str, Any]]:
+    """What `save_state` wrote, or the last state of a finished run: state, progress, phases, notes.
 
     Raises:
-        UserError: not there, damaged, or of another network or other classes.
+        UserError: not there, damaged, not finished, or of another network or other classes.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: holds nothing that learn.save wrote.")
@@ -104,7 +120,11 @@ def load_state(folder: Path, setup: job.Setup) -> tuple[TrainState, Progress, di
         raise UserError(
             f"{folder}: has the classes {', '.join(meta['classes'])}; the pictures have {', '.join(setup.index.classes)}."
         )
+    marked = (folder / MARK).is_file()
+    if not marked and meta["progress"]["epoch"] != sum(p.epochs for p in config.phases.values()):
+        raise UserError(f"{folder}: is a run that isn't finished; finish it with `train --resume --workdir {folder}`.")
     plan = job.Plan(0, meta["phase"], config.phases[meta["phase"]], 0, 0, 1)
     state = checkpoints.restore(step, job.abstract_state(setup.model, plan))
     checkpoints.close()
-    return state, Progress(**meta["progress"]), dict(config.phases)
+    notes = json.loads((folder / MARK).read_text(encoding="utf-8")) if marked else {"history": [], "kept_best": False}
+    return state, Progress(**meta["progress"]), dict(config.phases), notes

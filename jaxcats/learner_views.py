@@ -22,11 +22,11 @@ class Answers:
 
     data: "ImageClassifierData"
     model: Any
-    params: Any
-    batch_stats: Any
     _setup: job.Setup
     _precompute: bool
     _answers: dict[str, np.ndarray]
+    params: property
+    batch_stats: property
     _computed: Callable[[], dict[str, np.ndarray]]
 
     def logits(self, split: str = "valid") -> np.ndarray:
@@ -79,6 +79,10 @@ class Answers:
     def errors(self, log_probs: np.ndarray | None = None) -> tuple[int, int]:
         """(wrong answers, pictures) of the validation set; `jaxcats.sentence(*learn.errors())` puts it in words."""
         log_probs = self.predict() if log_probs is None else log_probs
+        if len(log_probs) != len(self.data.val_y):
+            raise UserError(
+                f"errors: {len(log_probs):,} answers; there are {len(self.data.val_y):,} validation pictures."
+            )
         return int((log_probs.argmax(1) != self.data.val_y).sum()), len(self.data.val_y)
 
     def rand_by_correct(self, is_correct: bool, *, n: int = 4, seed: int = 0) -> np.ndarray:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     from jaxcats.train import describe
 
     span = {key: options[key] for key in ("start", "end", "iterations")}
-    check_range(**span)
+    check_range(**span, seeds=options["seeds"])
     setup = job.setup(config)
     print(describe(setup))
     plan = job.plans(setup)[names.index(name)]

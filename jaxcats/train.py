@@ -77,7 +77,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
 
 def rates(lr: Any) -> str:
     """A phase's learning rate, or its three, in words."""
-    return " / ".join(map(str, dict.fromkeys(lr))) if isinstance(lr, (tuple, list)) else str(lr)
+    return " / ".join(map(str, lr if len(set(lr)) > 1 else lr[:1])) if isinstance(lr, (tuple, list)) else str(lr)
 
 
 def describe(setup: Any) -> str:

@@ -50,9 +50,11 @@ def augmented_probabilities(
         batch_size: pictures per call.
         workers: decoding threads.
     """
-    chosen = augment.PRESETS[how]
+    chosen = augment.PRESETS.get(how)
     if chosen is None:
-        raise UserError("tta: augment none changes nothing; choose flip, crop, side_on or top_down.")
+        raise UserError(
+            f"tta: augment {how!r} can't be used; choose {', '.join(k for k, v in augment.PRESETS.items() if v)}."
+        )
     key = jax.random.fold_in(jax.random.key(seed), name_number("tta"))
     change = augment.make_augment(chosen, key=key, size=preprocess.size)
     prepare = normalise(preprocess.mean, preprocess.std)

@@ -1,10 +1,13 @@
 """Values of a Config that no run can have; each error names the key, the value and what was expected."""
 
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
-from jaxcats.config import GROUPS, Config, Phase
+from jaxcats.config import GROUPS, Config, Phase, field_types
 from jaxcats.errors import UserError
 
 
@@ -15,6 +18,7 @@ def validate(config: Config) -> Config:
         if not ok:
             raise UserError(f"{key}: {value!r} can't be used; expected {expected}.")
 
+    _check_types(config, "", need)
     d = config.data
     need(
         d.size is None or 32 <= d.size <= 2048,
@@ -32,6 +36,44 @@ def validate(config: Config) -> Config:
     for name, p in config.phases.items():
         _validate_phase(p, f"phases.{name}", need)
     return config
+
+
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+
+
+def _check_types(section: Any, prefix: str, need: Callable[[bool, str, Any, str], None]) -> None:
+    """Every field of a dataclass and of those in it: the command line checks its words, Python code could pass anything."""
+    for name, kind in field_types(type(section)).items():
+        value, key = getattr(section, name), prefix + name
+        if dataclasses.is_dataclass(value):
+            _check_types(value, f"{key}.", need)
+        elif isinstance(value, Mapping):
+            for each, phase in value.items():
+                _check_types(phase, f"{key}.{each}.", need)
+        else:
+            options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+            options = [o for option in options for o in (typing.get_args(option) if _union(option) else [option])]
+            need(any(_is(value, option) for option in options), key, value, " or ".join(map(_words, options)))
+
+
+def _union(kind: Any) -> bool:
+    return typing.get_origin(kind) is typing.Union
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return isinstance(value, str) and value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and all(_is(x, float) for x in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(typing.get_args(kind))
+    return "a list of numbers" if typing.get_origin(kind) is tuple else KINDS[kind]
 
 
 def _validate_phase(p: Phase, key: str, need: Callable[[bool, str, Any, str], None]) -> None:
@@ -70,8 +112,8 @@ def _validate_phase(p: Phase, key: str, need: Callable[[bool, str, Any, str], No
 
 def check_tta(n: int, weight: float | None) -> None:
     """UserError for a number of changed versions, or a weight of the plain answer, that can't be."""
-    if n < 0:
-        raise UserError(f"tta: {n} can't be used; expected 0 or more changed versions of each picture.")
+    if not isinstance(n, int) or n < 0:
+        raise UserError(f"tta: {n!r} can't be used; expected 0 or more changed versions of each picture.")
     if weight is not None and not (n and 0 <= weight <= 1):
         raise UserError(
             f"tta_weight: {weight} can't be used; expected 0 to 1, the plain answer's share, and tta above 0."

@@ -2,8 +2,10 @@
 
 import csv
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ import jaxcats as jc
 from jaxcats import evaluate, train
 from jaxcats.cli import run_command
 from jaxcats.core.state import tree_hash
-from jaxcats.learner import spread
+from jaxcats.learner_options import spread
 from jaxcats.results.metrics import log_softmax
 
 
@@ -318,3 +320,22 @@ def test_importing_the_package_loads_nothing():
 
 def test_log_softmax_of_logits_is_what_predict_gives(learn):
     np.testing.assert_array_equal(learn.predict(), log_softmax(learn.logits()))
+
+
+@pytest.mark.slow
+def test_the_readme_s_lines_in_a_fresh_session_with_a_local_resnet34(tmp_path):
+    """The lesson's layout, the real depth; random weights in a file under torch's names."""
+    from safetensors.numpy import save_file
+
+    write_pictures(tmp_path / "data" / "dogscats", train=16, valid=8, size=(260, 240))
+    model = jc.models.create("resnet34", 1000, head="classifier")
+    save_file(jc.models.to_state_dict(model, *model.init(jax.random.key(0))), tmp_path / "resnet34.safetensors")
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "Learner" in block)
+    assert code.count("precompute=True)") == 1
+    code = code.replace("precompute=True)", 'precompute=True, weights="resnet34.safetensors")')
+    code += "print(learn.predict().shape, jc.sentence(*learn.errors()))\n"
+    done = subprocess.run([sys.executable], input=code, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "(8, 2)" in done.stdout
+    assert done.stdout.count("fit1") == 3

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -49,22 +50,26 @@ def one_cycle(peak: float, steps: int, *, warmup: float = 0.25, div: float = 25.
         div: it starts at peak / div.
         final_div: it ends at peak / final_div.
     """
-    return optax.cosine_onecycle_schedule(
-        steps, peak, pct_start=warmup, div_factor=div, final_div_factor=final_div / div
-    )
+    return _there_and_back(peak / div, peak, peak / final_div, steps, warmup)
 
 
-def one_cycle_momentum(momenta: Sequence[float], steps: int, *, warmup: float = 0.25) -> Schedule:
+def one_cycle_momentum(momenta: tuple[float, float, float], steps: int, *, warmup: float = 0.25) -> Schedule:
     """Momentum against the rate's tide: by cosine from the first to the second value while the rate rises, then to the last."""
-    first, low, last = (*momenta, momenta[0])[:3]
-    return optax.join_schedules(
-        [_cosine_between(first, low, int(warmup * steps)), _cosine_between(low, last, steps - int(warmup * steps))],
-        [int(warmup * steps)],
-    )
+    return _there_and_back(*momenta, steps, warmup)
 
 
-def _cosine_between(a: float, b: float, steps: int) -> Schedule:
-    return lambda t: a + (b - a) * (1 - jnp.cos(jnp.pi * jnp.clip(t / max(steps, 1), 0, 1))) / 2
+def _there_and_back(start: float, middle: float, end: float, steps: int, share: float) -> Schedule:
+    """By cosine from `start` to `middle` over the share of the steps, then to `end`; the turn may lie between two steps."""
+
+    def wave(a: float, b: float, x: jax.Array) -> jax.Array:
+        return a + (b - a) * (1 - jnp.cos(jnp.pi * jnp.clip(x, 0, 1))) / 2
+
+    def schedule(step):
+        at = step / steps
+        up, down = wave(start, middle, at / (share or 1)), wave(middle, end, (at - share) / ((1 - share) or 1))
+        return jnp.where(at < share, up, down)
+
+    return schedule
 
 
 def exponential(start: float, end: float, steps: int) -> Schedule:

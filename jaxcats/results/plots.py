@@ -83,6 +83,7 @@ def lr_find(
     runs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     *,
     suggestions: Mapping[str, float],
+    doubtful: Sequence[str] = (),
     refusal: str | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     skip_start: int = 10,
@@ -93,6 +94,7 @@ def lr_find(
     Args:
         runs: per seed (learning rates, raw losses, smoothed losses), each [m]; they may end at different m.
         suggestions: learning rate by method; empty when refused.
+        doubtful: methods whose suggestion isn't to be trusted; shown as such.
         refusal: why there is none.
         ranges: lowest and highest of the seeds' suggestions, by method.
         skip_start, skip_end: iterations left out at either end, as fastai does.
@@ -129,12 +131,16 @@ def lr_find(
     if refusal:
         ax.set_title("\n".join(textwrap.wrap(f"No suggestion: {refusal}", 90)), fontsize=10, color=WRONG, loc="left")
     else:
-        _mark(ax, suggestions, ranges or {}, (rates, middle))
+        _mark(ax, suggestions, ranges or {}, (rates, middle), doubtful)
     return figure
 
 
 def _mark(
-    ax: Axes, suggestions: Mapping[str, float], ranges: Mapping[str, tuple[float, float]], curve: tuple[np.ndarray, ...]
+    ax: Axes,
+    suggestions: Mapping[str, float],
+    ranges: Mapping[str, tuple[float, float]],
+    curve: tuple[np.ndarray, ...],
+    doubtful: Sequence[str],
 ) -> None:
     """Suggestions on the curve, each with a line up to its label; labels stand in a row and push each other aside."""
     left, right = np.log(ax.get_xlim())
@@ -146,6 +152,7 @@ def _mark(
         lr, (colour, marker) = suggestions[name], MARKS[name]
         loss = float(np.interp(math.log(lr), np.log(curve[0]), curve[1]))
         text = f"{name}\n{lr:.2g}" + (f"\n({spans[name][0]:.2g} to {spans[name][1]:.2g})" if name in spans else "")
+        text += "\n(not trusted)" if name in doubtful else ""
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.9, "alpha": 0.6, "shrinkB": 0}
         style = {"ha": "center", "va": "bottom", "fontsize": 9, "color": colour, "arrowprops": line}
         ax.annotate(text, (lr, loss), xytext=(at, 1.03), textcoords="axes fraction", **style)

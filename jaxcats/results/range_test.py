@@ -79,6 +79,7 @@ class _Found:
             [(r.lrs, r.losses, r.smoothed) for r in self.results],
             suggestions=self.suggestions,
             ranges={name: self._span(name) for name in self.suggestions},
+            doubtful=self.outliers,
             refusal=self.refusal,
             skip_start=self.results[0].iterations // 10,
         )
@@ -200,6 +201,7 @@ class LRFindResult(_Found):
             "why": self.why,
             "refusal": self.refusal,
             "suggestions": self.suggestions,
+            "outliers": list(self.outliers),
             **{name: [_to_json(x) for x in getattr(self, name)] for name in ("lrs", "losses", "smoothed")},
         }
 
@@ -230,7 +232,10 @@ class LRFindBand(_Found):
         reasons = [r.refusal for r in self.results if r.refusal]
         answers = len(self.results) - len(reasons)
         if 2 * answers >= len(self.results):
-            return None
+            found = [r.suggestions for r in self.results if not r.refusal]
+            medians = {name: float(np.median([each[name] for each in found])) for name in RULES}
+            alone = "valley" in _outliers(medians)
+            return "the methods disagree: the valley stands alone among the medians" if alone else None
         kinds = [reason.split(":")[0] for reason in reasons]
         common = max(kinds, key=kinds.count)
         return f"{answers} of {len(self.results)} seeds give an answer, fewer than half; {kinds.count(common)} times {common}"
@@ -268,6 +273,7 @@ class LRFindBand(_Found):
         return {
             "refusal": self.refusal,
             "suggestions": self.suggestions,
+            "outliers": list(self.outliers),
             "ranges": {name: list(self._span(name)) for name in self.suggestions},
             "seeds": [r.to_dict() for r in self.results],
         }

@@ -18,12 +18,12 @@ def overfitting(rows: Sequence[Mapping[str, Any]]) -> str | None:
     Args:
         rows: of one phase, each with "epoch", "train_loss" and "valid_loss".
     """
-    if len(rows) < 2:
+    if not rows:
         return None
     low = min(range(len(rows)), key=lambda i: rows[i]["valid_loss"])
     least, last = rows[low], rows[-1]
-    lasting = len(rows) - 1 - low >= 2 or last["valid_loss"] > 1.1 * least["valid_loss"]  # one small rise is noise
-    if not lasting or not last["train_loss"] < least["train_loss"]:
+    # A rise of less than a twentieth is noise: of 1,000 pictures at 99 %, a loss is known to a tenth or two.
+    if last["valid_loss"] < 1.05 * least["valid_loss"] or not last["train_loss"] < least["train_loss"]:
         return None
     return (
         f"Overfitting: the validation loss was lowest after epoch {least['epoch']} ({least['valid_loss']:.4f}) and is "

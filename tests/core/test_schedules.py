@@ -51,6 +51,21 @@ def test_one_cycle_takes_its_warmup_and_start_from_its_arguments():
     np.testing.assert_allclose([found[0], found[20], found[40]], [PEAK / 5, PEAK, PEAK / 1e5], rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 31, 94])
+@pytest.mark.parametrize("warmup", [0.0, 0.25, 0.3, 0.99, 1.0])
+def test_one_cycle_turns_where_it_should_even_between_two_steps(steps, warmup):
+    """fastai's formula in the share of the phase that is over, t / steps."""
+
+    def wanted(t):
+        x = t / steps
+        if x < warmup:
+            return between(PEAK / 25, PEAK, x / warmup)
+        return between(PEAK, PEAK / 1e5, (x - warmup) / (1 - warmup)) if warmup < 1 else PEAK
+
+    found = curve(schedules.make("one_cycle", PEAK, steps=steps, warmup=warmup), steps - 1)
+    np.testing.assert_allclose(found, [wanted(t) for t in range(steps)], rtol=1e-4, atol=1e-6)
+
+
 def test_one_cycle_momentum_falls_while_the_rate_rises():
     found = curve(schedules.one_cycle_momentum((0.95, 0.85, 0.9), STEPS))
     wanted = [between(0.95, 0.85, t / 10) if t <= 10 else between(0.85, 0.9, (t - 10) / 30) for t in range(STEPS + 1)]

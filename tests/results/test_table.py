@@ -34,7 +34,7 @@ def test_overfitting_is_a_validation_loss_that_has_turned_up_while_the_training_
     [
         [(0.5, 0.3, 3)],
         [(0.5, 0.3, 3), (0.4, 0.2, 3)],  # still falling
-        [(0.5, 0.347, 3), (0.4, 0.357, 3)],  # one small rise
+        [(0.5, 0.347, 3), (0.4, 0.357, 3), (0.3, 0.36, 3)],  # a small rise
         [(0.5, 0.2, 3), (0.6, 0.3, 3)],  # the training loss rose too: diverging, not overfitting
         [(0.5, 0.2, 3), (0.4, 0.3, 3), (0.3, 0.1, 3)],  # it came down again
     ],
