@@ -183,6 +183,7 @@ def run(arguments: list[str], cwd: Path, **environment: str) -> subprocess.Compl
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.slow  # 40 s: the same cells as below on a tiny network
 def test_runs_as_a_script(tmp_path, pictures):
     """From the first line to the last on a tiny network, in another folder, with every figure."""
     starter = tmp_path / "start.py"
