@@ -13,12 +13,11 @@ from jaxcats.core.schedules import Schedule, constant, exponential
 from jaxcats.errors import UserError
 from jaxcats.inputs import resident, scans, streamed
 from jaxcats.job import Plan, Setup, make_phase, name_number
-from jaxcats.results.range_test import LRFindBand, LRFindResult
+from jaxcats.results.range_test import STOPPED, LRFindBand, LRFindResult
 from jaxcats.storage.atomic import write_bytes, write_json
 
 START, END, ITERATIONS = 1e-7, 10.0, 100  # fastai v2's
 PICTURE_CHUNK = 10  # iterations per program when the batches are pictures: bounds the memory
-REASONS = ("end", "diverged", "nan")
 
 
 def find_lr(
@@ -177,7 +176,7 @@ def to_result(losses: np.ndarray, averages: np.ndarray, *, lrs: np.ndarray, coun
         losses=losses[:count].astype(np.float64),
         smoothed=averages[:count].astype(np.float64),
         iterations=len(lrs),
-        stopped=REASONS[reason],
+        stopped=STOPPED[reason],
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LRFindBand", "LRFindResult", "minimum", "slide", "smooth", "steep", "valley"]
 
-STOPPED = ("end", "diverged", "nan")
+STOPPED = ("end", "diverged", "nan")  # at the number that core.scan.RangeTest gives as its reason
 # The slide rule compares slopes 15 steps apart: with fewer points fastai raises IndexError.
 ENOUGH_POINTS = 16
 # Rules that differ by more than this look at different parts of the curve. One of the four at either end may do so: a single
