@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxcats.errors import RunError, UserError
     from jaxcats.learner import Learner
     from jaxcats.learner_data import ImageClassifierData
+    from jaxcats.predictor import load
     from jaxcats.results.metrics import sentence
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _PUBLIC = {
     "Learner": "jaxcats.learner",
     "ImageClassifierData": "jaxcats.learner_data",
     "sentence": "jaxcats.results.metrics",
+    "load": "jaxcats.predictor",
     "RunError": "jaxcats.errors",
     "UserError": "jaxcats.errors",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "UserError",
     "__version__",
     "evaluation_pixels",
+    "load",
     "make_eval_step",
     "make_train_step",
     "models",

@@ -1,71 +1,17 @@
-"""What the commands share: flags read by jsonargparse into a Config, errors as one line, and `jaxcats NAME ...`."""
+"""Flags and YAML read by jsonargparse into a Config, its mistakes as one line."""
 
 import argparse
 import dataclasses
-import errno
-import importlib
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxcats.config import Config, Phase, field_types, known_keys, read_yaml, unknown_key
-from jaxcats.errors import RunError, UserError, nearest
+from jaxcats.errors import UserError, nearest
 from jaxcats.validation import validate
-
-COMMANDS = {
-    "train": "train a classifier on a folder of pictures, and judge it",
-    "lr_find": "find a learning rate by a range test",
-    "evaluate": "judge a trained run on its validation pictures or on another folder",
-}
-
-
-def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Runs a command; a user's mistake is one line on stderr and exit code 2, a failed run 1, Ctrl-C 130."""
-    try:
-        main(sys.argv[1:] if argv is None else argv)
-    except UserError as e:
-        print(f"error: {one_line(e)}", file=sys.stderr)
-        return 2
-    except RunError as e:
-        print(f"stopped: {one_line(e)}", file=sys.stderr)
-        return 1
-    except OSError as e:  # a folder that may not be read, a full disk: the system's own words
-        place = f"{one_line(e.filename)}: " if e.filename else ""
-        print(f"error: {place}{e.strerror or one_line(e)}", file=sys.stderr)
-        return 1 if e.errno == errno.ENOSPC else 2
-    except KeyboardInterrupt:
-        print(
-            "stopped by the keyboard; a training goes on from its last checkpoint with `train --resume --workdir FOLDER`.",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
-
-
-def one_line(message: Any) -> str:
-    """A message, or a file's name, that can't break the line it stands in."""
-    return str(message).replace("\r", "\\r").replace("\n", "\\n")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The console script: `jaxcats NAME ...` does what `python -m jaxcats.NAME ...` does."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: jaxcats COMMAND ...\n")
-        print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
-        print("\n`jaxcats COMMAND --help` says more.")
-        return 0
-    if argv[0] not in COMMANDS:
-        print(
-            f"error: there is no command '{argv[0]}'.{nearest(argv[0], list(COMMANDS))} "
-            f"Commands: {', '.join(COMMANDS)}.",
-            file=sys.stderr,
-        )
-        return 2
-    return run_command(importlib.import_module(f"jaxcats.{argv[0]}").main, argv[1:])
 
 
 def _phase_help() -> str:
@@ -195,21 +141,3 @@ def parse(argv: Sequence[str], *, prog: str, description: str, options: Mapping[
 def from_file(path: str | Path) -> Config:
     """The Config in a YAML file, defaults filled in."""
     return parse(["--config", str(path)], prog="jaxcats", description="")[0]
-
-
-def parse_own(parser: Any, argv: Sequence[str]) -> Any:
-    """A command's own flags; UserError with the nearest known flag when one is wrong."""
-    from jsonargparse import ArgumentError
-
-    known = [option for action in parser._actions for option in action.option_strings]
-    for word in argv:
-        name = word.split("=", 1)[0]
-        if name.startswith("--") and name not in known:
-            raise UserError(f"{name}: there is no such option.{nearest(name, known)}")
-    if "-h" in argv or "--help" in argv:
-        parser.print_help()
-        sys.exit(0)
-    try:
-        return parser.parse_args(list(argv))
-    except ArgumentError as e:
-        raise UserError(readable_error(str(e))) from None

@@ -153,6 +153,9 @@ class Config:
         chunk_steps: steps per compiled scan; checkpoints fall on its boundaries.
         feature_batch: pictures per call of the frozen backbone, and in evaluation.
         cache_dir: for the index, features and compiled programs; empty: JAXCATS_CACHE or the user's cache folder.
+        max_error: of the answers that the classifier gives when it may abstain; decides the threshold.
+        export: write the classifier that can be shipped, model/.
+        report: draw figures/ and write report.html.
     """
 
     seed: int = 0
@@ -164,6 +167,9 @@ class Config:
     chunk_steps: int = 100
     feature_batch: int = 32
     cache_dir: str | None = None
+    max_error: float = 0.005
+    export: bool = True
+    report: bool = True
 
 
 # These may change between a run and its resumption: they don't change what is computed.
@@ -177,6 +183,9 @@ RESUMABLE = {
     "checkpoint.every_epochs",
     "checkpoint.use",
     "cache_dir",
+    "max_error",
+    "export",
+    "report",
 }
 
 

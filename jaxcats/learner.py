@@ -15,9 +15,10 @@ from jaxcats.find_lr import find_lr, find_lr_band
 from jaxcats.fit import Fitter, Progress
 from jaxcats.inputs import precompute
 from jaxcats.learner_data import ImageClassifierData
+from jaxcats.learner_judgement import Judgement
 from jaxcats.learner_options import LR, phase_of
 from jaxcats.learner_state import Keeper, load_state, save_state
-from jaxcats.learner_views import Answers, Sched
+from jaxcats.learner_views import Sched
 from jaxcats.results import metrics
 from jaxcats.results.range_test import LRFindBand, LRFindResult
 from jaxcats.results.table import NotebookTable, Table
@@ -25,7 +26,7 @@ from jaxcats.storage.log import in_notebook
 from jaxcats.validation import validate
 
 
-class Learner(Answers):
+class Learner(Judgement):
     """A classifier in the making. Make it with `Learner.pretrained`.
 
         data = ImageClassifierData.from_paths("data/dogscats", size=224)

@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxcats.cli import parse, run_command
+from jaxcats.cli import parse
+from jaxcats.command import run_command
 from jaxcats.errors import RunError, UserError, nearest
 
 DESCRIPTION = (

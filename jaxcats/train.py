@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcats.cli import flag_value, from_file, parse, run_command
+from jaxcats.cli import flag_value, from_file, parse
+from jaxcats.command import run_command
 from jaxcats.config import Config, flat, to_yaml, training_changes
 from jaxcats.errors import UserError
-from jaxcats.evaluate import BEST_EPOCH, CHOSE, skipped, write_results
+from jaxcats.judging import BEST_EPOCH, Run
+from jaxcats.outcome import CHOSE, skipped, write_results
 from jaxcats.storage.atomic import write_json, write_text
 
 DESCRIPTION = "Trains an image classifier on a folder of pictures and judges it on the validation pictures."
@@ -106,6 +108,7 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
     import jax
 
     from jaxcats import job
+    from jaxcats.data.findings import counts, findings
     from jaxcats.inputs import Evaluator, decoding
     from jaxcats.runs import Trainer
 
@@ -115,6 +118,7 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
     seconds["index"] = time.perf_counter() - at
     facts = {"versions": versions(), "fingerprint": job.fingerprint(setup.index), "backend": jax.default_backend()}
     write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
+    write_json(workdir / "data.json", {"pictures": counts(setup.index), "findings": findings(setup.index)})
     print(f"Run folder: {workdir}\n{describe(setup)}")
 
     def initial() -> tuple[Any, Any]:
@@ -127,28 +131,63 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
     with Trainer(setup, workdir, facts=facts) as trainer:
         fitted = trainer.run(initial)
     at = time.perf_counter()
-    judge = Evaluator(setup.model, setup.index.splits["valid"], feats=fitted.valid_features, **decoding(setup))
-    logits = judge(fitted.params, fitted.batch_stats)
-    seconds |= fitted.seconds | {"evaluate": time.perf_counter() - at}
-    total = time.perf_counter() - started
-    seconds |= {"other": total - sum(seconds.values()), "total": total}
-    use = config.checkpoint.use
-    note = {"use": use, "step": fitted.step, "valid_used_for": BEST_EPOCH if use == "best" else []}
-    write_results(
-        workdir,
-        setup.index.splits["valid"],
-        classes=setup.index.classes,
-        logits=logits,
-        facts={
-            "checkpoint": note,
-            "seconds": {k: round(v, 3) for k, v in seconds.items()},
-            "features": fitted.counts,
-            "bad_files": len(setup.index.bad),
-        },
-        chose=CHOSE if use == "best" else "",
+    valid = setup.index.splits["valid"]
+    logits = Evaluator(setup.model, valid, feats=fitted.valid_features, **decoding(setup))(
+        fitted.params, fitted.batch_stats
     )
-    print(summary(seconds, fitted.counts))
-    print(f"Results: {workdir}/metrics.json, predictions.csv; again: python -m jaxcats.evaluate --run {workdir}")
+    seconds |= fitted.seconds | {"evaluate": time.perf_counter() - at}
+    best = config.checkpoint.use == "best"
+    run = Run(
+        folder=workdir,
+        config=config,
+        model=setup.model,
+        preprocess=setup.preprocess,
+        classes=setup.index.classes,
+        state=fitted,
+        precomputed=list(config.phases.values())[-1].precompute,
+        augment=list(config.phases.values())[-1].augment,
+        checkpoint={"use": config.checkpoint.use, "step": fitted.step, "valid_used_for": BEST_EPOCH if best else []},
+        fingerprint=facts["fingerprint"],
+    )
+    leave(run, valid, logits, seconds, {"features": fitted.counts, "bad_files": len(setup.index.bad)}, started=started)
+
+
+def leave(
+    run: Any, valid: Any, logits: Any, seconds: dict[str, float], facts: dict[str, Any], *, started: float
+) -> None:
+    """Writes what a finished training leaves in its run folder, and says where."""
+    config, folder = run.config, run.folder
+
+    def measured() -> dict[str, float]:
+        total = time.perf_counter() - started
+        all_of_it = seconds | {"other": total - sum(seconds.values()), "total": total}
+        return {k: round(v, 3) for k, v in all_of_it.items()}
+
+    found, calibration = write_results(
+        folder,
+        valid,
+        classes=run.classes,
+        logits=logits,
+        facts=facts | {"checkpoint": run.checkpoint, "seconds": measured()},
+        max_error=config.max_error,
+        chose=CHOSE if run.checkpoint["valid_used_for"] else "",
+    )
+    if config.export:
+        from jaxcats.export import write_run
+
+        at = time.perf_counter()
+        write_run(run, found, calibration)
+        seconds["export"] = time.perf_counter() - at
+    if config.report:
+        from jaxcats.presentation import present
+
+        at = time.perf_counter()
+        present(folder, run, valid, logits, found)
+        seconds["report"] = time.perf_counter() - at
+    write_json(folder / "metrics.json", found | {"seconds": measured()})
+    print(summary(measured(), facts["features"]))
+    written = ["metrics.json", "predictions.csv", *["model/"] * config.export, *["report.html"] * config.report]
+    print(f"Results: {folder}/{', '.join(written)}; again: python -m jaxcats.evaluate --run {folder}")
 
 
 def summary(seconds: dict[str, float], counts: dict[str, int]) -> str:

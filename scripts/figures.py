@@ -1,6 +1,12 @@
-"""Draws every schedule in one picture and every augmentation in another: python scripts/figures.py --photo FILE [--out runs/figures]."""
+"""Draws every figure, to be looked at: python scripts/figures.py [--out runs/figures] [--photo FILE] [--run RUN].
+
+Judgements come from invented answers for 2, 10 and 100 classes and some awkward cases; with --run from its
+predictions.csv. With --photo every augmentation is drawn too.
+"""
 
 import argparse
+import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -8,8 +14,9 @@ import numpy as np
 
 from jaxcats.core import schedules
 from jaxcats.data import augment
+from jaxcats.data.drawing import animal_picture
 from jaxcats.data.preprocess import Preprocess, evaluation_pixels
-from jaxcats.results import plots
+from jaxcats.results import calibration, metrics, plots, ranking
 
 STEPS, PEAK, DRAWS = 700, 0.01, 6
 
@@ -51,14 +58,140 @@ def all_augmentations(photo: Path, size: int = 224) -> plots.Figure:
     return plots.gallery(pictures, titles, columns=DRAWS)
 
 
+BREEDS = (
+    "Abyssinian", "Bengal", "Staffordshire bull terrier with a long name", "сибирская кошка", "Sphynx", "a$b_c^2",
+    "柴犬 (しばいぬ)", "Maine Coon", "n02099712_Labrador_retriever_with_a_long_id", "Čeština – ελληνικά",
+)  # fmt: skip
+
+
+def invented(n: int, classes: int, *, accuracy: float, sharpness: float = 2.0, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """(logits [n, C], labels [n]) of a network that is right about that often, too sure by `sharpness`, and confuses some."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(classes, n, p=rng.dirichlet(np.full(classes, 20.0)))
+    noise = rng.gumbel(size=(n, classes))
+    noise[:, :] += 1.5 * (rng.random((classes, classes)) < 3 / classes)[labels]  # classes that look alike
+    own = noise[np.arange(n), labels]
+    noise[np.arange(n), labels] = -np.inf
+    noise[np.arange(n), labels] = own + np.quantile(noise.max(1) - own, accuracy)
+    return sharpness * noise, labels
+
+
+def judgements(
+    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], max_error: float
+) -> dict[str, plots.Figure]:
+    """The figures that follow from answers and truth."""
+    n, c = logits.shape
+    correct = logits.argmax(1) == labels
+    counts = np.bincount(c * labels + logits.argmax(1), minlength=c * c).reshape(c, c)
+    before = np.exp(metrics.log_softmax(logits).max(1))
+    after = np.exp(calibration.out_of_fold(logits, labels)[0].max(1))
+    threshold = calibration.choose_threshold(after, correct, max_error=max_error)
+    chosen = calibration.answered(after, correct, threshold)
+    rows = [
+        {"class": name, "n": int(row.sum()), "recall": row[i] / row.sum() if row.sum() else None}
+        | {"recall_interval": metrics.wilson_interval(int(row[i]), int(row.sum()))}
+        for i, (name, row) in enumerate(zip(classes, counts, strict=True))
+    ]
+    return {
+        "confusion": plots.confusion(counts, classes),
+        "reliability": plots.reliability(
+            calibration.reliability(before, correct),
+            after=calibration.reliability(after, correct),
+            ece=calibration.expected_calibration_error(before, correct),
+            ece_after=calibration.expected_calibration_error(after, correct),
+            confidence=before,
+            confidence_after=after,
+        ),
+        "risk_coverage": plots.risk_coverage(
+            *calibration.risk_coverage(after, correct),
+            n=n,
+            point=None if threshold is None else (chosen["coverage"], chosen["error"]),
+            max_error=max_error,
+        ),
+        "per_class": plots.per_class(rows),
+    }
+
+
+def galleries(
+    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], pictures: Sequence
+) -> dict[str, plots.Figure]:
+    """Top losses, and the same pictures beside invented heat."""
+    log_probs = metrics.log_softmax(logits)
+    rows = ranking.top_losses(log_probs, labels, n=9)
+    titles = plots.top_loss_titles(log_probs, labels, classes, rows)
+    wrong = [bool(log_probs[i].argmax() != labels[i]) for i in rows]
+    heading = "Top losses: prediction / actual / loss / probability"
+    shown = [pictures[i % len(pictures)] for i in rows]
+    squares = [evaluation_pixels(p, Preprocess(size=224)) for p in shown[:6]]
+    y, x = np.mgrid[:7, :7]
+    heats = [np.exp(-((y - 2 - i % 3) ** 2 + (x - 3) ** 2) / 4) for i in range(len(squares))]
+    return {
+        "top_losses": plots.gallery(shown, titles, wrong=wrong, heading=heading, columns=3),
+        "heat_maps": plots.heat_maps(squares, heats, titles[:6], wrong=wrong[:6], heading="Where it looked (invented)"),
+    }
+
+
+def curves() -> dict[str, plots.Figure]:
+    """Losses and learning rates of an invented run."""
+    rng, steps = np.random.default_rng(0), np.arange(96)
+    train = 0.6 * np.exp(-steps / 12) + 0.04 * rng.gamma(1.0, 1.0, len(steps))
+    rate = np.asarray(jax.vmap(schedules.one_cycle(PEAK, 96))(steps))
+    momentum = np.asarray(jax.vmap(schedules.one_cycle_momentum((0.95, 0.85, 0.95), 96))(steps))
+    groups = {"early layers": rate / 100, "late layers": rate / 10, "head layers": rate}
+    return {
+        "losses": plots.losses(steps, train, [31, 63, 95], [0.071, 0.058, 0.061], best=1),
+        "learning_rates": plots.learning_rates(groups, momentum=momentum),
+    }
+
+
+def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
+    """(logits, labels, classes, paths) of a predictions.csv."""
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = [row for row in csv.DictReader(file) if row["label"]]
+    classes = [name.removeprefix("p_") for name in rows[0] if name.startswith("p_")]
+    probabilities = np.array([[float(row["p_" + name]) for name in classes] for row in rows])
+    labels = np.array([classes.index(row["label"]) for row in rows])
+    return np.log(np.maximum(probabilities, 1e-30)), labels, classes, [row["path"] for row in rows]
+
+
+def every_figure(args: argparse.Namespace) -> dict[str, plots.Figure]:
+    """By the name of its file."""
+    found = {"schedules": all_schedules(), **curves()}
+    if args.photo:
+        found["augmentations"] = all_augmentations(args.photo)
+    drawn = [animal_picture(np.random.default_rng(i), cat=i % 2 == 0) for i in range(12)]
+    many = [
+        f"{a}{b}" for a in ("Abra", "Bole", "Cali", "Dora", "Elm") for b in [f" terrier {k:02d}" for k in range(20)]
+    ]
+    cases = {
+        "2": (("cats", "dogs"), 1000, 0.99),
+        "10": (BREEDS, 1500, 0.95),
+        "100": (many, 5000, 0.99),
+        "100_weak": (many, 5000, 0.75),
+        "2_long": ((BREEDS[2], BREEDS[6]), 100_000, 0.999),
+        "30": (many[:30], 900, 0.9),
+        "one_picture": (("cats", "dogs"), 1, 1.0),
+    }
+    for name, (classes, n, accuracy) in cases.items():
+        logits, labels = invented(n, len(classes), accuracy=accuracy)
+        figures = judgements(logits, labels, classes, 0.005) | galleries(logits, labels, classes, drawn)
+        found |= {f"{name}_{kind}": figure for kind, figure in figures.items()}
+    if args.run:
+        logits, labels, classes, _ = read_predictions(args.run / "predictions.csv")
+        found |= {f"run_{kind}": f for kind, f in judgements(logits, labels, classes, 0.005).items()}
+    return found
+
+
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--photo", type=Path, required=True)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("runs/figures"))
+    p.add_argument("--photo", type=Path)
+    p.add_argument("--run", type=Path)
     args = p.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, figure in (("schedules", all_schedules()), ("augmentations", all_augmentations(args.photo))):
-        figure.savefig(args.out / f"{name}.png", dpi=60)
+    for name, figure in every_figure(args).items():
+        plots.write(figure, args.out / f"{name}.png", dpi=80)
+        if not name.endswith(("top_losses", "heat_maps", "augmentations")):
+            (args.out / f"{name}.svg").write_text(figure.to_svg(), encoding="utf-8")
         print(args.out / f"{name}.png")
 
 

@@ -15,8 +15,10 @@ import pytest
 import tiny  # noqa: F401
 from PIL import Image
 
-from jaxcats import cli, evaluate, train
-from jaxcats.cli import from_file, run_command
+from jaxcats import command as commands
+from jaxcats import evaluate, train
+from jaxcats.cli import from_file
+from jaxcats.command import run_command
 from jaxcats.results import metrics
 
 TINY = [
@@ -32,6 +34,10 @@ TINY = [
     "4",
     "--phases.head.epochs",
     "1",
+    "--report",
+    "false",
+    "--export",
+    "false",
 ]
 
 
@@ -451,26 +457,26 @@ def test_the_best_epoch_is_one_that_was_saved(judged, every, best, run, monkeypa
 
 
 def test_jaxcats_alone_lists_its_commands(capsys):
-    assert cli.main([]) == 0
+    assert commands.main([]) == 0
     out = capsys.readouterr().out
-    said(out, "usage: jaxcats COMMAND", *cli.COMMANDS)
-    assert cli.main(["--help"]) == 0
+    said(out, "usage: jaxcats COMMAND", *commands.COMMANDS)
+    assert commands.main(["--help"]) == 0
     assert capsys.readouterr().out == out
 
 
 def test_an_unknown_command_gets_the_nearest(capsys):
-    assert cli.main(["trian"]) == 2
+    assert commands.main(["trian"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     said(err, "error: ", "trian", "Did you mean 'train'", "evaluate")
 
 
 def test_jaxcats_train_does_what_the_module_does(capsys):
-    assert cli.main(["train", "--print_config", "--seed", "4"]) == 0
+    assert commands.main(["train", "--print_config", "--seed", "4"]) == 0
     printed = capsys.readouterr().out
     train.main(["--print_config", "--seed", "4"])
     assert capsys.readouterr().out == printed
-    assert cli.main(["train", "--seed", "x"]) == 2
+    assert commands.main(["train", "--seed", "x"]) == 2
     assert capsys.readouterr().err.startswith("error: seed: ")
 
 
@@ -489,7 +495,7 @@ def test_a_printed_config_reads_back_to_the_same_run(tmp_path, capsys):
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_help_is_readable(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
+        commands.main([command, "--help"])
     assert not stop.value.code
     out = capsys.readouterr().out
     for python in ("<class", "Literal[", "Phase(", "NoneType", "Optional[", "Union[", "dataclass", "see below"):
@@ -506,15 +512,15 @@ def test_help_is_readable(command, capsys):
 def test_help_loads_neither_jax_nor_tensorflow_nor_a_picture_library():
     code = """
 import sys
-from jaxcats import cli
+from jaxcats import command as commands
 try:
-    cli.main([sys.argv[1], "--help"])
+    commands.main([sys.argv[1], "--help"])
 except SystemExit as stop:
     assert not stop.code
 heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "matplotlib", "PIL"}
 print("LOADED", sorted(heavy & set(sys.modules)))
 """
-    for command in cli.COMMANDS:
+    for command in commands.COMMANDS:
         done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == "LOADED []"

@@ -43,7 +43,7 @@ def test_the_scan_sees_imports_of_every_form(tmp_path):
         ("tensorflow", "data/pipeline.py"),
         ("flax", "models/"),
         ("orbax", "storage/checkpoint.py"),
-        ("matplotlib", "results/plots.py"),
+        ("matplotlib", "results/plots/"),
         ("jsonargparse", "cli.py"),
         ("tensorboardX", "storage/log.py"),
         ("huggingface_hub", "models/pretrained.py"),

@@ -14,13 +14,29 @@ import pytest
 import tiny  # noqa: F401
 
 from jaxcats import evaluate, fit, job, train
-from jaxcats.cli import parse, run_command
+from jaxcats.cli import parse
+from jaxcats.command import run_command
 from jaxcats.results.metrics import wilson_interval
 from jaxcats.runs import Trainer
 from jaxcats.storage.checkpoint import Checkpoints
 
-BASE = ["--model.backbone", "tiny", "--model.pretrained", "false", "--data.size", "32", "--phases.head.batch_size", "4"]
+BASE = [
+    "--report",
+    "false",
+    "--export",
+    "false",
+    "--model.backbone",
+    "tiny",
+    "--model.pretrained",
+    "false",
+    "--data.size",
+    "32",
+    "--phases.head.batch_size",
+    "4",
+]
 TWO_PHASES = """
+report: false
+export: false
 model: {backbone: tiny, pretrained: false}
 data: {size: 32}
 phases:

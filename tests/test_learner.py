@@ -15,7 +15,7 @@ from folders import write_pictures
 
 import jaxcats as jc
 from jaxcats import evaluate, train
-from jaxcats.cli import run_command
+from jaxcats.command import run_command
 from jaxcats.core.state import tree_hash
 from jaxcats.learner_options import spread
 from jaxcats.results.metrics import log_softmax
@@ -42,7 +42,17 @@ def test_the_three_lines_do_what_the_command_does(pictures, learn, tmp_path, cap
     learn.fit(0.01, 3)
     table = capsys.readouterr().out
     argv = ["--model.backbone", "tiny", "--model.pretrained", "false", "--data.size", "32", "--phases.head.batch_size"]
-    argv += ["4", "--data.root", str(pictures), "--workdir", str(tmp_path / "run")]
+    argv += [
+        "4",
+        "--data.root",
+        str(pictures),
+        "--workdir",
+        str(tmp_path / "run"),
+        "--report",
+        "false",
+        "--export",
+        "false",
+    ]
     assert run_command(train.main, argv) == 0
     with (tmp_path / "run" / "predictions.csv").open() as f:
         rows = list(csv.DictReader(f))
@@ -154,7 +164,7 @@ def test_save_and_load(learn, data, tmp_path, capsys):
     assert weights_of(learn) == before
     np.testing.assert_array_equal(learn.predict(), answers)
     learn.save("a")  # again, over its own
-    assert run_command(evaluate.main, ["--run", str(folder)]) == 0
+    assert run_command(evaluate.main, ["--run", str(folder), "--report", "no"]) == 0
     assert jc.sentence(*learn.errors()) in capsys.readouterr().out
     with pytest.raises(jc.UserError, match="holds nothing"):
         learn.load("b")
@@ -181,7 +191,17 @@ def test_what_was_done_can_be_done_again_by_the_command(learn, tmp_path, picture
     learn.unfreeze()
     learn.fit_one_cycle(1, [1e-3, 1e-2, 1e-1], label_smoothing=0.1)
     folder = learn.save("all")
-    assert run_command(train.main, ["--config", str(folder / "config.yaml"), "--workdir", str(tmp_path / "again")]) == 0
+    argv = [
+        "--config",
+        str(folder / "config.yaml"),
+        "--workdir",
+        str(tmp_path / "again"),
+        "--report",
+        "false",
+        "--export",
+        "false",
+    ]
+    assert run_command(train.main, argv) == 0
     rows = list(csv.DictReader((tmp_path / "again" / "predictions.csv").open()))
     found = [[float(r["p_cats"]), float(r["p_dogs"])] for r in rows]
     np.testing.assert_allclose(np.exp(learn.predict()), found, rtol=1e-5)

@@ -12,7 +12,7 @@ from folders import write_pictures
 
 import jaxcats as jc
 from jaxcats import evaluate, train
-from jaxcats.cli import run_command
+from jaxcats.command import run_command
 from jaxcats.config import Config, Phase, flat, training_changes
 from jaxcats.core.state import tree_hash
 
@@ -118,7 +118,7 @@ def test_the_best_epoch_s_bias_is_said_wherever_it_is_judged(learn, capsys):
     learn.fit(0.05, 3, keep="best")
     assert "flatters" in capsys.readouterr().out
     folder = learn.save("best")
-    assert run_command(evaluate.main, ["--run", str(folder)]) == 0
+    assert run_command(evaluate.main, ["--run", str(folder), "--report", "no"]) == 0
     assert "also chose the best epoch" in capsys.readouterr().out
     assert json.loads((folder / "metrics.json").read_text())["checkpoint"]["valid_used_for"]
 
@@ -141,7 +141,7 @@ def test_load_brings_the_history_back_and_takes_finished_runs_only(learn, tmp_pa
         "--data.root",
         str(pictures),
     ]
-    argv += ["--phases.head.batch_size", "4", "--workdir", str(run)]
+    argv += ["--phases.head.batch_size", "4", "--workdir", str(run), "--report", "false", "--export", "false"]
     assert run_command(train.main, argv) == 0
     learn.load(run)
     saved = json.loads((run / "metrics.json").read_text())["errors"]
@@ -192,8 +192,8 @@ def test_a_run_of_an_older_version_lacks_keys_and_is_the_same_run():
 def test_tta_of_an_earlier_evaluation_does_not_stay(learn, capsys):
     learn.fit(0.01)
     folder = learn.save("a")
-    assert run_command(evaluate.main, ["--run", str(folder), "--tta", "1"]) == 0
+    assert run_command(evaluate.main, ["--run", str(folder), "--tta", "1", "--report", "no"]) == 0
     assert "tta" in json.loads((folder / "metrics.json").read_text())
-    assert run_command(evaluate.main, ["--run", str(folder)]) == 0
+    assert run_command(evaluate.main, ["--run", str(folder), "--report", "no"]) == 0
     assert "tta" not in json.loads((folder / "metrics.json").read_text())
     assert not (folder / "predictions_tta.csv").exists()

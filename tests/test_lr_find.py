@@ -9,10 +9,23 @@ import tiny  # noqa: F401
 from PIL import Image
 
 from jaxcats import evaluate, find_lr, lr_find, train
-from jaxcats.cli import run_command
+from jaxcats.command import run_command
 from jaxcats.results.range_test import LRFindBand, LRFindResult
 
-BASE = ["--model.backbone", "tiny", "--model.pretrained", "false", "--data.size", "32", "--phases.head.batch_size", "8"]
+BASE = [
+    "--report",
+    "false",
+    "--export",
+    "false",
+    "--model.backbone",
+    "tiny",
+    "--model.pretrained",
+    "false",
+    "--data.size",
+    "32",
+    "--phases.head.batch_size",
+    "8",
+]
 
 
 def command(main, *argv) -> int:
@@ -138,7 +151,7 @@ def test_auto_works_for_phases_on_pictures_too(separable, tmp_path, monkeypatch)
     measured = answering(monkeypatch)
     file = tmp_path / "two.yaml"
     file.write_text(
-        "model: {backbone: tiny, pretrained: false}\ndata: {size: 32}\nphases:\n"
+        "model: {backbone: tiny, pretrained: false}\ndata: {size: 32}\nreport: false\nexport: false\nphases:\n"
         "  head: {epochs: 1, precompute: true, batch_size: 8}\n"
         "  all: {epochs: 1, lr: auto, freeze: nothing, augment: side_on, batch_size: 8}\n"
     )

@@ -21,8 +21,9 @@ import yaml
 from folders import write_pictures
 from PIL import Image
 
-from jaxcats import evaluate, inputs, job, models, train
-from jaxcats.cli import from_file, parse, run_command
+from jaxcats import evaluate, inputs, job, judging, models, train
+from jaxcats.cli import from_file, parse
+from jaxcats.command import run_command
 from jaxcats.config import Config, Phase
 from jaxcats.core import state as states
 from jaxcats.models import registry
@@ -36,6 +37,8 @@ TINY = {
     "data.size": "32",
     "phases.head.batch_size": "4",
     "phases.head.epochs": "1",
+    "report": "false",
+    "export": "false",
 }
 BACKBONE_LEARNS = {"phases.head.precompute": "false", "phases.head.bn": "train", "phases.head.lr": "0.1"}
 
@@ -325,11 +328,11 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_its_precision(pictures, tmp
     workdir, out = tmp_path / "run", tmp_path / "out"
     settings = BACKBONE_LEARNS | {"precision": "bfloat16", "phases.head.freeze": "nothing"}
     assert fit(pictures, workdir, settings) == 0
-    run = evaluate.load_run(workdir)
+    run = judging.load_run(workdir)
     leaves = jax.tree.leaves((run.state.params, run.state.batch_stats, run.state.opt_state))
     assert {x.dtype for x in leaves if x.ndim} == {np.dtype("float32")}
     assert len([x for x in leaves if x.ndim]) == 2 * 3 + 2 + 2 * 2 + 2 * 3 + 2  # params, averages, momentum
-    split, _ = evaluate.find_pictures(run, None)
+    split = judging.own_pictures(run).splits["valid"]
     single = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="float32"))
     assert not np.array_equal(run.logits(split), single.logits(split))  # or this test would see nothing
     before, bits = metrics_of(workdir), (workdir / "predictions.csv").read_bytes()

@@ -3,6 +3,9 @@
 Everywhere: log_probs float [N, C], labels int [N], the answer int rows into them, at most n, ties by row.
 """
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -36,6 +39,50 @@ def most_uncertain(log_probs: np.ndarray, *, n: int = 4) -> np.ndarray:
 def top_losses(log_probs: np.ndarray, labels: np.ndarray, *, n: int = 9) -> np.ndarray:
     """The highest losses first: the lowest log-probability of the true class (fastai's Interpretation.top_losses)."""
     return np.argsort(np.asarray(log_probs)[np.arange(len(labels)), labels], kind="stable")[:n]
+
+
+def label_errors(log_probs: np.ndarray, labels: np.ndarray, *, most: float = 0.05) -> np.ndarray:
+    """Pictures whose label looks wrong, as another class is likelier: the lowest probability of the label first.
+
+    At most the share `most` of all, unless confident learning counts more of them (Northcutt et al., arXiv:1911.00068):
+    pictures for which another class's probability reaches the mean it has over the pictures labelled with that class.
+
+    Args:
+        log_probs: from networks that haven't seen the picture (out of fold).
+        labels: as given.
+        most: share of the pictures.
+    """
+    log_probs, labels = np.asarray(log_probs), np.asarray(labels)
+    probs, every = np.exp(log_probs), np.arange(log_probs.shape[1])
+    needed = np.array([probs[labels == c, c].mean() if (labels == c).any() else np.inf for c in every])
+    confident = int(((probs >= needed) & (every != labels[:, None])).any(1).sum())
+    rows = np.flatnonzero(~_right(log_probs, labels))
+    given = log_probs[rows, labels[rows]]
+    return rows[np.argsort(given, kind="stable")][: max(math.ceil(most * len(labels)), confident)]
+
+
+def strangeness(features: np.ndarray, hashes: Sequence[str], *, known: int, k: int = 10) -> np.ndarray:
+    """How unlike all others a picture is: the cosine distance to its k-th nearest training picture, float [N].
+
+    Features are standardised by the training pictures'; copies of the picture itself don't count. After Sun et al.,
+    arXiv:2204.06507.
+
+    Args:
+        features: float [N, F], the training pictures first.
+        hashes: of their content, N.
+        known: how many are training pictures; at least two different ones.
+        k: fewer where there are not as many.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    std = features[:known].std(0)
+    scaled = (features - features[:known].mean(0)) / np.where(std > 0, std, 1)
+    _, content = np.unique(np.asarray(hashes), return_inverse=True)
+    once = np.unique(content[:known], return_index=True)[1]
+    k = min(k, len(once) - 1)
+    distance, nearest = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(scaled[once]).kneighbors(scaled)
+    distance[content[once][nearest] == content[:, None]] = np.inf
+    return np.sort(distance, axis=1)[:, k - 1]
 
 
 def _right(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -1,82 +1,17 @@
-"""Figures, returned and not shown; the only module that knows matplotlib.
+"""What training and the range test leave behind: lines by step or by learning rate."""
 
-Colours are Okabe and Ito's, told apart by colour-blind readers; line style, marker or words say the same again.
-"""
-
-import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
-from PIL import Image
+from matplotlib.ticker import MaxNLocator
 
-from jaxcats.data.preprocess import open_upright
 from jaxcats.results.lr_rules import smooth
+from jaxcats.results.plots.base import COLOURS, INK, PLAIN, STYLES, WRONG, Figure, named_axes, set_limits, words
 
-RIGHT, WRONG = "#1b6ca8", "#c1440e"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-STYLES = ("-", "--", "-.", ":")
-INK, GREY = "#222222", "#777777"
 MARKS = {"valley": ("#d55e00", "o"), "steep": ("#009e73", "^"), "minimum": ("#a0527f", "s"), "slide": ("#000000", "D")}
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
-LARGEST_SIDE = 480  # of a picture in a gallery, in pixels: what a screen shows of it
-
-
-class Figure(matplotlib.figure.Figure):
-    """A figure that a notebook shows as a cell's last expression; pyplot knows nothing of it."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=80)
-        return buffer.getvalue()
-
-    def __repr__(self) -> str:
-        return "<a figure: .savefig('x.png') writes it>"
-
-
-def gallery(
-    pictures: Sequence[str | Path | Image.Image | np.ndarray],
-    titles: Sequence[str],
-    *,
-    wrong: Sequence[bool] | None = None,
-    columns: int | None = None,
-    heading: str | None = None,
-) -> Figure:
-    """Pictures in a grid, each under its title; titles of wrong answers are in another colour.
-
-    Args:
-        pictures: files, Pillow pictures, or uint8 arrays [H, W, 3] or [H, W].
-        titles: one per picture; long ones are wrapped.
-        wrong: whether each is a wrong answer; None is for pictures without a verdict.
-        columns: pictures per row; None is four, or six beyond sixteen pictures.
-        heading: over all, as in the lesson's plot_val_with_title.
-    """
-    n = len(pictures)
-    if len(titles) != n or (wrong is not None and len(wrong) != n):
-        raise ValueError(f"{n} pictures, {len(titles)} titles, wrong={wrong}")
-    if not n:
-        return _words(heading, "no pictures to show")
-    columns = min(columns or (4 if n <= 16 else 6), n)
-    rows = -(-n // columns)
-    side = 2.6 if columns <= 4 else 2.1
-    lines = [textwrap.wrap(title, int(side * 10), max_lines=6, placeholder=" …") or [""] for title in titles]
-    top = [max(len(t) for t in lines[r * columns : (r + 1) * columns]) for r in range(rows)]
-    figure = Figure(figsize=(side * columns, sum(side + 0.18 * t for t in top) + (0.5 if heading else 0)))
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for i, (ax, picture, title) in enumerate(zip(axes.flat, pictures, lines, strict=False)):
-        ax.imshow(_pixels(picture))
-        colour = INK if wrong is None else WRONG if wrong[i] else RIGHT
-        ax.set_title("\n".join(title), fontsize=11 if columns <= 4 else 9, color=colour, parse_math=False)
-    _heading(figure, heading)
-    return figure
 
 
 def lr_find(
@@ -107,11 +42,11 @@ def lr_find(
     raw, smoothed = (_rows([run[i][shown] for run in runs], len(rates)) for i in (1, 2))
     kept = 2 * np.isfinite(smoothed).sum(0) >= len(runs)  # a median of the few that got furthest would mislead
     if not kept.any():
-        return _words("Learning rate range test", refusal or "no finite loss to show")
+        return words("Learning rate range test", refusal or "no finite loss to show")
     rates, raw, smoothed = rates[kept], raw[:, kept], smoothed[:, kept]
     middle = np.nanmedian(smoothed, axis=0)
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
-    ax = _axes(figure.subplots(), "learning rate (last layer group)", "training loss")
+    ax = named_axes(figure.subplots(), "learning rate (last layer group)", "training loss")
     faint = raw if len(runs) == 1 else smoothed
     if len(runs) == 1:
         ax.plot(rates, raw[0], color=COLOURS[5], alpha=0.7, linewidth=1, label="each batch")
@@ -125,7 +60,7 @@ def lr_find(
     ax.set_xlim(min(ends), max(*ends, rates[0] * 1.01))
     start = np.nanmax(smoothed[:, 0]) or np.inf  # a blow-up is cut off above: the valley is what is looked for
     high = min(2.5 * start, max(np.nanmax(smoothed), np.nanquantile(faint, 0.95)))
-    _limits(ax, min(np.nanmin(smoothed), np.nanquantile(faint, 0.02)), high)
+    set_limits(ax, min(np.nanmin(smoothed), np.nanquantile(faint, 0.02)), high)
     ax.xaxis.set_major_formatter(PLAIN)
     ax.legend(loc="best" if refusal else "lower left", frameon=False, fontsize=9)
     if refusal:
@@ -186,7 +121,7 @@ def learning_rates(
     panels = 1 if momentum is None else 2
     figure = Figure(figsize=(7.6, 3.2 if momentum is None else 5), layout="constrained")
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
-    ax = _axes(axes[0], "" if panels == 2 else "iteration", "learning rate")
+    ax = named_axes(axes[0], "" if panels == 2 else "iteration", "learning rate")
     for i, (name, values) in enumerate(series.items()):
         ax.plot(values, STYLES[i % 4], color=COLOURS[i % 7], linewidth=2, label=f"{name} (up to {values.max():.2g})")
     _rate_axis(ax, last)
@@ -196,7 +131,7 @@ def learning_rates(
         ax.set_ylim(min(values.max() for values in series.values()) / 50, None)
         figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     if momentum is not None:
-        _axes(axes[1], "iteration", "momentum").plot(np.asarray(momentum, float), color=COLOURS[0], linewidth=2)
+        named_axes(axes[1], "iteration", "momentum").plot(np.asarray(momentum, float), color=COLOURS[0], linewidth=2)
     return figure
 
 
@@ -209,7 +144,7 @@ def schedules(curves: Mapping[str, Sequence[float]]) -> Figure:
         ax.axis("off")
     for i, (ax, (name, values)) in enumerate(zip(axes, curves.items(), strict=False)):
         last = i + columns >= len(curves)
-        _axes(ax, "iteration" if last else "", "learning rate" if i % columns == 0 else "")
+        named_axes(ax, "iteration" if last else "", "learning rate" if i % columns == 0 else "")
         values = np.asarray(values, float)
         ax.plot(values, color=COLOURS[0], linewidth=2)
         ax.set_title("\n".join(textwrap.wrap(name, 34)), fontsize=10, loc="left", color=INK)
@@ -234,7 +169,7 @@ def losses(
         best: which epoch, counted from 0, has the lowest validation loss.
     """
     figure = Figure(figsize=(7.6, 4), layout="constrained")
-    ax = _axes(figure.subplots(), "step", "loss")
+    ax = named_axes(figure.subplots(), "step", "loss")
     smoothed = smooth(train)
     ax.plot(steps, train, color=COLOURS[5], alpha=0.4, linewidth=0.8)
     ax.plot(steps, smoothed, color=COLOURS[0], linewidth=2.2, label="training, smoothed")
@@ -245,18 +180,10 @@ def losses(
         ax.plot(*at, "o", label=f"best: epoch {best}, {valid[best]:.3g}", **ring)
     seen = np.concatenate([valid, smoothed, train])
     seen = seen[np.isfinite(seen)]
-    _limits(ax, 0, float(np.quantile(seen, 0.99)) if len(seen) else 1)
+    set_limits(ax, 0, float(np.quantile(seen, 0.99)) if len(seen) else 1)
     ax.legend(frameon=False, fontsize=9)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
-
-
-def _axes(ax: Axes, x: str, y: str) -> Axes:
-    ax.set_xlabel(x, color=INK)
-    ax.set_ylabel(y, color=INK)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    return ax
 
 
 def _rate_axis(ax: Axes, values: np.ndarray) -> None:
@@ -267,38 +194,9 @@ def _rate_axis(ax: Axes, values: np.ndarray) -> None:
     ax.yaxis.set_major_formatter(PLAIN)
 
 
-def _limits(ax: Axes, low: float, high: float) -> None:
-    least = 0.1 * abs(high)  # a flat curve is to look flat, not like its rounding errors
-    low, high = min(low, high - least), max(high, low + least)
-    room = 0.06 * (high - low) or 1.0
-    ax.set_ylim(low - room if low else 0, high + room)
-
-
 def _rows(values: Sequence[np.ndarray], length: int) -> np.ndarray:
     """Series of unlike lengths as one array [runs, length], NaN where one has ended or is not finite."""
     rows = np.full((len(values), length), np.nan)
     for row, part in zip(rows, values, strict=True):
         row[: len(part)] = np.where(np.isfinite(part), part, np.nan)
     return rows
-
-
-def _pixels(picture: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    image = open_upright(Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture)
-    if max(image.size) > LARGEST_SIDE:
-        image = image.copy()
-        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    return image
-
-
-def _heading(figure: Figure, heading: str | None) -> None:
-    if heading:
-        width = int(figure.get_figwidth() * 8)
-        figure.suptitle("\n".join(textwrap.wrap(heading, width)), fontsize=13, color=INK, parse_math=False)
-
-
-def _words(heading: str | None, text: str) -> Figure:
-    """A figure that says why there is nothing to draw."""
-    figure = Figure(figsize=(6, 1.6), layout="constrained")
-    figure.text(0.5, 0.4, "\n".join(textwrap.wrap(text, 70)), ha="center", va="center", color=GREY)
-    _heading(figure, heading)
-    return figure

@@ -1,0 +1,109 @@
+"""What every command shares: its own flags, errors as one line, exit codes, `jaxcats NAME ...`; nothing but the standard library."""
+
+import argparse
+import errno
+import importlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jaxcats.errors import RunError, UserError, nearest
+
+COMMANDS = {
+    "train": "train a classifier on a folder of pictures, and judge it",
+    "lr_find": "find a learning rate by a range test",
+    "evaluate": "judge a trained run on its validation pictures or on another folder",
+    "compare": "compare two runs on the same pictures",
+    "export": "write a run's classifier as a folder that can be shipped",
+    "predict": "judge pictures with an exported classifier",
+}
+KINDS = {int: "a whole number", float: "a number"}
+
+
+def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a command; a user's mistake is one line on stderr and exit code 2, a failed run 1, Ctrl-C 130."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as e:
+        print(f"error: {one_line(e)}", file=sys.stderr)
+        return 2
+    except RunError as e:
+        print(f"stopped: {one_line(e)}", file=sys.stderr)
+        return 1
+    except OSError as e:  # a folder that may not be read, a full disk: the system's own words
+        place = f"{one_line(e.filename)}: " if e.filename else ""
+        print(f"error: {place}{e.strerror or one_line(e)}", file=sys.stderr)
+        return 1 if e.errno == errno.ENOSPC else 2
+    except KeyboardInterrupt:
+        print(
+            "stopped by the keyboard; a training goes on from its last checkpoint with `train --resume --workdir FOLDER`.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def one_line(message: Any) -> str:
+    """A message, or a file's name, that can't break the line it stands in, nor the terminal's encoding."""
+    text = str(message).encode("utf-8", "backslashreplace").decode()
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script: `jaxcats NAME ...` does what `python -m jaxcats.NAME ...` does."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: jaxcats COMMAND ...\n")
+        print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
+        print("\n`jaxcats COMMAND --help` says more.")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(
+            f"error: there is no command '{argv[0]}'.{nearest(argv[0], list(COMMANDS))} "
+            f"Commands: {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
+        return 2
+    return run_command(importlib.import_module(f"jaxcats.{argv[0]}").main, argv[1:])
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for a command's own flags; a mistake is a UserError of one line."""
+
+    def __init__(self, *, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but a flag that isn't there is said before one that is missing."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in args or []:
+            name = word.split("=", 1)[0]
+            if name == "--":
+                break
+            if name.startswith("--") and name not in known:
+                raise UserError(f"{name}: there is no such option.{nearest(name, known)}")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """argparse calls this with words of its own."""
+        raise UserError(self._readable(message))
+
+    def _readable(self, message: str) -> str:
+        required = re.match(r"the following arguments are required: (.+)", message)
+        if required:
+            return f"{required[1]}: is required."
+        unknown = re.match(r"unrecognized arguments: (.*)", message)
+        if unknown:
+            return f"{unknown[1]}: not expected here; --help says what is."
+        about = re.match(r"argument ([^:]+): (.+)", message, re.DOTALL)
+        action = about and next((a for a in self._actions if "/".join(a.option_strings) == about[1]), None)
+        if not about or not action:
+            return message
+        given = re.search(r"invalid (?:\w+ value|choice): '?(.*?)'?(?: \(choose from .*)?$", about[2], re.DOTALL)
+        if not given:
+            return f"{about[1]}: {about[2]}."
+        if action.choices:
+            choices = [str(c) for c in action.choices]
+            return f"{about[1]}: '{given[1]}' is not one of {', '.join(choices)}.{nearest(given[1], choices)}"
+        return f"{about[1]}: expected {KINDS.get(action.type, 'another value')}, got '{given[1]}'."  # type: ignore[arg-type]

@@ -1,0 +1,220 @@
+"""`python -m jaxcats.predict --model DIR PATHS...`: pictures judged by an exported classifier."""
+
+import csv
+import glob
+import io
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcats.command import Parser, run_command
+from jaxcats.errors import RunError, UserError
+
+DESCRIPTION = (
+    "Judges pictures with an exported classifier. Probabilities are calibrated on the validation pictures; 'unsure' marks "
+    "those below the threshold chosen there. Bad files are rows with their reason, and make the exit code 1."
+)
+SHOWN = 64  # pictures in a contact sheet
+HIGHEST = 0.995  # in a Kaggle submission, where one certain and wrong answer costs more than all others together
+
+
+def expand(words: Sequence[str]) -> list[str]:
+    """Files of paths, folders (every picture at any depth), patterns and `-` (a list on stdin)."""
+    from jaxcats.data.files import list_pictures
+
+    found: list[str] = []
+    for word in words:
+        if word == "-":
+            found += expand_list(sys.stdin.buffer.read())
+        elif os.path.isdir(word):
+            pictures = list_pictures(Path(word), Path(word))
+            if not pictures:
+                raise UserError(f"{word}: no pictures in this folder.")
+            found += [os.path.join(word, name) for name in pictures]
+        elif glob.has_magic(word) and not os.path.lexists(word):
+            matches = sorted(name for name in glob.iglob(word, recursive=True) if not os.path.isdir(name))
+            if not matches:
+                raise UserError(f"{word}: no file has such a name.")
+            found += matches
+        else:
+            found.append(word)
+    if not found:
+        raise UserError("PATHS: no pictures to judge.")
+    return found
+
+
+def expand_list(content: bytes) -> list[str]:
+    """Paths in a list, one per line; each ends with a zero byte instead where there are any (as `find -print0` writes)."""
+    words = content.split(b"\0") if b"\0" in content else [line.removesuffix(b"\r") for line in content.split(b"\n")]
+    return [os.fsdecode(word) for word in words if word]
+
+
+def visible(text: str) -> str:
+    """A name as it can stand in a line on a screen: what can't be printed is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def as_csv(values: Sequence[Any]) -> str:
+    """One line of CSV."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue()
+
+
+def csv_row(row: Any) -> str:
+    """A Prediction as a line of CSV; a bad picture has nothing but its path and error."""
+    if row.error is not None:
+        return as_csv([row.path, "", "", "", row.error, *([""] * len(row.probabilities))])
+    numbers = [f"{p:.9g}" for p in row.probabilities]
+    return as_csv([row.path, row.label, f"{row.probability:.9g}", "yes" if row.abstain else "no", "", *numbers])
+
+
+def json_row(row: Any, classes: Sequence[str]) -> str:
+    """A Prediction as a line of JSON, with null where there is nothing; names that are not UTF-8 as lone surrogates."""
+    good = row.error is None
+    values = {
+        "path": row.path,
+        "label": row.label,
+        "probability": row.probability if good else None,
+        "abstain": row.abstain if good else None,
+        "error": row.error,
+    }
+    values |= {f"p_{c}": float(p) if good else None for c, p in zip(classes, row.probabilities, strict=True)}
+    return json.dumps(values) + "\n"
+
+
+def table_row(row: Any, width: int, label_width: int) -> str:
+    """A Prediction as a line to read."""
+    said = "-" if row.error is not None else visible(row.label)
+    more = visible(row.error) if row.error is not None else f"{row.probability:.4f}{'  unsure' if row.abstain else ''}"
+    return f"{visible(row.path):<{width}}  {said:<{label_width}}  {more}\n"
+
+
+def submission(rows: Sequence[Any]) -> str:
+    """A Kaggle submission: id (the number in the file's name) and the second class's probability, sorted by id."""
+    labels: dict[int, float] = {}
+    for row in rows:
+        number = re.fullmatch(r"\D*(\d+)\D*", Path(row.path).stem)
+        if not number:
+            raise UserError(f"--kaggle: {visible(row.path)}: expected one number in the file's name, its id.")
+        if int(number[1]) in labels:
+            raise UserError(f"--kaggle: {visible(row.path)}: the id {number[1]} is there twice.")
+        p = 0.5 if row.error is not None else float(row.probabilities[1])
+        labels[int(number[1])] = min(max(p, 1 - HIGHEST), HIGHEST)
+    return "id,label\n" + "".join(f"{i},{labels[i]:.6g}\n" for i in sorted(labels))
+
+
+def contact_sheet(rows: Sequence[Any]) -> bytes:
+    """The first pictures under what is said of them, as PNG."""
+    from jaxcats.results.plots import gallery
+
+    good = [row for row in rows if row.error is None][:SHOWN]
+    titles = [f"{row.label} {row.probability:.3f}{' unsure' if row.abstain else ''}" for row in good]
+    out = io.BytesIO()
+    gallery([row.path for row in good], titles).savefig(out, format="png", dpi=100)
+    return out.getvalue()
+
+
+def write_file(path: str, content: str | bytes) -> None:
+    """All of a file or nothing."""
+    from jaxcats.storage.atomic import write_bytes, write_text
+
+    try:
+        if isinstance(content, bytes):
+            write_bytes(Path(path), content)
+        else:
+            write_text(Path(path), content)
+    except OSError as e:
+        raise UserError(f"{path}: can't be written ({e.strerror}).") from None
+    print(f"Written: {path}", file=sys.stderr)
+
+
+def read_options(argv: Sequence[str]) -> Any:
+    """The command's flags."""
+    parser = Parser(prog="python -m jaxcats.predict", description=DESCRIPTION)
+    paths = "pictures, folders, quoted patterns such as 'photos/**/*.jpg', or - for a list of files on stdin"
+    parser.add_argument("paths", nargs="+", metavar="PATHS", help=paths)
+    parser.add_argument("--model", required=True, help="folder that train or export wrote (model/ in a run folder)")
+    parser.add_argument("--csv", metavar="FILE", help="write CSV instead of the table; - is stdout")
+    parser.add_argument("--jsonl", metavar="FILE", help="write a line of JSON per picture instead; - is stdout")
+    kaggle = (
+        "write id,label as Kaggle's Dogs vs. Cats Redux wants it: the number in the file's name and the probability of the "
+        f"second class (dogs), kept within {1 - HIGHEST:.3g} to {HIGHEST}, since its score is the log loss; 0.5 for a bad "
+        "file. (The competition of 2013 wanted 0 or 1: round it.)"
+    )
+    parser.add_argument("--kaggle", metavar="FILE", help=kaggle)
+    parser.add_argument("--show", metavar="FILE", help=f"draw the first {SHOWN} pictures with their labels into a PNG")
+    parser.add_argument("--tta", type=int, default=0, help="also judge so many changed versions of each picture")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures per call of the network")
+    options = parser.parse_args(argv)
+    if options.csv == options.jsonl == "-":
+        raise UserError("--csv - --jsonl -: only one of them can go to stdout.")
+    return options
+
+
+def outputs(options: Any, classes: Sequence[str], paths: Sequence[str]) -> list[tuple[str, str, Callable[[Any], str]]]:
+    """(file, its first line, a function from Prediction to line) of each output; the file - is stdout."""
+    found: list[tuple[str, str, Callable[[Any], str]]] = []
+    if options.csv:
+        head = as_csv(["path", "label", "probability", "abstain", "error", *(f"p_{c}" for c in classes)])
+        found.append((options.csv, head, csv_row))
+    if options.jsonl:
+        found.append((options.jsonl, "", lambda row: json_row(row, classes)))
+    if not found and not options.kaggle:
+        width = min(60, max(len(visible(path)) for path in paths))
+        names = max(len(visible(c)) for c in classes)
+        found.append(("-", "", lambda row: table_row(row, width, names)))
+    return found
+
+
+def judge(rows: Iterator[Any], options: Any, classes: Sequence[str], paths: Sequence[str]) -> int:
+    """Writes every output; the number of bad pictures."""
+    wanted = outputs(options, classes, paths)
+    texts = [[head] for _, head, _ in wanted]
+    kept, bad = [], 0
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
+    for i, row in enumerate(rows):
+        for (file, _, line), text in zip(wanted, texts, strict=True):
+            if file == "-":
+                print(text[0] * (i == 0) + line(row), end="", flush=True)
+            else:
+                text.append(line(row))
+        bad += row.error is not None
+        if options.kaggle or (options.show and len(kept) < SHOWN):
+            kept.append(row)
+    for (file, _, _), text in zip(wanted, texts, strict=True):
+        if file != "-":
+            write_file(file, "".join(text))
+    if options.kaggle:
+        write_file(options.kaggle, submission(kept))
+    if options.show:
+        write_file(options.show, contact_sheet(kept))
+    return bad
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    options = read_options(argv)
+    paths = expand(options.paths)
+    from jaxcats.predictor import load
+
+    classifier = load(options.model)
+    if options.kaggle and len(classifier.classes) != 2:
+        raise UserError(f"--kaggle: needs a classifier of two classes; this one has {len(classifier.classes)}.")
+    started = time.perf_counter()
+    rows = classifier.stream(paths, batch_size=options.batch_size, tta=options.tta)
+    bad = judge(rows, options, classifier.classes, paths)
+    seconds = time.perf_counter() - started
+    if len(paths) > 1:
+        print(f"{len(paths):,} pictures in {seconds:.1f} s ({len(paths) / seconds:,.0f} a second)", file=sys.stderr)
+    if bad:
+        raise RunError(f"{bad:,} of {len(paths):,} pictures could not be judged; their rows say why.")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

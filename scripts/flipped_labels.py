@@ -1,0 +1,69 @@
+"""How well wrong labels are found: flips some training labels on purpose and looks for them as `evaluate --split train` does.
+
+    python scripts/flipped_labels.py --config configs/dogscats_lite0.yaml --root data/dogscats [--share 0.02] [--seeds 3]
+
+Labels are flipped in memory; no picture is copied or changed. Recall is the share of the flipped pictures that is listed,
+precision the share of the list that was flipped. Labels that were wrong before count against precision.
+"""
+
+import argparse
+import dataclasses
+import time
+from types import SimpleNamespace
+
+import numpy as np
+
+from jaxcats.cli import from_file
+from jaxcats.job import initial_params, setup
+from jaxcats.suspects import find_suspects
+
+
+def listed(run: SimpleNamespace, split, *, folds: int) -> list[str]:
+    """Paths of the training pictures whose label looks wrong, in their order."""
+    return [s.path for s in find_suspects(run, {"train": split}, folds=folds) if s.reason.startswith("label")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/dogscats_lite0.yaml")
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--share", type=float, default=0.02)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folds", type=int, default=5)
+    args = parser.parse_args()
+    config = from_file(args.config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=args.root))
+    whole = setup(config)
+    params, batch_stats, _ = initial_params(whole)
+    state, train = SimpleNamespace(params=params, batch_stats=batch_stats), whole.index.splits["train"]
+    classes, n = whole.index.classes, len(train)
+    run = SimpleNamespace(
+        config=config, model=whole.model, preprocess=whole.preprocess, classes=classes, state=state
+    )
+    print(f"no label flipped: {len(listed(run, train, folds=args.folds))} of {n:,} listed (features are computed now)")
+    hits = []
+    for seed in range(args.seeds):
+        rng = np.random.default_rng(seed)
+        rows = rng.choice(n, round(args.share * n), replace=False)
+        labels = train.labels.copy()
+        labels[rows] = (labels[rows] + rng.integers(1, len(classes), len(rows))) % len(classes)
+        run.config = dataclasses.replace(config, seed=seed)
+        before = time.perf_counter()
+        names = listed(run, dataclasses.replace(train, labels=labels), folds=args.folds)
+        seconds = time.perf_counter() - before
+        flipped, k = {train.paths[i] for i in rows}, len(rows)
+        hit = np.asarray([name in flipped for name in names], bool)
+        hits.append(hit)
+        print(
+            f"seed {seed}: {k} flipped; {len(hit)} listed, {hit.sum()} of them flipped: recall {hit.sum() / k:.3f}, "
+            f"precision {hit.mean():.3f}; of the first {k}, {hit[:k].mean():.3f}; {seconds:.1f} s",
+            flush=True,
+        )
+    print("rank  precision  recall  (all seeds)")
+    for rank in sorted({*range(k // 4, 2 * k, k // 4), max(map(len, hits))} - {0}):
+        found, shown = (sum(f(h[:rank]) for h in hits) for f in (np.sum, len))
+        print(f"{rank:4d}  {found / shown:9.3f}  {found / (k * len(hits)):6.3f}")
+
+
+if __name__ == "__main__":
+    main()

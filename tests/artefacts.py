@@ -1,0 +1,62 @@
+"""Small artefacts for tests: written like real ones, of the tiny backbone with random weights."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import tiny  # noqa: F401  registers the tiny backbone
+
+from jaxcats import models
+from jaxcats.data.preprocess import Preprocess
+from jaxcats.export import write
+from jaxcats.results.calibration import Calibration
+from jaxcats.storage import artifact
+
+CLASSES = ("cats", "dogs", "é\u200b")
+HOW = Preprocess(size=24)
+
+
+def weights(model: models.Model, seed: int):
+    """Random params and batch_stats, all positive, as variances must be."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.uniform(0.1, 0.5, x.shape).astype(np.float32), models.shapes(model))
+
+
+def export(folder: Path, seed: int = 0) -> Path:
+    model = models.create("tiny", len(CLASSES), head="linear")
+    params, stats = weights(model, seed)
+    calibration = Calibration(temperature=1.7, threshold=0.6, max_error=0.01)
+    facts = {"accuracy": {"n": 10, "errors": 1, "interval": [0.5, 1]}}
+    write(
+        folder,
+        model=model,
+        params=params,
+        batch_stats=stats,
+        preprocess=HOW,
+        classes=CLASSES,
+        calibration=calibration,
+        facts=facts,
+    )
+    return folder
+
+
+def change(folder: Path, **facts) -> None:
+    """Entries of model.json set, dotted keys with __ for the dot."""
+    tree = json.loads((folder / artifact.JSON).read_text())
+    for key, value in facts.items():
+        *path, last = key.split("__")
+        place = tree
+        for part in path:
+            place = place[part]
+        place[last] = value
+    (folder / artifact.JSON).write_text(json.dumps(tree))
+
+
+def replace(folder: Path, name: str, content: bytes) -> None:
+    """A file's content, and its size and hash in model.json as if it had been exported so."""
+    (folder / name).write_bytes(content)
+    tree = json.loads((folder / artifact.JSON).read_text())
+    tree["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / artifact.JSON).write_text(json.dumps(tree))

@@ -1,0 +1,61 @@
+"""What is said of a folder before training: copies, leaks, conflicts, unequal classes, bad files."""
+
+import shutil
+
+import pytest
+from folders import write_pictures
+
+from jaxcats.data.findings import FEW, counts, findings
+from jaxcats.data.index import scan
+
+
+def found(root) -> dict[str, dict]:
+    return {f["what"]: f for f in findings(scan(root))}
+
+
+@pytest.fixture
+def large(tmp_path):
+    return write_pictures(tmp_path / "large", train=70, valid=2 * FEW, size=(12, 10))
+
+
+def test_a_clean_folder_has_no_findings(large):
+    index = scan(large)
+    assert findings(index) == []
+    assert counts(index) == {"train": {"cats": 35, "dogs": 35}, "valid": {"cats": FEW, "dogs": FEW}}
+
+
+def test_copies_are_told_apart_by_where_they_are(large):
+    shutil.copy(large / "train/cats/cats.0.jpg", large / "valid/cats/leak.jpg")
+    shutil.copy(large / "train/cats/cats.1.jpg", large / "train/dogs/conflict.jpg")
+    shutil.copy(large / "valid/dogs/dogs.2.jpg", large / "valid/dogs/again.jpg")
+    shutil.copy(large / "valid/dogs/dogs.2.jpg", large / "valid/dogs/thrice.jpg")
+    (large / "train/cats/broken.jpg").write_bytes(b"no picture")
+    seen = found(large)
+    assert list(seen) == [
+        "the same picture in train and valid",
+        "the same picture under two classes",
+        "files left out",
+        "the same picture twice in a split",
+    ]
+    leak, conflict, bad, twice = seen.values()
+    assert leak["examples"] == ["train/cats/cats.0.jpg = valid/cats/leak.jpg"]
+    assert conflict["examples"] == ["train/cats/cats.1.jpg = train/dogs/conflict.jpg"]
+    assert bad["examples"][0].startswith("train/cats/broken.jpg: ")
+    assert twice["examples"] == ["valid/dogs/again.jpg = valid/dogs/dogs.2.jpg = valid/dogs/thrice.jpg"]
+    assert [f["grave"] for f in seen.values()] == [True, True, False, False]
+    assert all(f["count"] == 1 and f["meaning"] for f in seen.values())
+
+
+def test_a_leak_across_classes_is_both(large):
+    shutil.copy(large / "train/cats/cats.0.jpg", large / "valid/dogs/both.jpg")
+    assert {"the same picture in train and valid", "the same picture under two classes"} == set(found(large))
+
+
+def test_unequal_and_small_classes(large):
+    for path in sorted((large / "train/dogs").iterdir())[10:]:
+        path.unlink()
+    for path in sorted((large / "valid/cats").iterdir())[5:]:
+        path.unlink()
+    seen = found(large)
+    assert seen["unequal classes"]["examples"] == ["cats: 35 training pictures; dogs: 10"]
+    assert seen[f"classes with fewer than {FEW} validation pictures"]["examples"] == ["cats: 5"]

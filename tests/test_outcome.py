@@ -1,0 +1,237 @@
+"""What train and evaluate leave behind, from the command line: numbers, figures, the page, the artefact, suspects."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny  # noqa: F401
+from folders import write_pictures
+
+import jaxcats as jc
+from jaxcats import compare, evaluate, export, train
+from jaxcats.command import run_command
+from jaxcats.results import metrics
+
+FIGURES = {
+    "losses",
+    "learning_rate",
+    "confusion",
+    "per_class",
+    "reliability",
+    "risk_coverage",
+    "random_correct",
+    "random_incorrect",
+    "most_correct",
+    "most_incorrect",
+    "most_uncertain",
+    "top_losses",
+    "heat_maps",
+}
+
+
+def command(which, *argv) -> int:
+    return run_command(which.main, [str(a) for a in argv])
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, compiled) -> Path:
+    """A run with everything switched on; its cache folder and its pictures are beside it."""
+    top = tmp_path_factory.mktemp("outcome")
+    (top / "cache").mkdir()
+    (top / "cache" / "xla").symlink_to(compiled)
+    pictures = write_pictures(top / "pictures", train=32, valid=20)
+    shutil.copy(pictures / "train/cats/cats.0.jpg", pictures / "valid/cats/leak.jpg")
+    argv = [
+        "--model.backbone",
+        "tiny",
+        "--model.pretrained",
+        "false",
+        "--data.size",
+        "32",
+        "--cache_dir",
+        top / "cache",
+    ]
+    argv += ["--phases.head.batch_size", "4", "--data.root", pictures, "--workdir", top / "run", "--max_error", "0.2"]
+    assert command(train, *argv) == 0
+    return top / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """The test's own copy."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_a_run_folder_is_complete(trained):
+    assert {p.stem for p in (trained / "figures").iterdir()} == FIGURES
+    assert all(p.suffix == ".png" and p.stat().st_size > 1000 for p in (trained / "figures").iterdir())
+    assert {p.name for p in (trained / "model").iterdir()} == {"model.json", "model.safetensors", "model.stablehlo"}
+    assert not [p for p in trained.rglob("*") if p.name.endswith(".tmp")]
+    assert read(trained / "data.json")["pictures"] == {
+        "train": {"cats": 16, "dogs": 16},
+        "valid": {"cats": 11, "dogs": 10},
+    }
+
+
+def test_the_numbers_agree_with_each_other(trained):
+    found, rows = read(trained / "metrics.json"), rows_of(trained / "predictions.csv")
+    assert found["n"] == len(rows) == 21
+    assert sum(map(sum, found["confusion"])) == 21
+    assert found["errors"] == sum(r["label"] != r["predicted"] for r in rows)
+    assert found["abstain"]["max_error"] == 0.2
+    unsure = [r for r in rows if r["abstain"] == "yes"]
+    assert found["abstain"]["answered"] == 21 - len(unsure)
+    raw = np.array([[float(r["p_cats"]), float(r["p_dogs"])] for r in rows])
+    scaled = np.exp(metrics.log_softmax(np.log(raw) / found["calibration"]["temperature"])).max(1)
+    np.testing.assert_allclose([float(r["probability"]) for r in rows], scaled, atol=1e-6)
+    assert {"export", "report", "total"} <= set(found["seconds"])
+
+
+def test_the_page_says_what_happened(trained):
+    page = (trained / "report.html").read_text()
+    found = read(trained / "metrics.json")
+    assert metrics.sentence(found["errors"], found["n"]).replace("'", "&#39;") in page
+    assert "train/cats/cats.0.jpg = valid/cats/leak.jpg" in page  # the leak that was planted
+    assert page.count("<svg") >= 6
+    assert "tiny" in page
+    assert "python -m jaxcats.predict" in page
+
+
+def test_the_artefact_says_what_evaluate_says(trained):
+    classifier, rows = jc.load(trained / "model"), rows_of(trained / "predictions.csv")
+    root = trained.parent / "pictures"
+    answers = classifier.predict([root / r["path"] for r in rows])
+    assert answers.labels == [r["predicted"] for r in rows]
+    np.testing.assert_allclose(answers.confidence, [float(r["probability"]) for r in rows], atol=1e-5)
+    assert [bool(a) for a in answers.abstain] == [r["abstain"] == "yes" for r in rows]
+    facts = classifier.facts
+    assert facts["accuracy"]["errors"] == read(trained / "metrics.json")["errors"]
+    assert "temperature" in " ".join(facts["accuracy"]["used_for"])
+
+
+def test_another_folder_takes_the_calibration_as_it_is(run, capsys):
+    other = write_pictures(run.parent / "other", train=4, valid=12, seed=1)
+    assert command(evaluate, "--run", run, "--data", other / "valid") == 0
+    (folder,) = (run / "evaluations").iterdir()
+    found, own = read(folder / "metrics.json"), read(run / "metrics.json")
+    assert found["n"] == 12
+    assert found["calibration"]["temperature"] == own["calibration"]["temperature"]
+    assert found["abstain"]["threshold"] == own["abstain"]["threshold"]
+    assert not found["calibration"]["fitted_on_these_pictures"]
+    assert "out_of_fold" not in found["abstain"]
+    assert {p.stem for p in (folder / "figures").iterdir()} == FIGURES
+    assert str(other / "valid") in (folder / "report.html").read_text()
+    assert "No temperature" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_unknown_temperature_is_said(run, capsys):
+    kept = read(run / "metrics.json")
+    kept["checkpoint"]["step"] += 1
+    (run / "metrics.json").write_text(json.dumps(kept))
+    valid = run.parent / "valid"
+    shutil.copytree(Path(read_root(run)) / "valid", valid)
+    assert command(evaluate, "--run", run, "--data", valid, "--report", "no") == 0
+    assert "No temperature is known for this checkpoint" in capsys.readouterr().out
+    assert command(export, "--run", run) == 0
+    assert "No temperature is known for this checkpoint" in capsys.readouterr().out
+    assert jc.load(run).facts["abstain"]["threshold"] is None
+
+
+def read_root(run: Path) -> str:
+    return next(
+        line.split(": ", 1)[1] for line in (run / "config.yaml").read_text().splitlines() if line.startswith("  root:")
+    )
+
+
+def test_suspects_are_ranked_and_come_into_the_page(run, capsys):
+    assert command(evaluate, "--run", run, "--split", "train") == 0
+    suspects = rows_of(run / "suspects.csv")
+    assert suspects
+    assert {s["split"] for s in suspects} <= {"train", "valid"}
+    assert (run / "figures" / "suspects.png").is_file()
+    assert f"{len(suspects):,} of 53 pictures" in capsys.readouterr().out
+    assert command(evaluate, "--run", run) == 0
+    assert suspects[0]["path"] in (run / "report.html").read_text()
+
+
+def test_another_max_error_gives_another_threshold_and_export_takes_it(run):
+    assert command(evaluate, "--run", run, "--max_error", "0.5", "--report", "no") == 0
+    assert read(run / "metrics.json")["abstain"]["max_error"] == 0.5
+    assert command(export, "--run", run) == 0
+    assert jc.load(run).facts["abstain"]["max_error"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--split", "train", "--data", "x"], ["--split train", "--data"]),
+        (["--split", "test"], ["--split", "'test' is not one of valid, train"]),
+        (["--max_error", "2"], ["--max_error 2", "0 < x < 1"]),
+        (["--tta", "two"], ["--tta", "expected a whole number, got 'two'"]),
+        (["--repport", "no"], ["--repport: there is no such option", "Did you mean '--report'?"]),
+        (["--checkpoint"], ["--checkpoint: expected one argument"]),
+    ],
+)
+def test_slips_in_evaluate_are_one_line(trained, argv, words, capfd):
+    assert command(evaluate, "--run", trained, *argv) == 2
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1
+    for word in words:
+        assert word in err
+
+
+def test_evaluate_wants_a_run(capfd):
+    assert command(evaluate) == 2
+    assert capfd.readouterr().err == "error: --run: is required.\n"
+
+
+def test_a_picture_that_has_gone_does_not_stop_the_report(run, capfd, monkeypatch):
+    from jaxcats import presentation, run_figures
+    from jaxcats.data.preprocess import PictureError
+
+    def gone(judged):
+        raise PictureError("no such file")
+
+    monkeypatch.setattr(run_figures, "heat_maps", gone)
+    shutil.rmtree(run / "figures")
+    assert presentation.run_figures is run_figures
+    assert command(evaluate, "--run", run) == 0
+    assert "The galleries are not drawn" in capfd.readouterr().err
+    assert (run / "report.html").is_file()
+    assert {p.stem for p in (run / "figures").iterdir()} == {n for n in FIGURES if n in presentation.CAPTIONS} - {
+        "heat_maps"
+    }
+
+
+def test_a_run_compared_with_itself_can_not_be_told_apart(trained, capsys):
+    assert command(compare, trained, trained) == 0
+    assert "can't be told apart" in capsys.readouterr().out
+
+
+def test_a_notebook_judges_shows_and_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures = write_pictures(tmp_path / "pictures")
+    data = jc.ImageClassifierData.from_paths(pictures, size=32, batch_size=4)
+    learn = jc.Learner.pretrained("tiny", data, pretrained=False, precompute=True)
+    learn.fit(0.01, 1)
+    found = learn.judge()
+    assert found["errors"] == learn.errors()[0]
+    assert metrics.sentence(*learn.errors()) in repr(found)
+    for draw in (learn.plot_confusion, learn.plot_reliability, learn.plot_risk_coverage, learn.plot_heat_maps):
+        assert draw()._repr_png_().startswith(b"\x89PNG")
+    assert learn.report("page").read_text().startswith("<!")
+    answers = jc.load(learn.export("shipped")).predict(data.val_paths)
+    scaled = np.exp(metrics.log_softmax(learn.predict() / found["calibration"]["temperature"]))
+    np.testing.assert_allclose(answers.probabilities, scaled, atol=1e-5)
