@@ -95,18 +95,24 @@ def table_row(row: Any, width: int, label_width: int) -> str:
     return f"{visible(row.path):<{width}}  {said:<{label_width}}  {more}\n"
 
 
-def submission(rows: Sequence[Any]) -> str:
-    """A Kaggle submission: id (the number in the file's name) and the second class's probability, sorted by id."""
-    labels: dict[int, float] = {}
-    for row in rows:
-        number = re.fullmatch(r"\D*(\d+)\D*", Path(row.path).stem)
+def ids(paths: Sequence[str]) -> list[int]:
+    """The number in each file's name, for Kaggle; UserError where there is none, or twice the same."""
+    found: dict[int, str] = {}
+    for path in paths:
+        number = re.fullmatch(r"[^0-9]*([0-9]{1,18})[^0-9]*", Path(path).stem, re.DOTALL)
         if not number:
-            raise UserError(f"--kaggle: {visible(row.path)}: expected one number in the file's name, its id.")
-        if int(number[1]) in labels:
-            raise UserError(f"--kaggle: {visible(row.path)}: the id {number[1]} is there twice.")
-        p = 0.5 if row.error is not None else float(row.probabilities[1])
-        labels[int(number[1])] = min(max(p, 1 - HIGHEST), HIGHEST)
-    return "id,label\n" + "".join(f"{i},{labels[i]:.6g}\n" for i in sorted(labels))
+            raise UserError(f"--kaggle: {visible(path)}: expected one number in the file's name, its id.")
+        if int(number[1]) in found:
+            raise UserError(f"--kaggle: {visible(path)}: has the id of {visible(found[int(number[1])])}.")
+        found[int(number[1])] = path
+    return list(found)
+
+
+def submission(rows: Sequence[Any], numbers: Sequence[int]) -> str:
+    """A Kaggle submission: ids and the second class's probabilities, sorted by id; 0.5 for a bad picture."""
+    known = [0.5 if row.error is not None else float(row.probabilities[1]) for row in rows]
+    kept = [min(max(p, 1 - HIGHEST), HIGHEST) for p in known]
+    return "id,label\n" + "".join(f"{i},{p:.6g}\n" for i, p in sorted(zip(numbers, kept, strict=True)))
 
 
 def contact_sheet(rows: Sequence[Any]) -> bytes:
@@ -114,6 +120,8 @@ def contact_sheet(rows: Sequence[Any]) -> bytes:
     from jaxcats.results.plots import gallery
 
     good = [row for row in rows if row.error is None][:SHOWN]
+    if not good:
+        raise UserError("--show: none of the pictures can be used.")
     titles = [f"{row.label} {row.probability:.3f}{' unsure' if row.abstain else ''}" for row in good]
     out = io.BytesIO()
     gallery([row.path for row in good], titles).savefig(out, format="png", dpi=100)
@@ -154,6 +162,12 @@ def read_options(argv: Sequence[str]) -> Any:
     options = parser.parse_args(argv)
     if options.csv == options.jsonl == "-":
         raise UserError("--csv - --jsonl -: only one of them can go to stdout.")
+    for name in ("csv", "jsonl", "kaggle", "show"):  # better known before ten thousand pictures than after
+        file = getattr(options, name)
+        if file in (None, "-"):
+            continue
+        if os.path.isdir(file) or not os.access(Path(file).absolute().parent, os.W_OK):
+            raise UserError(f"--{name} {file}: can't be written; expected a file in a folder that is there.")
     return options
 
 
@@ -191,7 +205,7 @@ def judge(rows: Iterator[Any], options: Any, classes: Sequence[str], paths: Sequ
         if file != "-":
             write_file(file, "".join(text))
     if options.kaggle:
-        write_file(options.kaggle, submission(kept))
+        write_file(options.kaggle, submission(kept, ids(paths)))
     if options.show:
         write_file(options.show, contact_sheet(kept))
     return bad
@@ -203,12 +217,18 @@ def main(argv: Sequence[str]) -> None:
     paths = expand(options.paths)
     from jaxcats.predictor import load
 
+    if options.kaggle:
+        ids(paths)
     classifier = load(options.model)
     if options.kaggle and len(classifier.classes) != 2:
         raise UserError(f"--kaggle: needs a classifier of two classes; this one has {len(classifier.classes)}.")
     started = time.perf_counter()
     rows = classifier.stream(paths, batch_size=options.batch_size, tta=options.tta)
-    bad = judge(rows, options, classifier.classes, paths)
+    try:
+        bad = judge(rows, options, classifier.classes, paths)
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     seconds = time.perf_counter() - started
     if len(paths) > 1:
         print(f"{len(paths):,} pictures in {seconds:.1f} s ({len(paths) / seconds:,.0f} a second)", file=sys.stderr)

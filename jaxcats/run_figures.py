@@ -92,10 +92,10 @@ def of_numbers(judged: Judged) -> dict[str, plots.Figure]:
     coverage, risk = calibration.risk_coverage(np.exp(judged.log_probs).max(1), right)
     point = None if abstain["threshold"] is None else (abstain["coverage"], abstain["error"])
     return {
-        "confusion": plots.confusion(np.asarray(found["confusion"]), classes),
         "per_class": plots.per_class(found["per_class"]),
-        "reliability": plots.reliability(before, after=after, ece=cal["before"]["ece"], ece_after=cal["after"]["ece"]),
+        "confusion": plots.confusion(np.asarray(found["confusion"]), classes),
         "risk_coverage": plots.risk_coverage(coverage, risk, point=point, max_error=abstain["max_error"]),
+        "reliability": plots.reliability(before, after=after, ece=cal["before"]["ece"], ece_after=cal["after"]["ece"]),
     }
 
 

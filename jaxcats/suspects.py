@@ -65,7 +65,9 @@ def head_recipe(phases: Mapping[str, Phase]) -> Phase:
     return dataclasses.replace(found, lr=LESSON.lr if found.lr == "auto" else found.lr, accumulate=1)
 
 
-def judge_by_folds(setup: Setup, phase: Phase, feats: np.ndarray, labels: np.ndarray, *, fold: np.ndarray) -> np.ndarray:
+def judge_by_folds(
+    setup: Setup, phase: Phase, feats: np.ndarray, labels: np.ndarray, *, fold: np.ndarray
+) -> np.ndarray:
     """Logits of every row by one head per fold, each trained without its fold, all in one program.
 
     Args:
@@ -197,9 +199,9 @@ def write_suspects(folder: Path, suspects: Sequence[Suspect], root: Path) -> lis
     shown = label[:SHOWN] + outlier[:SHOWN]
     gallery(
         [root / s.path for s in shown],
-        [f"{s.rank}: {_words(s)}" for s in shown],
+        [_words(s) for s in shown],
         wrong=[s.reason != "outlier" for s in shown],
-        heading=f"{len(label)} labels look wrong; then the {len(outlier)} pictures most unlike the others",
+        heading=f"{len(label):,} labels look wrong; then {len(outlier):,} pictures unlike the others",
     ).savefig(picture, format="png", dpi=80)
     files = [folder / "suspects.csv", folder / "figures" / "suspects.png"]
     write_text(files[0], text.getvalue())
@@ -208,6 +210,5 @@ def write_suspects(folder: Path, suspects: Sequence[Suspect], root: Path) -> lis
 
 
 def _words(s: Suspect) -> str:
-    if s.reason == "outlier":
-        return f"{s.label}, unlike others ({s.distance:.2f})"
-    return f"{s.label}, or {s.suggested}? ({s.p_suggested:.2f}) {Path(s.path).name}"
+    said = f"unlike others ({s.distance:.2f})" if s.reason == "outlier" else f"{s.suggested}? ({s.p_suggested:.2f})"
+    return f"{s.rank}: {s.label}, {said} {Path(s.path).name}"

@@ -37,11 +37,9 @@ def main() -> None:
     params, batch_stats, _ = initial_params(whole)
     state, train = SimpleNamespace(params=params, batch_stats=batch_stats), whole.index.splits["train"]
     classes, n = whole.index.classes, len(train)
-    run = SimpleNamespace(
-        config=config, model=whole.model, preprocess=whole.preprocess, classes=classes, state=state
-    )
+    run = SimpleNamespace(config=config, model=whole.model, preprocess=whole.preprocess, classes=classes, state=state)
     print(f"no label flipped: {len(listed(run, train, folds=args.folds))} of {n:,} listed (features are computed now)")
-    hits = []
+    hits: list[np.ndarray] = []
     for seed in range(args.seeds):
         rng = np.random.default_rng(seed)
         rows = rng.choice(n, round(args.share * n), replace=False)
@@ -60,9 +58,10 @@ def main() -> None:
             flush=True,
         )
     print("rank  precision  recall  (all seeds)")
-    for rank in sorted({*range(k // 4, 2 * k, k // 4), max(map(len, hits))} - {0}):
-        found, shown = (sum(f(h[:rank]) for h in hits) for f in (np.sum, len))
-        print(f"{rank:4d}  {found / shown:9.3f}  {found / (k * len(hits)):6.3f}")
+    flips, longest = round(args.share * n) * args.seeds, max(map(len, hits))
+    for rank in [*range(10, longest, 10), longest]:
+        first = np.concatenate([hit[:rank] for hit in hits])
+        print(f"{rank:4d}  {first.mean():9.3f}  {first.sum() / flips:6.3f}")
 
 
 if __name__ == "__main__":

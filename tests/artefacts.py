@@ -19,9 +19,14 @@ HOW = Preprocess(size=24)
 
 
 def weights(model: models.Model, seed: int):
-    """Random params and batch_stats, all positive, as variances must be."""
+    """Random params and batch_stats, such that pictures get different answers, some of them unsure."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.uniform(0.1, 0.5, x.shape).astype(np.float32), models.shapes(model))
+
+    def leaf(path, x):
+        values = rng.uniform(0.5, 1.5, x.shape) if path[-1].key in ("var", "scale") else rng.normal(0, 0.5, x.shape)
+        return values.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, models.shapes(model))
 
 
 def export(folder: Path, seed: int = 0) -> Path:

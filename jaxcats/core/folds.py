@@ -28,7 +28,9 @@ def fold_orders(fold: np.ndarray, *, batch_size: int, epochs: int, seed: int) ->
     kept = [np.flatnonzero(fold != k).astype(np.int32) for k in range(fold.max() + 1)]
     least = min(map(len, kept))
     size = min(batch_size, least)
-    return np.stack([
-        [rows[epoch_order(len(rows), batch_size=size, seed=seed, epoch=e)][: least // size] for e in range(epochs)]
-        for rows in kept
-    ])
+    return np.stack(
+        [
+            [rows[epoch_order(len(rows), batch_size=size, seed=seed, epoch=e)][: least // size] for e in range(epochs)]
+            for rows in kept
+        ]
+    )

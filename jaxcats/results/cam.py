@@ -14,7 +14,8 @@ def grad_cam(model: "Model", params: Any, batch_stats: Any, images: jax.Array, l
 
     Grad-CAM (Selvaraju et al., arXiv:1610.02391): the feature map's channels, each weighted with the mean gradient of
     the class's logit, are added up, and what speaks against the class is cut off. It works for any backbone and head,
-    because it needs no more than the logit's gradient. A picture where nothing speaks for the class gives zeros.
+    because it needs no more than the logit's gradient. A picture where nothing speaks for the class gives zeros. In a
+    model that computes in bfloat16 only the feature map is as coarse as that; the gradient and the sum are float32.
 
     Args:
         model: from `models.create`.

@@ -44,8 +44,8 @@ def top_losses(log_probs: np.ndarray, labels: np.ndarray, *, n: int = 9) -> np.n
 def label_errors(log_probs: np.ndarray, labels: np.ndarray, *, most: float = 0.05) -> np.ndarray:
     """Pictures whose label looks wrong, as another class is likelier: the lowest probability of the label first.
 
-    At most the share `most` of all, unless confident learning counts more of them (Northcutt et al., arXiv:1911.00068):
-    pictures for which another class's probability reaches the mean it has over the pictures labelled with that class.
+    At most the share `most` of all, unless more of them are sure: those whose likeliest class has at least the mean
+    probability that it has over the pictures labelled with it (Northcutt et al., confident learning, arXiv:1911.00068).
 
     Args:
         log_probs: from networks that haven't seen the picture (out of fold).
@@ -53,12 +53,13 @@ def label_errors(log_probs: np.ndarray, labels: np.ndarray, *, most: float = 0.0
         most: share of the pictures.
     """
     log_probs, labels = np.asarray(log_probs), np.asarray(labels)
-    probs, every = np.exp(log_probs), np.arange(log_probs.shape[1])
-    needed = np.array([probs[labels == c, c].mean() if (labels == c).any() else np.inf for c in every])
-    confident = int(((probs >= needed) & (every != labels[:, None])).any(1).sum())
     rows = np.flatnonzero(~_right(log_probs, labels))
-    given = log_probs[rows, labels[rows]]
-    return rows[np.argsort(given, kind="stable")][: max(math.ceil(most * len(labels)), confident)]
+    rows = rows[np.argsort(log_probs[rows, labels[rows]], kind="stable")]
+    probs, classes = np.exp(log_probs), range(log_probs.shape[1])
+    usual = np.array([probs[labels == c, c].mean() if (labels == c).any() else np.inf for c in classes])
+    best = log_probs[rows].argmax(1)
+    sure = int((probs[rows, best] >= usual[best]).sum())
+    return rows[: max(math.ceil(most * len(labels)), sure)]
 
 
 def strangeness(features: np.ndarray, hashes: Sequence[str], *, known: int, k: int = 10) -> np.ndarray:

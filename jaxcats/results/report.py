@@ -79,8 +79,8 @@ class Report:
         notes: what to worry about, the gravest first: ("serious" | "caution" | "note", a sentence).
         figures: in order.
         findings: about the data, {"what", "count", "examples", "meaning", "grave"} each (see data.findings).
-        suspects: likely label errors, {"path", "label", "suggested", "reason"} each, the likeliest first; reason "outlier"
-            is a picture like no other, any other is a label that another class fits better.
+        suspects: likely label errors, {"path", "label", "suggested", "reason"} each, the likeliest first; reason "label"
+            (another class fits better), "outlier" (unlike others) or "label, outlier".
         config: YAML.
         facts: versions and hashes, name to text.
         commands: what one may want to do next, to the command that does it.

@@ -86,3 +86,20 @@ def test_equals_the_formula_of_the_paper_by_finite_differences():
     assert want.max() > 0
     heat = grad_cam(model, params, batch_stats, image, jnp.array([label]))[0]
     np.testing.assert_allclose(heat, want / want.max(), atol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head", ["lesson", "linear", "classifier"])
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18", "resnet34", "resnet50"])
+def test_every_network_gives_heat_whatever_it_computes_in(name, head, dtype):
+    model = models.create(name, 3, head=head, dtype=dtype)
+    params, batch_stats = model.init(jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (3, 96, 96, 3))
+    look = jax.jit(grad_cam, static_argnums=0)
+    heat = np.asarray(look(model, params, batch_stats, images, jnp.arange(3)))
+    assert heat.shape == (3, 3, 3)
+    assert heat.dtype == np.float32
+    assert np.all(np.isclose(heat.max((1, 2)), 1) | (heat.max((1, 2)) == 0))
+    alone = np.asarray(look(model, params, batch_stats, images[1:2], jnp.array([1])))
+    np.testing.assert_allclose(alone, heat[1:2], atol=1e-4 if dtype == "float32" else 0.1)

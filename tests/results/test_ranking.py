@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from jaxcats.results.ranking import most_by_correct, most_uncertain, rand_by_correct, top_losses
+from jaxcats.results.ranking import (
+    label_errors,
+    most_by_correct,
+    most_uncertain,
+    rand_by_correct,
+    strangeness,
+    top_losses,
+)
 
 # Rows: probability of cats, dogs.       right?  margin
 TWO = np.log([
@@ -67,3 +74,40 @@ def test_no_rows_give_no_rows():
     ):
         assert found.shape == (0,)
         assert found.dtype == np.int64
+
+
+def test_labels_that_look_wrong():
+    assert label_errors(TWO, LABELS, most=1).tolist() == [4, 6, 1]  # all that were judged wrong, the surest first
+    # All the same where the network is as sure as it usually is of that class: .54 of dogs, .4625 of cats.
+    assert label_errors(TWO, LABELS, most=0).tolist() == [4, 6, 1]
+    unsure = np.log([[0.9, 0.1], [0.4, 0.6], [0.1, 0.9]])
+    assert label_errors(unsure, np.array([0, 0, 1]), most=0).tolist() == []
+    assert label_errors(np.log([[0.9, 0.1], [0.1, 0.9]]), np.array([0, 1])).tolist() == []
+
+
+def test_a_class_without_pictures_can_be_suggested_but_not_surely():
+    assert label_errors(THREE, np.array([0, 1, 1, 0]), most=1).tolist() == [2]
+    assert label_errors(THREE, np.array([0, 1, 1, 0]), most=0).tolist() == []
+
+
+def test_the_strangest_picture_is_the_one_without_neighbours():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2, 64))[np.arange(60) % 2] + 0.3 * rng.normal(size=(60, 64))
+    features[:, 7] = 3  # a feature that says nothing
+    features[55] = rng.normal(size=64)
+    hashes = [str(i) for i in range(60)]
+    found = strangeness(features, hashes, known=50)
+    assert found.shape == (60,)
+    assert np.isfinite(found).all()
+    assert found.argmax() == 55
+    # As it is for a training picture, whose own place doesn't count; nor do its copies.
+    turned = np.roll(np.arange(60), 20)
+    assert strangeness(features[turned], [hashes[i] for i in turned], known=50).argmax() == turned.tolist().index(55)
+    copied = features[[*range(50), 55, 55, 55]]
+    found = strangeness(copied, [*hashes[:50], "55", "55", "55"], known=53, k=1)
+    assert set(found.argsort()[-3:].tolist()) == {50, 51, 52}
+
+
+def test_few_training_pictures_still_have_neighbours():
+    found = strangeness(np.eye(4, 3), ["a", "b", "c", "c"], known=3)
+    assert np.isfinite(found).all()

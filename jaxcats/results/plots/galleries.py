@@ -28,10 +28,11 @@ def gallery(
         pictures: files, Pillow pictures, or uint8 arrays [H, W, 3] or [H, W].
         titles: one per picture; long ones are wrapped.
         wrong: whether each is a wrong answer; None is for pictures without a verdict.
-        columns: pictures per row; None is four, or six beyond sixteen pictures.
+        columns: pictures per row; None is four, three for 5, 6 or 9 pictures, and six for more than 16.
         heading: over all, as in the lesson's plot_val_with_title.
     """
-    columns = min(columns or (4 if len(pictures) <= 16 else 6), max(len(pictures), 1))
+    n = len(pictures)
+    columns = min(columns or (3 if n in (5, 6, 9) else 4 if n <= 16 else 6), max(n, 1))
     side = 2.6 if columns <= 4 else 2.1
     return _grid(pictures, titles, wrong=wrong, columns=columns, heading=heading, size=(side, side))
 
@@ -87,7 +88,8 @@ def top_loss_titles(
     for i in (int(row) for row in rows):
         best = int(log_probs[i].argmax())
         loss, probability = abs(log_probs[i, labels[i]]), np.exp(log_probs[i, best])
-        titles.append(f"{classes[best]} / {classes[labels[i]]} / {loss:.2f} / {probability:.2f}")
+        digits = 2 if probability < 0.995 else 4
+        titles.append(f"{classes[best]} / {classes[labels[i]]} / {loss:.2f} / {probability:.{digits}f}")
     return titles
 
 

@@ -154,7 +154,7 @@ def reliability(
 
 def _place(share: Any, stretched: bool) -> np.ndarray:
     """Where a share stands on an axis."""
-    share = np.asarray(share, float)
+    share = np.clip(np.asarray(share, float), 0, 1)
     return -np.log10(np.maximum(1 - share, 1 - TICKS[-1])) if stretched else share
 
 
