@@ -61,12 +61,13 @@ def make_program(model: Any, preprocess: Preprocess, tensors: dict[str, np.ndarr
     (batch,) = jax.export.symbolic_shape("b")
     pictures = jax.ShapeDtypeStruct((batch, preprocess.size, preprocess.size, 3), jnp.uint8)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in tensors.items()}
-    frames = jax.config.jax_traceback_in_locations_limit
+    config: Any = jax.config
+    frames = config.jax_traceback_in_locations_limit
     try:
-        jax.config.update("jax_traceback_in_locations_limit", 0)  # no paths of this machine in what is shipped
+        config.update("jax_traceback_in_locations_limit", 0)  # no paths of this machine in what is shipped
         made = bytes(jax.export.export(jax.jit(classify), platforms=PLATFORMS)(shapes, pictures).serialize())
     finally:
-        jax.config.update("jax_traceback_in_locations_limit", frames)
+        config.update("jax_traceback_in_locations_limit", frames)
     try:
         program.check(made)
     except ValueError as error:
@@ -107,6 +108,7 @@ def write(
         program=make_program(model, preprocess, tensors),
         facts={
             "jaxcats": jaxcats.__version__,
+            "jax": jax.__version__,
             "backbone": model.name,
             "head": model.head,
             "dtype": model.dtype,

@@ -76,7 +76,9 @@ def backbone_features(
     weights = tree_hash({"params": only[0], "batch_stats": only[1]})
     # The lowered program stands for the network's code, its arithmetic and the batch size, which changes the last bits.
     shape = jax.ShapeDtypeStruct((batch_size, preprocess.size, preprocess.size, 3), np.uint8)
-    program = hashlib.sha256(run.lower(*only, shape).as_text().encode()).hexdigest()
+    # Of shapes alone: arrays that a checkpoint gave back say where they lie, and the text would differ.
+    lowered = run.lower(*jax.eval_shape(lambda: only), shape)
+    program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     facts = {
         "backbone": model.name,
         "head": model.head,

@@ -85,17 +85,21 @@ def of_numbers(judged: Judged) -> dict[str, plots.Figure]:
     found, classes = judged.found, judged.run.classes
     cal, abstain = found["calibration"], found["abstain"]
     right = judged.right
-    before, after = (
-        calibration.reliability(np.exp(p).max(1), right)
-        for p in (metrics.log_softmax(judged.logits), judged.out_of_fold)
-    )
+    sure, sure_after = (np.exp(p).max(1) for p in (metrics.log_softmax(judged.logits), judged.out_of_fold))
     coverage, risk = calibration.risk_coverage(np.exp(judged.log_probs).max(1), right)
     point = None if abstain["threshold"] is None else (abstain["coverage"], abstain["error"])
     return {
         "per_class": plots.per_class(found["per_class"]),
         "confusion": plots.confusion(np.asarray(found["confusion"]), classes),
-        "risk_coverage": plots.risk_coverage(coverage, risk, point=point, max_error=abstain["max_error"]),
-        "reliability": plots.reliability(before, after=after, ece=cal["before"]["ece"], ece_after=cal["after"]["ece"]),
+        "risk_coverage": plots.risk_coverage(coverage, risk, n=len(right), point=point, max_error=abstain["max_error"]),
+        "reliability": plots.reliability(
+            calibration.reliability(sure, right),
+            after=calibration.reliability(sure_after, right),
+            ece=cal["before"]["ece"],
+            ece_after=cal["after"]["ece"],
+            confidence=sure,
+            confidence_after=sure_after,
+        ),
     }
 
 

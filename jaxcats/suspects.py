@@ -21,7 +21,7 @@ from jaxcats.config import Phase
 from jaxcats.core import scan
 from jaxcats.core.folds import fold_orders, stratified_folds
 from jaxcats.data.index import FolderIndex, Split
-from jaxcats.errors import UserError
+from jaxcats.errors import RunError, UserError
 from jaxcats.inputs import ARRAY_BATCH, backbone_features, decoding
 from jaxcats.job import Plan, Setup, cache_of, initial_params, make_phase, name_number
 from jaxcats.results import metrics
@@ -126,6 +126,7 @@ def find_suspects(run: Any, splits: Mapping[str, Split], *, folds: int = 5) -> l
 
     Raises:
         UserError: fewer different training pictures than folds, or a backbone that knows the labels and none in its place.
+        RunError: training diverged.
     """
     train = splits["train"]
     different = len(set(train.hashes))
@@ -140,6 +141,8 @@ def find_suspects(run: Any, splits: Mapping[str, Split], *, folds: int = 5) -> l
     feats = _features(setup, run, whole)
     fold = stratified_folds(train.labels, train.hashes, folds=folds, seed=run.config.seed)
     logits = judge_by_folds(setup, head_recipe(run.config.phases), feats, train.labels, fold=fold)
+    if not np.isfinite(logits).all():
+        raise RunError("The heads trained on parts of the pictures diverged; train the run with a lower learning rate.")
     known = dict(zip(train.hashes, fold.tolist(), strict=True))
     # A copy of a training picture in another split is judged as that picture is.
     log_probs = out_of_fold(logits, np.asarray([known.get(h, -1) for h in whole.hashes]))
@@ -166,8 +169,7 @@ def find_suspects(run: Any, splits: Mapping[str, Split], *, folds: int = 5) -> l
 
 def _features(setup: Setup, run: Any, split: Split) -> np.ndarray:
     """Features [N, F] of a backbone that hasn't seen the labels."""
-    # As plain arrays: what a checkpoint restores carries a placement, which would make another cache key.
-    params, stats = jax.device_get((run.state.params, run.state.batch_stats))
+    params, stats = run.state.params, run.state.batch_stats
     if any(phase.freeze != "backbone" for phase in run.config.phases.values()):
         if not run.config.model.pretrained:
             raise UserError(

@@ -42,7 +42,7 @@ def main() -> None:
     hits: list[np.ndarray] = []
     for seed in range(args.seeds):
         rng = np.random.default_rng(seed)
-        rows = rng.choice(n, round(args.share * n), replace=False)
+        rows = np.asarray(rng.choice(n, round(args.share * n), replace=False))
         labels = train.labels.copy()
         labels[rows] = (labels[rows] + rng.integers(1, len(classes), len(rows))) % len(classes)
         run.config = dataclasses.replace(config, seed=seed)

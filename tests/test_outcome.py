@@ -11,7 +11,7 @@ import tiny  # noqa: F401
 from folders import write_pictures
 
 import jaxcats as jc
-from jaxcats import compare, evaluate, export, train
+from jaxcats import compare, evaluate, export, inputs, job, judging, train
 from jaxcats.command import run_command
 from jaxcats.results import metrics
 
@@ -164,6 +164,16 @@ def test_suspects_are_ranked_and_come_into_the_page(run, capsys):
     assert f"{len(suspects):,} of 53 pictures" in capsys.readouterr().out
     assert command(evaluate, "--run", run) == 0
     assert suspects[0]["path"] in (run / "report.html").read_text()
+
+
+def test_evaluate_takes_the_features_that_train_computed(run):
+    loaded = judging.load_run(run)
+    split = judging.own_pictures(loaded).splits["valid"]
+    how = {"preprocess": loaded.preprocess, "batch_size": loaded.config.feature_batch, "workers": None}
+    weights = {"params": loaded.state.params, "batch_stats": loaded.state.batch_stats}
+    cache = job.cache_of(loaded.config)
+    got = inputs.backbone_features(loaded.model, split, **weights, **how, cache_dir=cache)
+    assert (got.reused, got.computed) == (21, 0)
 
 
 def test_another_max_error_gives_another_threshold_and_export_takes_it(run):

@@ -16,7 +16,7 @@ from jaxcats import models, suspects
 from jaxcats.config import Config, DataConfig, ModelConfig, Phase
 from jaxcats.core.folds import fold_orders, stratified_folds
 from jaxcats.core.scan import epoch_order
-from jaxcats.errors import UserError
+from jaxcats.errors import RunError, UserError
 from jaxcats.job import Plan, Setup, initial_params, make_phase, name_number, setup
 from jaxcats.results.ranking import label_errors
 
@@ -231,6 +231,12 @@ def test_a_backbone_that_knows_the_labels_is_not_asked(run, monkeypatch):
 def test_impossible_folds_are_refused(run, folds):
     with pytest.raises(UserError, match=f"folds: {folds} can't be used; expected 2 to 40"):
         suspects.find_suspects(run, run.index.splits, folds=folds)
+
+
+def test_heads_that_diverge_say_so(run, monkeypatch):
+    monkeypatch.setattr(suspects, "_features", lambda setup, run, split: np.full((len(split), 8), np.nan, np.float32))
+    with pytest.raises(RunError, match="diverged"):
+        suspects.find_suspects(run, run.index.splits)
 
 
 @pytest.mark.slow

@@ -162,7 +162,8 @@ def read(folder: str | os.PathLike) -> Artifact:
         programs.first_run(contents[PROGRAM])
         exported = jax.export.deserialize(bytearray(contents[PROGRAM]))
     except Exception as error:
-        _refuse(folder / PROGRAM, f"can't be used: {(str(error).splitlines() or ['?'])[0]}")
+        other = "" if facts["jax"] == jax.__version__ else f"; written by jax {facts['jax']}, this is {jax.__version__}"
+        _refuse(folder / PROGRAM, f"can't be used: {(str(error).splitlines() or ['?'])[0]}{other}")
     _check_fit(folder / PROGRAM, exported, tensors, size=preprocess.size, classes=len(facts["classes"]))
     return Artifact(folder, facts, preprocess, tensors, exported)
 
@@ -191,7 +192,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], Preprocess]:
             found = found.get(key) if isinstance(found, dict) else None
         return found
 
-    for key in ("jaxcats", "backbone", "head", "dtype"):
+    for key in ("jaxcats", "jax", "backbone", "head", "dtype"):
         need(key, isinstance(get(key), str) and len(get(key)) < 200, "a name")
     names = get("classes")
     need("classes", isinstance(names, list) and 0 < len(names) <= CLASSES, f"a list of 1 to {CLASSES:,} names")

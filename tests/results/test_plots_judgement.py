@@ -57,15 +57,12 @@ def words(figure):
     return [t.get_text() for t in texts(figure)]
 
 
-def svg_of(figure):
-    return ElementTree.fromstring(figure.to_svg())
-
-
-@pytest.mark.parametrize("c", [1, 2, 4, 10, 15, 16, 30, 31, 100])
+@pytest.mark.parametrize("c", [1, 2, 4, 15, 30, 31])
 def test_a_confusion_matrix_of_any_size_keeps_its_words_apart(c):
     figure = plots.confusion(counts(c), names(c))
-    assert_apart(figure, texts(figure))
-    said = words(figure)
+    drawn = texts(figure)
+    assert_apart(figure, drawn)
+    said = [t.get_text() for t in drawn]
     assert {"actual", "predicted"} <= set(said)
     numbers = [w for w in said if re.fullmatch(r"\d+(\n.*)?", w)]
     assert bool(numbers) == (c <= 15)
@@ -128,7 +125,7 @@ def test_reliability_is_readable_however_sure_the_answers_are(n, accuracy):
         bins, after=bins, ece=0.001, ece_after=0.01, confidence=confidence, confidence_after=confidence
     )
     assert_apart(figure, texts(figure))
-    labels = [t.get_text() for t in figure.axes[0].get_xticklabels()]
+    labels = [t.get_text() for t in figure.axes[2].get_xticklabels()]
     assert labels[0] == "0"
     assert labels[-1] == "100 %"
     stretched = "99.9" in labels
@@ -156,8 +153,7 @@ def test_risk_by_coverage_marks_the_threshold_and_what_was_wanted():
     risk = wrong.cumsum() / np.arange(1, 1001)
     figure = plots.risk_coverage(coverage, risk, n=1000, point=(0.984, risk[983]), max_error=0.005)
     (ax,) = figure.axes
-    assert "chosen: 98.4 % answered, 0.3 % of them wrong" in words(figure)
-    assert "wanted: at most 0.5 %" in words(figure)
+    assert {"chosen: 98.4 % answered, 0.3 % of them wrong", "wanted: at most 0.5 %"} <= set(words(figure))
     low, high = ax.get_ylim()
     assert low == 0
     assert 0.01 < high < 0.03  # ten errors of a thousand fill the figure
@@ -189,12 +185,12 @@ def class_rows(c, *, n=60, seed=0):
     ]
 
 
-@pytest.mark.parametrize("c", [1, 2, 10, 30, 100])
-@pytest.mark.parametrize("n", [1, 60, 100_000])
+@pytest.mark.parametrize(("c", "n"), [(1, 1), (2, 100_000), (10, 60), (100, 60)])
 def test_recall_by_class_shows_the_worst_first_and_thirty_at_most(c, n):
     rows = class_rows(c, n=n)
     figure = plots.per_class([*rows, {"class": "empty", "n": 0, "recall": None, "recall_interval": None}])
-    assert_apart(figure, texts(figure))
+    drawn = texts(figure)
+    assert_apart(figure, drawn)
     (ax,) = figure.axes
     shown = list(ax.lines[0].get_xdata())
     assert shown == sorted(row["recall"] for row in rows)[:30]
@@ -202,7 +198,7 @@ def test_recall_by_class_shows_the_worst_first_and_thirty_at_most(c, n):
     assert ("the 30 worst of 100 classes" in note) == (c == 100)
     assert "1 without pictures" in note
     worst = min(rows, key=lambda row: row["recall"])
-    assert f"{n - round(worst['recall'] * n):,} of {n:,} missed" in words(figure)
+    assert f"{n - round(worst['recall'] * n):,} of {n:,} missed" in [t.get_text() for t in drawn]
     left, right = ax.get_xlim()
     assert right == 1
     assert all(left <= row["recall_interval"][0] + 1e-9 for row in rows)
@@ -244,20 +240,20 @@ def test_top_losses_are_titled_as_in_fastai():
     assert titles == ["dogs / cats / 7.82 / 0.9996", "cats / dogs / 2.30 / 0.90", "dogs / dogs / 0.29 / 0.75"]
 
 
-def every_figure():
+def every_figure(wanted=None):
     confidence, right = answers(300, accuracy=0.97)
     bins = calibration.reliability(confidence, right)
-    slide = {"slide": 1e-3}
     lrs, losses = np.geomspace(1e-5, 1, 40), np.linspace(1, 0.5, 40)
-    return {
-        "confusion": plots.confusion(counts(5), [*AWKWARD[:4], "<b>&amp;\x01\udce9"]),
-        "pairs": plots.confusion(counts(20), names(20)),
-        "reliability": plots.reliability(bins, after=bins, confidence=confidence, confidence_after=confidence),
-        "risk": plots.risk_coverage(*calibration.risk_coverage(confidence, right), n=300, max_error=0.01),
-        "per_class": plots.per_class(class_rows(4)),
-        "losses": plots.losses([0, 1, 2], [1, 0.5, 0.4], [1, 2], [0.5, 0.6], best=0),
-        "lr_find": plots.lr_find([(lrs, losses, losses)], suggestions=slide),
+    kinds = {
+        "confusion": lambda: plots.confusion(counts(5), [*AWKWARD[:4], "<b>&amp;\x01\udce9"]),
+        "pairs": lambda: plots.confusion(counts(20), names(20)),
+        "reliability": lambda: plots.reliability(bins, confidence=confidence),
+        "risk": lambda: plots.risk_coverage(*calibration.risk_coverage(confidence, right), n=300, max_error=0.01),
+        "per_class": lambda: plots.per_class(class_rows(4)),
+        "losses": lambda: plots.losses([0, 1, 2], [1, 0.5, 0.4], [1, 2], [0.5, 0.6], best=0),
+        "lr_find": lambda: plots.lr_find([(lrs, losses, losses)], suggestions={"slide": 1e-3}),
     }
+    return {name: kinds[name]() for name in wanted or kinds}
 
 
 def test_a_figure_for_a_page_is_one_svg_in_the_pages_own_colours():
@@ -279,11 +275,12 @@ def test_a_figure_for_a_page_is_one_svg_in_the_pages_own_colours():
         ids += own
         assert any(True for _ in root.iter(SVG + "text")), name
     assert len(ids) == len(set(ids)) > 5
-    assert [figure.to_svg() for figure in every_figure().values()] == [plots.to_svg(f) for f in every_figure().values()]
+    first, again = (every_figure(["risk"])["risk"].to_svg() for _ in range(2))
+    assert first == again
 
 
 def test_words_in_a_page_are_words():
-    root = svg_of(every_figure()["confusion"])
+    root = ElementTree.fromstring(every_figure(["confusion"])["confusion"].to_svg())
     said = "".join(t.text or "" for t in root.iter(SVG + "text"))
     assert "сибирская" in said
     assert "柴犬" in said
