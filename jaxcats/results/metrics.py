@@ -241,7 +241,7 @@ def _abstain_lines(found: Mapping[str, Any], n: int) -> list[str]:
         how = f"Every answer may be given with errors at {limit} or fewer"
     else:
         # As many digits as tell it from 1, cut off and not rounded.
-        digits = max(2, 1 - math.floor(math.log10(max(1 - threshold, 1e-12))))
+        digits = max(3, 1 - math.floor(math.log10(max(1 - threshold, 1e-12))))
         how = f"Answers given only at {math.floor(threshold * 10**digits) / 10**digits:.{digits}f} or surer (chosen for at most {limit} errors)"
     lines = [f"{how}:", f"    {share(found)}"]
     return [*lines, f"    out of fold: {share(found['out_of_fold'])}"] if "out_of_fold" in found else lines

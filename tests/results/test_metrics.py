@@ -329,7 +329,7 @@ def test_the_table_names_the_worst_classes_and_fits_the_screen():
 @pytest.mark.parametrize(
     ("threshold", "words"),
     [
-        (0.87654, "only at 0.87 or surer"),
+        (0.87654, "only at 0.876 or surer"),
         (0.99987, "only at 0.99987 or surer"),
         (0.99999987, "only at 0.99999987 or surer"),
         (0.0, "Every answer may be given"),
