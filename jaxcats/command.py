@@ -36,10 +36,7 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         print(f"error: {place}{e.strerror or one_line(e)}", file=sys.stderr)
         return 1 if e.errno == errno.ENOSPC else 2
     except KeyboardInterrupt:
-        print(
-            "stopped by the keyboard; a training goes on from its last checkpoint with `train --resume --workdir FOLDER`.",
-            file=sys.stderr,
-        )
+        print("stopped by the keyboard.", file=sys.stderr)
         return 130
     return 0
 

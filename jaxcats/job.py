@@ -1,6 +1,5 @@
 """What a run is made of before it runs: the pictures, the model, the plan of its phases, their pure steps and states."""
 
-import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from jaxcats.data.index import FolderIndex, cache_folder
 from jaxcats.data.index import scan as scan_folder
 from jaxcats.data.preprocess import Preprocess
 from jaxcats.errors import UserError
+from jaxcats.storage.program import keep_compiled
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,7 @@ def cache_of(config: Config) -> Path:
 def start_jax(config: Config) -> Path:
     """Turns on the persistent compilation cache, where it can be written; the cache folder."""
     cache = cache_of(config)
-    with contextlib.suppress(OSError):
-        (cache / "xla").mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    keep_compiled(cache)
     return cache
 
 

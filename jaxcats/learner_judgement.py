@@ -51,7 +51,7 @@ class Judgement(Answers):
 
     def export(self, folder: str | Path = "model") -> Path:
         """Writes the classifier that can be shipped; `jaxcats.load(folder)` and `python -m jaxcats.predict` use it."""
-        from jaxcats.export import write_run
+        from jaxcats.exporting import write_run
 
         found, calibration = self._judged()
         write_run(self._run(Path(folder).parent), found, calibration, out=Path(folder))

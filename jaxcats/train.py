@@ -173,10 +173,15 @@ def leave(
         chose=CHOSE if run.checkpoint["valid_used_for"] else "",
     )
     if config.export:
-        from jaxcats.export import write_run
+        from jaxcats.exporting import write_run
 
         at = time.perf_counter()
-        write_run(run, found, calibration)
+        try:
+            write_run(run, found, calibration)
+        except (
+            UserError
+        ) as e:  # a registered backbone may do what no artefact can hold: the training stands all the same
+            print(f"Not exported: {e}", file=sys.stderr)
         seconds["export"] = time.perf_counter() - at
     if config.report:
         from jaxcats.presentation import present
@@ -186,7 +191,12 @@ def leave(
         seconds["report"] = time.perf_counter() - at
     write_json(folder / "metrics.json", found | {"seconds": measured()})
     print(summary(measured(), facts["features"]))
-    written = ["metrics.json", "predictions.csv", *["model/"] * config.export, *["report.html"] * config.report]
+    written = [
+        "metrics.json",
+        "predictions.csv",
+        *["model/"] * (folder / "model").is_dir(),
+        *["report.html"] * config.report,
+    ]
     print(f"Results: {folder}/{', '.join(written)}; again: python -m jaxcats.evaluate --run {folder}")
 
 
@@ -219,7 +229,11 @@ def main(argv: Sequence[str]) -> None:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     folder = open_run(config, options["config"], workdir=options["workdir"], resume=options["resume"])
-    train(config, folder, started=started)
+    try:
+        train(config, folder, started=started)
+    except KeyboardInterrupt:
+        print(f"To go on from the last checkpoint: train --resume --workdir {folder}", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

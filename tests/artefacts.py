@@ -10,7 +10,7 @@ import tiny  # noqa: F401  registers the tiny backbone
 
 from jaxcats import models
 from jaxcats.data.preprocess import Preprocess
-from jaxcats.export import write
+from jaxcats.exporting import write
 from jaxcats.results.calibration import Calibration
 from jaxcats.storage import artifact
 

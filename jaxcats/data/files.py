@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-from tqdm import tqdm
 
 from jaxcats.data.preprocess import PictureError, bad_reason, open_picture, upright
 from jaxcats.errors import UserError
@@ -128,6 +127,8 @@ def examine(
     todo = [path for path in paths if path not in records]
     reused = len(records)
     if todo:
+        from tqdm import tqdm
+
         pool = ThreadPoolExecutor(workers or os.cpu_count())
         try:
             looks = pool.map(look_at, [root / path for path in todo])

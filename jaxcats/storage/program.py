@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -97,9 +98,9 @@ def compile_for(exported: Any, tensors: Any, batch: int) -> Any:
     return compiled
 
 
-def keep_compiled() -> None:
-    """Turns on the persistent compilation cache, where it can be written."""
-    folder = cache_folder() / "xla"
+def keep_compiled(cache: Path | None = None) -> None:
+    """Turns on the persistent compilation cache in a cache folder (by default the user's), where it can be written."""
+    folder = (cache or cache_folder()) / "xla"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
