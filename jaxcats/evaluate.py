@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxcats.command import Parser, run_command
 from jaxcats.errors import UserError
-from jaxcats.judging import Run, judge_with_tta, load_run, other_pictures, own_pictures
+from jaxcats.judging import Run, judge_with_tta, load_run, other_pictures, own_pictures, seen_before
 from jaxcats.outcome import (
     CHOSE,
     kept_calibration,
@@ -113,6 +113,9 @@ def main(argv: Sequence[str]) -> None:
         split, bad = index.splits["valid"], [b for b in index.bad if not b.path.startswith("train/")]
     for line in skipped(bad):
         print(line)
+    seen = seen_before(run, split) if options.data else {}
+    for name, count in seen.items():
+        print(f"Among these pictures {count:,} of the run's own {name} pictures were found: the result flatters.")
     indexed = time.perf_counter()
     logits = run.logits(split)
     n = options.tta
@@ -125,6 +128,7 @@ def main(argv: Sequence[str]) -> None:
         "data": options.data or run.config.data.root,
         "checkpoint": run.checkpoint,
         "bad_files": len(bad),
+        "seen_before": seen,
         # What training measured stays; this evaluation's seconds go beside it.
         "seconds": before.get("seconds", {}) | {"evaluation": seconds} if before else seconds,
     }

@@ -139,6 +139,16 @@ def own_pictures(run: Run) -> Any:
     return found
 
 
+def seen_before(run: Run, split: Any) -> dict[str, int]:
+    """How many pictures of another folder, by content, are among the run's own, by split; empty where those have gone."""
+    try:
+        own = own_pictures(run).splits
+    except UserError:
+        return {}
+    counts = {name: len(set(split.hashes) & set(pictures.hashes)) for name, pictures in own.items()}
+    return {name: n for name, n in counts.items() if n}
+
+
 def other_pictures(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[Any, Any]:
     """(split, bad files) of a labelled or unlabelled folder."""
     from jaxcats import job

@@ -140,6 +140,9 @@ def worries(judged: Judged, kept: Mapping[str, Any]) -> list[tuple[Any, str]]:
         notes.append(
             ("serious", "These pictures chose the best epoch, so the result flatters; judge on others with --data.")
         )
+    for name, count in found.get("seen_before", {}).items():
+        text = f"Among these pictures {count:,} of the run's own {name} pictures were found: the result flatters."
+        notes.append(("serious", text))
     low, high = found["interval"]
     if high - low > NARROW:
         few = f"With {found['n']:,} pictures the accuracy is only known to lie between {100 * low:.1f} and {100 * high:.1f} %."

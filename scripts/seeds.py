@@ -26,6 +26,7 @@ def main() -> None:
         for seed in args.seeds:
             workdir = Path(folder) / str(seed)
             command = [sys.executable, "-m", "jaxcats.train", "--config", args.config, "--data.root", args.root]
+            command += ["--report", "false", "--export", "false"]
             before = time.perf_counter()
             subprocess.run(
                 [*command, "--seed", str(seed), "--workdir", str(workdir)], check=True, stdout=subprocess.DEVNULL

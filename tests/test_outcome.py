@@ -136,6 +136,16 @@ def test_another_folder_takes_the_calibration_as_it_is(run, capsys):
     assert "No temperature" not in capsys.readouterr().out
 
 
+def test_pictures_seen_before_are_said(run, capsys):
+    valid = run.parent / "again"
+    shutil.copytree(Path(read_root(run)) / "valid", valid)
+    assert command(evaluate, "--run", run, "--data", valid, "--report", "no") == 0
+    out = capsys.readouterr().out
+    assert "21 of the run's own valid pictures were found: the result flatters." in out
+    assert "1 of the run's own train pictures" in out  # the leak
+    assert read(next((run / "evaluations").iterdir()) / "metrics.json")["seen_before"] == {"train": 1, "valid": 21}
+
+
 def test_a_checkpoint_of_unknown_temperature_is_said(run, capsys):
     kept = read(run / "metrics.json")
     kept["checkpoint"]["step"] += 1
