@@ -134,9 +134,9 @@ def write_file(path: str, content: str | bytes) -> None:
 
     try:
         if isinstance(content, bytes):
-            write_bytes(Path(path), content)
+            write_bytes(Path(os.path.realpath(path)), content)
         else:
-            write_text(Path(path), content)
+            write_text(Path(os.path.realpath(path)), content)
     except OSError as e:
         raise UserError(f"{path}: can't be written ({e.strerror}).") from None
     print(f"Written: {path}", file=sys.stderr)
@@ -162,13 +162,27 @@ def read_options(argv: Sequence[str]) -> Any:
     options = parser.parse_args(argv)
     if options.csv == options.jsonl == "-":
         raise UserError("--csv - --jsonl -: only one of them can go to stdout.")
-    for name in ("csv", "jsonl", "kaggle", "show"):  # better known before ten thousand pictures than after
-        file = getattr(options, name)
-        if file in (None, "-"):
-            continue
-        if os.path.isdir(file) or not os.access(Path(file).absolute().parent, os.W_OK):
-            raise UserError(f"--{name} {file}: can't be written; expected a file in a folder that is there.")
+    check_targets({name: getattr(options, name) for name in ("csv", "jsonl", "kaggle", "show")}, options.paths)
     return options
+
+
+def check_targets(targets: dict[str, str | None], inputs: Sequence[str]) -> None:
+    """UserError for a file that an output may not replace; better known before ten thousand pictures than after."""
+    from jaxcats.data.files import IMAGE_EXTENSIONS
+
+    taken = {os.path.realpath(path) for path in inputs}
+    for name, file in targets.items():
+        if file is None or (file == "-" and name in ("csv", "jsonl")):
+            continue
+        wrong = Path(file).suffix.lower() != ".png" if name == "show" else Path(file).suffix.lower() in IMAGE_EXTENSIONS
+        if wrong or file == "-":  # as in --csv *.jpg, where the shell puts a photo
+            raise UserError(f"--{name} {file}: expected a {'.png' if name == 'show' else 'text'} file to write.")
+        if os.path.realpath(file) in taken:
+            raise UserError(f"--{name} {file}: is a file given already; name another.")
+        taken.add(os.path.realpath(file))
+        other = os.path.lexists(file) and not os.path.isfile(file)  # a folder, or a device that must not be replaced
+        if other or not os.access(Path(file).absolute().parent, os.W_OK):
+            raise UserError(f"--{name} {file}: can't be written; expected a file in a folder that is there.")
 
 
 def outputs(options: Any, classes: Sequence[str], paths: Sequence[str]) -> list[tuple[str, str, Callable[[Any], str]]]:

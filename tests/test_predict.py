@@ -393,3 +393,21 @@ def test_ten_lines_without_jaxcats_give_the_same(model, files, loaded):
         numbers = list(jax.tree.leaves(eval(said)))  # a dictionary of our own printing
         assert path == row.path
         np.testing.assert_allclose(sorted(numbers), sorted(row.probabilities), atol=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--jsonl", "--kaggle", "--show"])
+def test_an_output_never_replaces_a_picture_or_a_device(flag, tmp_path, capfd):
+    photo, pipe = tmp_path / "a.png", tmp_path / "pipe.png"
+    photo.write_bytes(b"a photo")
+    os.mkfifo(pipe)
+    for target in (photo, pipe):
+        assert run_command(predict.main, ["--model", str(tmp_path), str(photo), flag, str(target)]) == 2
+        assert flag in capfd.readouterr().err
+    assert photo.read_bytes() == b"a photo"
+    assert pipe.is_fifo()
+
+
+def test_two_outputs_can_not_share_a_file(tmp_path, capfd):
+    both = str(tmp_path / "x.csv")
+    assert run_command(predict.main, ["--model", str(tmp_path), "a.jpg", "--csv", both, "--jsonl", both]) == 2
+    assert "given already" in capfd.readouterr().err

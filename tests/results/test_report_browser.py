@@ -163,11 +163,11 @@ def test_the_keyboard_alone_is_enough(visit):
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     second = page.evaluate("document.activeElement.firstElementChild.alt")
-    assert second == paths(page)[1]
+    at = paths(page).index(second)  # which one it is differs: the browser may scroll first
     page.keyboard.press("Enter")
     assert page.locator("#about small").inner_text() == second
-    page.keyboard.press("ArrowLeft")
-    page.keyboard.press("ArrowLeft")
+    for _ in range(at + 1):
+        page.keyboard.press("ArrowLeft")
     assert page.inner_text("#place") == "1 of 120"
     assert page.locator("#about small").inner_text() == paths(page)[0]
     for _ in range(100):
