@@ -12,6 +12,7 @@ import numpy as np
 import PIL
 
 from jaxcats import models
+from jaxcats.compiling import compiler_options, jit
 from jaxcats.config import Phase
 from jaxcats.core import scan
 from jaxcats.core.state import tree_hash
@@ -43,6 +44,25 @@ def decoding(setup: Setup) -> dict[str, Any]:
     return {"preprocess": setup.preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
 
 
+def feature_program(model: models.Model, preprocess: Preprocess) -> Callable:
+    """Jitted `(params, batch_stats, images uint8 [N,H,W,3]) -> features float32 [N,F]`, the backbone frozen.
+
+    On CPU the batch goes through the network a few pictures at a time, inside one program: their activations stay in the
+    cache and reuse the same memory, where those of a whole batch are mapped and faulted in anew at every call.
+    """
+    prepare = normalise(preprocess.mean, preprocess.std)
+
+    def features_of(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
+        n = len(images)
+        part = next(k for k in (4, 2, 1) if n % k == 0) if jax.default_backend() == "cpu" else n
+        if part == n:
+            return model.features(params, batch_stats, prepare(images))
+        parts = images.reshape(n // part, part, *images.shape[1:])
+        return jax.lax.map(lambda x: model.features(params, batch_stats, prepare(x)), parts).reshape(n, -1)
+
+    return jit(features_of)
+
+
 def backbone_features(
     model: models.Model,
     split: Split,
@@ -55,8 +75,7 @@ def backbone_features(
     cache_dir: Path,
 ) -> features.Cached:
     """Pooled features [n, F] of a split's pictures, from the cache where their content and the backbone are known."""
-    prepare = normalise(preprocess.mean, preprocess.std)
-    run = jax.jit(lambda p, s, images: model.features(p, s, prepare(images)))
+    run = feature_program(model, preprocess)
     only = {"backbone": params["backbone"], "head": {}}, {"backbone": batch_stats["backbone"], "head": {}}
 
     def compute(rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -88,6 +107,7 @@ def backbone_features(
         "transform": TRANSFORM_VERSION,
         "pillow": PIL.__version__,
         "program": program,
+        "compiler": compiler_options(jax.default_backend()),
         "platform": jax.default_backend(),
     }
     got = features.cached_features(
