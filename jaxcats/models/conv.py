@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcats.models.lowering import normalise, shifted_depthwise
+
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 Padding = str | int
 
@@ -21,10 +23,11 @@ def conv2d(images: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Pa
 
     `padding` is a number of zeros on each side, or "SAME" as TensorFlow means it (output size = input size / stride,
     rounded up; an odd zero goes to the bottom and right). Works under jit, grad, vmap and scan and exports with a
-    symbolic batch size.
+    symbolic batch size; depthwise has no forward-mode derivative (jvp).
     """
     channels, window = images.shape[-1], kernel.shape[0]
-    pads = [_pads(size, window=window, stride=stride, padding=padding) for size in images.shape[1:3]]
+    top, left = (_pads(size, window=window, stride=stride, padding=padding) for size in images.shape[1:3])
+    pads = top, left
     depthwise = kernel.shape[2] == 1 and channels > 1
 
     def xla(images, kernel):
@@ -40,18 +43,18 @@ def conv2d(images: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Pa
         )
 
     def shifted(images, kernel):
-        return _shifted_depthwise(images, kernel, stride=stride, pads=pads)
+        return shifted_depthwise(images, kernel, stride, pads)
 
     # Half-size floats are asked for by dtype; float32 must not become TF32 on a GPU behind the user's back.
     precision = lax.Precision.HIGHEST if images.dtype == jnp.float32 else None
     if window == 1 and not any(any(p) for p in pads):
-        # A matrix product is up to six times faster than XLA's 1x1 convolution on CPU, and its gradients are products too.
-        return lax.dot_general(
-            images[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ())), precision=precision
-        )
+        # A matrix product is up to six times faster than XLA's 1x1 convolution on CPU. Of matrices: the weights' gradient
+        # of one over three axes at once is another one after a transpose that takes longer than the product.
+        pixels = images[:, ::stride, ::stride]
+        product = jnp.dot(pixels.reshape(-1, channels), kernel[0, 0], precision=precision)
+        return product.reshape(*pixels.shape[:-1], kernel.shape[-1])
     if not depthwise:
         return xla(images, kernel)
-    # XLA's grouped convolution on CPU is 10 to 38 times slower than shifting, multiplying and adding.
     return lax.platform_dependent(images, kernel, cpu=shifted, default=xla)
 
 
@@ -60,23 +63,6 @@ def _pads(size: int, *, window: int, stride: int, padding: Padding) -> tuple[int
         return int(padding), int(padding)
     total = max((-(-size // stride) - 1) * stride + window - size, 0)
     return total // 2, total - total // 2
-
-
-def _shifted_depthwise(images, kernel, *, stride: int, pads) -> jax.Array:
-    """Depthwise convolution as k x k shifted copies, each multiplied by one row of weights [C], added in float32."""
-    window = kernel.shape[0]
-    padded = jnp.pad(images, [(0, 0), *pads, (0, 0)])
-    n, height, width, channels = padded.shape
-    reach_h, reach_w = height - window, width - window  # how far the window can move
-    total: Any = None
-    for row in range(window):
-        for column in range(window):
-            start = (0, row, column, 0)
-            stop = (n, row + reach_h + 1, column + reach_w + 1, channels)
-            term = lax.slice(padded, start, stop, (1, stride, stride, 1)).astype(jnp.float32)
-            term = term * kernel[row, column, 0].astype(jnp.float32)
-            total = term if total is None else total + term
-    return total.astype(images.dtype)
 
 
 class Conv(nn.Module):
@@ -98,22 +84,31 @@ class Conv(nn.Module):
         return conv2d(images, kernel, stride=self.stride, padding=self.padding)
 
 
-def batch_norm(*, train: bool, momentum: float, epsilon: float, dtype: Any, name: str) -> nn.BatchNorm:
-    """BatchNorm with float32 statistics and arithmetic, its result in `dtype`.
+class BatchNorm(nn.Module):
+    """BatchNorm of images [N,H,W,C] with float32 statistics and arithmetic, its result in `dtype`.
 
-    Flax's momentum is one minus torch's, and Flax averages the batch's biased variance where torch averages the
-    unbiased one (n / (n - 1) times as large): the running variances differ by that factor's share, by definition.
+    As flax.linen.BatchNorm with `use_fast_variance=False`: the momentum is one minus torch's, and the batch's biased
+    variance is averaged where torch averages the unbiased one (n / (n - 1) times as large), so that the running
+    variances differ by that factor's share, by definition.
     """
-    # The fast variance E[x^2] - E[x]^2 loses digits when the mean is large, as it is after max pooling.
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=momentum,
-        epsilon=epsilon,
-        dtype=dtype,
-        param_dtype=jnp.float32,
-        use_fast_variance=False,
-        name=name,
-    )
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, *, train: bool):
+        wide, shape = jnp.promote_types(images.dtype, jnp.float32), images.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        variance = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        averages = None if train else (mean.value, variance.value)
+        out, *found = normalise(images.astype(wide), scale, bias, averages, self.epsilon)
+        if train and not self.is_initializing():
+            for average, now in zip((mean, variance), found, strict=True):
+                average.value = self.momentum * average.value + (1 - self.momentum) * lax.stop_gradient(now)
+        return out.astype(self.dtype)
 
 
 class ConvNorm(nn.Module):
@@ -133,5 +128,5 @@ class ConvNorm(nn.Module):
         conv = Conv(
             self.features, self.window, self.stride, self.padding, self.depthwise, dtype=self.dtype, name="conv"
         )
-        norm = batch_norm(train=train, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype, name="bn")
-        return norm(conv(images))
+        norm = BatchNorm(self.momentum, self.epsilon, self.dtype, name="bn")
+        return norm(conv(images), train=train)

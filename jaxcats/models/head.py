@@ -4,8 +4,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcats.models.conv import batch_norm
-
 HEADS = ("lesson", "linear", "classifier")
 
 # torch's kaiming_normal_: a plain, not a truncated, normal with variance 2 / inputs.
@@ -34,7 +32,9 @@ class LessonHead(nn.Module):
     def __call__(self, features, *, train: bool):
         x = features
         for number, (units, rate) in enumerate(((512, 0.25), (self.num_classes, 0.5)), start=1):
-            norm = batch_norm(train=train, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, name=f"bn{number}")
+            norm = nn.BatchNorm(
+                use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, name=f"bn{number}"
+            )
             x = nn.Dropout(rate, deterministic=not train)(norm(x))
             x = nn.Dense(units, precision="highest", kernel_init=_kaiming, name=f"dense{number}")(x)
             x = nn.relu(x) if number == 1 else x
