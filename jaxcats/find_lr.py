@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcats.compiling import jit
 from jaxcats.core import scan
 from jaxcats.core.schedules import Schedule, constant, exponential
 from jaxcats.errors import UserError
@@ -51,7 +52,7 @@ def find_lr(
         params, batch_stats = head_only(params), head_only(batch_stats)
     rates = group_rates(plan, start, end, iterations)
     step, create = make_phase(setup, plan, rates=rates, params=params)
-    run = jax.jit(scan.make_range_test(step, iterations=iterations))
+    run = jit(scan.make_range_test(step, iterations=iterations), convolutions=feats is None)
     test = scan.begin_range_test(create(params, batch_stats))
     order = cycled_order(setup, plan, iterations, seed=setup.config.seed)
     losses, averages = [], []

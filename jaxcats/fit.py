@@ -111,6 +111,8 @@ class Fitter:
             feats=feats["valid"] if feats else None,
             **decoding(self.setup),
         )
+        # Once a phase, and one where all layer groups learn alike: each is a program to trace and load.
+        lrs = [jax.jit(s) for s in schedules(plan)[: 1 if len(set(phase.lrs)) == 1 else None]]
         # Donation deletes what the caller may still hold, so the driver gets a copy.
         state = copy(state)
         while progress.epoch < last_epoch:
@@ -118,7 +120,7 @@ class Fitter:
             before = time.perf_counter()
             pictures = (len(order) - progress.epoch_step) * order.shape[1]
             with self.clock(plan, "train"):
-                state = self.run_epoch(plan, progress, state, drive, order)
+                state = self.run_epoch(plan, progress, state, drive, order, lrs)
             seconds = time.perf_counter() - before
             with self.clock(plan, "evaluate"):
                 logits = evaluate(state.params, state.batch_stats)
@@ -148,9 +150,11 @@ class Fitter:
     def found_lr(self, plan: Plan, result: Any) -> None:
         """For subclasses that keep lr_find's result."""
 
-    def run_epoch(self, plan: Plan, progress: Progress, state: Any, drive: Callable, order: np.ndarray) -> Any:
+    def run_epoch(
+        self, plan: Plan, progress: Progress, state: Any, drive: Callable, order: np.ndarray, lrs: list
+    ) -> Any:
         """The rest of an epoch; saves in the middle where the configuration says so."""
-        every, lrs = self.setup.config.checkpoint.every_steps, [jax.jit(s) for s in schedules(plan)]
+        every = self.setup.config.checkpoint.every_steps
         size = order.shape[1]
         pending = None
         desc, total = f"{plan.name} {progress.epoch}", len(order) * size

@@ -2,12 +2,15 @@
 
 import functools
 import hashlib
+import inspect
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
+import jaxlib.version
 import numpy as np
 import PIL
 
@@ -93,11 +96,7 @@ def backbone_features(
                 yield _unmask(*pending)
 
     weights = tree_hash({"params": only[0], "batch_stats": only[1]})
-    # The lowered program stands for the network's code, its arithmetic and the batch size, which changes the last bits.
     shape = jax.ShapeDtypeStruct((batch_size, preprocess.size, preprocess.size, 3), np.uint8)
-    # Of shapes alone: arrays that a checkpoint gave back say where they lie, and the text would differ.
-    lowered = run.lower(*jax.eval_shape(lambda: only), shape)
-    program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     facts = {
         "backbone": model.name,
         "head": model.head,
@@ -106,7 +105,8 @@ def backbone_features(
         "preprocess": preprocess.to_dict(),
         "transform": TRANSFORM_VERSION,
         "pillow": PIL.__version__,
-        "program": program,
+        "batch_size": batch_size,  # changes the last bits
+        "program": source_hash(models.registry.get(model.name)) or _lowered(run, *jax.eval_shape(lambda: only), shape),
         "compiler": compiler_options(jax.default_backend()),
         "platform": jax.default_backend(),
     }
@@ -116,6 +116,29 @@ def backbone_features(
     for path in got.damaged:
         print(f"{path}: damaged, removed and computed again.", file=sys.stderr)
     return got
+
+
+@functools.cache
+def source_hash(backbone: models.Backbone) -> str | None:
+    """Hash of the code that makes a backbone's features; None for one from outside this package, or without the code.
+
+    It stands for the program in the cache's key: lowering the network to hash that takes a second of every run.
+    """
+    build = backbone.build
+    if not getattr(build, "func", build).__module__.startswith(f"{models.__name__}."):
+        return None
+    try:
+        own = inspect.getsource(feature_program) + inspect.getsource(normalise)
+        files = sorted(Path(models.__file__).parent.glob("*.py"))
+        code = [own, *(path.read_text(encoding="utf-8") for path in files), jax.__version__, flax.__version__]
+    except OSError:
+        return None
+    return hashlib.sha256("\0".join([*code, jaxlib.version.__version__]).encode()).hexdigest()
+
+
+def _lowered(run: Callable, *shapes: Any) -> str:
+    """Hash of a program's text. Of shapes alone: arrays that a checkpoint gave back say where they lie."""
+    return hashlib.sha256(run.lower(*shapes).as_text().encode()).hexdigest()
 
 
 def _join(parts: list[Split]) -> Split:
@@ -214,7 +237,8 @@ def _eval_program(
 ) -> Callable:
     """The jitted evaluation step; `backbone` is what the model's name stands for now."""
     apply_fn = head_on_features(model) if on_features else model.apply
-    return jax.jit(make_eval_step(apply_fn=apply_fn, preprocess=normalise(preprocess.mean, preprocess.std)))
+    step = make_eval_step(apply_fn=apply_fn, preprocess=normalise(preprocess.mean, preprocess.std))
+    return jit(step, convolutions=not on_features)
 
 
 class Evaluator:
@@ -245,11 +269,11 @@ def make_driver(setup: Setup, plan: Plan, step: Callable, feats: np.ndarray | No
     """`(state, order, epoch) -> iterator of (state, metrics [k])` for the phase's driver."""
     if scans(plan.phase):
         arrays = jax.device_put(resident(setup, plan, feats))
-        scan_steps = jax.jit(scan.make_scan(step), donate_argnums=0)
+        scan_steps = jit(scan.make_scan(step), convolutions=feats is None, donate_argnums=0)
         return lambda state, order, epoch: scan.scan_epoch(
             scan_steps, state, arrays, order=order, chunk=setup.config.chunk_steps
         )
-    jitted = jax.jit(step, donate_argnums=0)
+    jitted = jit(step, convolutions=feats is None, donate_argnums=0)
     rows = None if feats is None else resident(setup, plan, feats)
 
     def batches(order: np.ndarray) -> Batches:

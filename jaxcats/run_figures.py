@@ -142,8 +142,8 @@ def title_of(judged: Judged, row: int) -> str:
 
 def heat_maps(judged: Judged) -> plots.Figure:
     """Where the network looked in its worst and its surest answers, for the class that it named."""
-    import jax
 
+    from jaxcats.compiling import jit
     from jaxcats.core.step import normalise
     from jaxcats.results.cam import grad_cam
 
@@ -158,7 +158,7 @@ def heat_maps(judged: Judged) -> plots.Figure:
     padded = np.resize(rows, 2 * LOOKED_AT)  # one program, however many there are
     images = np.stack([evaluation_pixels(judged.file(int(i)), run.preprocess) for i in padded])
     prepare = normalise(run.preprocess.mean, run.preprocess.std)
-    look = jax.jit(lambda p, s, x, y: partial(grad_cam, run.model)(p, s, prepare(x), y))
+    look = jit(lambda p, s, x, y: partial(grad_cam, run.model)(p, s, prepare(x), y))
     heats = np.asarray(look(run.state.params, run.state.batch_stats, images, log_probs[padded].argmax(1)))
     return plots.heat_maps(
         list(images[: len(rows)]),

@@ -229,6 +229,9 @@ def main(argv: Sequence[str]) -> None:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     folder = open_run(config, options["config"], workdir=options["workdir"], resume=options["resume"])
+    from jaxcats.compiling import keep_heap
+
+    keep_heap()
     try:
         train(config, folder, started=started)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcats import models
+from jaxcats.compiling import jit
 from jaxcats.core.step import normalise
 from jaxcats.data import augment
 from jaxcats.data.index import Split
@@ -59,7 +60,7 @@ def augmented_probabilities(
     change = augment.make_augment(chosen, key=key, size=preprocess.size)
     prepare = normalise(preprocess.mean, preprocess.std)
 
-    @jax.jit
+    @jit
     def mean_of(params, stats, images, index):
         def once(total, version):
             logits, _ = model.apply(params, stats, prepare(change(images, version, index)), train=False)

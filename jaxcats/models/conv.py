@@ -80,6 +80,14 @@ class Conv(nn.Module):
         inputs = 1 if self.depthwise else images.shape[-1]
         init = depthwise_kernel_init if self.depthwise else dense_kernel_init
         kernel = self.param("kernel", init, (self.window, self.window, inputs, self.features), jnp.float32)
+        if self.is_initializing():  # tracing the arithmetic would take most of a short run's time, for its shape alone
+            sides = (
+                (size + sum(_pads(size, window=self.window, stride=self.stride, padding=self.padding)) - self.window)
+                // self.stride
+                + 1
+                for size in images.shape[1:3]
+            )
+            return jnp.zeros((len(images), *sides, self.features), self.dtype)
         images, kernel = images.astype(self.dtype), kernel.astype(self.dtype)
         return conv2d(images, kernel, stride=self.stride, padding=self.padding)
 
@@ -103,9 +111,11 @@ class BatchNorm(nn.Module):
         variance = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        if self.is_initializing():
+            return images.astype(self.dtype)
         averages = None if train else (mean.value, variance.value)
         out, *found = normalise(images.astype(wide), scale, bias, averages, self.epsilon)
-        if train and not self.is_initializing():
+        if train:
             for average, now in zip((mean, variance), found, strict=True):
                 average.value = self.momentum * average.value + (1 - self.momentum) * lax.stop_gradient(now)
         return out.astype(self.dtype)

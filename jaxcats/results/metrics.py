@@ -140,9 +140,16 @@ def judge(
 
 def area_under_roc(score: np.ndarray, labels: np.ndarray) -> float | None:
     """Of two classes: how often a picture of the second one scores higher than one of the first; None if one is absent."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(labels, score)) if len(set(labels.tolist())) == 2 else None
+    order = np.argsort(-score, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # of each run of equal scores
+    right = np.cumsum(labels[order])[last]
+    wrong = last + 1 - right
+    if not (right[-1] and wrong[-1]):
+        return None
+    # A point on the straight line of its neighbours adds nothing but rounding.
+    bend = np.concatenate([[True], (np.diff(wrong, 2) != 0) | (np.diff(right, 2) != 0), [True]])[-len(last) :]
+    x, y = (np.append(0, n[bend]) / n[-1] for n in (wrong, right))
+    return float(np.trapezoid(y, x))
 
 
 def top_k(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -157,13 +164,13 @@ def top_k(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 def by_class(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     """{"macro_f1", "balanced_accuracy", "per_class", "confusion", "most_confused"}; averages leave undefined classes out."""
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
-    every, predicted = np.arange(len(classes)), logits.argmax(-1)
-    scores: Any = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=np.nan)  # type: ignore[arg-type]
-    precision, recall, f1 = ([None if np.isnan(x) else float(x) for x in column] for column in scores[:3])
-    confusion = confusion_matrix(labels, predicted, labels=every)
-    right, actual, guessed = confusion.diagonal().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    size = len(classes)
+    confusion = np.bincount(labels * size + logits.argmax(-1), minlength=size * size).reshape(size, size)
+    hits, of_actual, of_guessed = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    with np.errstate(invalid="ignore"):  # 0/0 is nan, and becomes None
+        scores = hits / of_guessed, hits / of_actual, 2 * hits / (of_actual + of_guessed)
+    precision, recall, f1 = ([None if np.isnan(x) else float(x) for x in column] for column in scores)
+    right, actual, guessed = hits.tolist(), of_actual.tolist(), of_guessed.tolist()
     wrong = confusion * (1 - np.eye(len(classes), dtype=int))
     worst = np.argsort(-wrong, axis=None, kind="stable")[:10]
     pairs = [(*divmod(int(i), len(classes)), int(wrong.flat[i])) for i in worst]

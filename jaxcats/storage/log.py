@@ -18,14 +18,12 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None = None):
-        from tensorboardX import SummaryWriter
-
         path = folder / "metrics.jsonl"
         kept = self.rows(path, resume_step) if resume_step is not None else []
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = path.open("a", encoding="utf-8")
         purge = 0 if resume_step is None else resume_step + 1
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._board = _summary_writer()(str(folder / "tensorboard"), purge_step=purge)
 
     @staticmethod
     def rows(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -57,6 +55,19 @@ class RunLog:
         """Flushes and closes both."""
         self._file.close()
         self._board.close()
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's SummaryWriter, without the second and more that it spends on PyTorch wherever that is installed."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # its import fails; tensorboardX does without
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def in_notebook() -> bool:

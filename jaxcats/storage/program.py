@@ -21,6 +21,7 @@ import jax
 import jaxlib.version
 import numpy as np
 
+from jaxcats.compiling import jit
 from jaxcats.data.files import cache_folder
 
 RULES = 1  # raise it when the rules below get stricter: every program is then tried again
@@ -87,9 +88,7 @@ def compile_for(exported: Any, tensors: Any, batch: int) -> Any:
     """The program compiled for so many pictures; ValueError where it wants memory out of all proportion."""
     images = exported.in_avals[-1]
     side = images.shape[1]
-    compiled = (
-        jax.jit(exported.call).lower(tensors, jax.ShapeDtypeStruct((batch, *images.shape[1:]), np.uint8)).compile()
-    )
+    compiled = jit(exported.call).lower(tensors, jax.ShapeDtypeStruct((batch, *images.shape[1:]), np.uint8)).compile()
     need: Any = compiled.memory_analysis()
     weights = sum(4 * x.size for x in jax.tree.leaves(tensors))
     allowed = (1 << 30) + 4 * weights + batch * side * side * 3 * 1024  # a network has some 100 bytes a pixel at work
@@ -104,7 +103,7 @@ def keep_compiled(cache: Path | None = None) -> None:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _mark(program: bytes):
