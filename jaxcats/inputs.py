@@ -2,15 +2,14 @@
 
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
-import jaxlib.version
 import numpy as np
 import PIL
 
@@ -130,10 +129,11 @@ def source_hash(backbone: models.Backbone) -> str | None:
     try:
         own = inspect.getsource(feature_program) + inspect.getsource(normalise)
         files = sorted(Path(models.__file__).parent.glob("*.py"))
-        code = [own, *(path.read_text(encoding="utf-8") for path in files), jax.__version__, flax.__version__]
+        code = [own, *(path.read_text(encoding="utf-8") for path in files)]
     except OSError:
         return None
-    return hashlib.sha256("\0".join([*code, jaxlib.version.__version__]).encode()).hexdigest()
+    code += [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")]
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()
 
 
 def _lowered(run: Callable, *shapes: Any) -> str:

@@ -1,0 +1,375 @@
+"""The measurements of benchmark.py: each takes the options and gives the fields of a JSON line."""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = {"resnet34": "dogscats.yaml", "efficientnet_lite0": "dogscats_lite0.yaml"}
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "tensorflow-cpu", "tensorflow", "numpy", "pillow")
+EPOCHS, HEAD_ROWS = 3, 2000
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device() -> tuple[str, int]:
+    """(name of the device, peak bytes: the process's resident ones on a CPU, the device's own elsewhere)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if "jax" not in sys.modules:
+        return "cpu", peak
+    import jax
+
+    first = jax.local_devices()[0]
+    stats = None if first.platform == "cpu" else first.memory_stats()
+    return first.device_kind, stats["peak_bytes_in_use"] if stats else peak
+
+
+def measure(run: Callable[[], Any], a: argparse.Namespace, *, pictures: int | None = None) -> dict[str, Any]:
+    """Rates of `--rounds` rounds of about `--seconds` each, after a first call and one more.
+
+    Args:
+        run: one call; gives what to wait for, and is called again before the last result has been waited for.
+        a: the options.
+        pictures: of a call; None when `run` gives their number, and waits by itself.
+    """
+    import jax
+
+    def timed(calls: int) -> tuple[float, float]:  # seconds and pictures per second
+        start, done, pending = time.perf_counter(), 0, None
+        for _ in range(calls):
+            out = run()
+            done += out if pictures is None else pictures
+            jax.block_until_ready(pending)
+            pending = out
+        jax.block_until_ready(pending)
+        seconds = time.perf_counter() - start
+        return seconds, done / seconds
+
+    first, usual = timed(1)[0], timed(1)[0]
+    rates = [timed(max(1, round(a.seconds / usual)))[1] for _ in range(a.rounds)]
+    return {"images_per_second": summary(rates), "compile_seconds": round(max(first - usual, 0.0), 2)}
+
+
+def summary(values: list[float], digits: int = 2) -> dict[str, float]:
+    """Median and best (the greatest)."""
+    return {"median": round(statistics.median(values), digits), "best": round(max(values), digits)}
+
+
+def configuration(a: argparse.Namespace) -> Any:
+    """The Config that the options amount to."""
+    from jaxcats.config import Config, DataConfig, ModelConfig, Phase
+
+    head = "linear" if a.what == "step" else "lesson"
+    return Config(
+        data=DataConfig(size=a.size),
+        model=ModelConfig(backbone=a.backbone, head=head, pretrained=False),
+        phases={"head": Phase(epochs=EPOCHS, precompute=True, batch_size=a.batch)},
+        precision=a.dtype,
+        feature_batch=a.batch,
+    )
+
+
+def random_network(a: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """(model, preprocess, params, batch_stats) with random weights."""
+    import jax
+
+    from jaxcats.job import create_model
+
+    model, preprocess = create_model(configuration(a), 2)
+    return model, preprocess, *jax.jit(model.init)(jax.random.key(0))
+
+
+def spread(a: argparse.Namespace) -> tuple[Callable, Callable]:
+    """(put state, put batch) on --devices devices: copies of the one, slices of the other; both do nothing for one."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    if a.devices == 1:
+        return lambda tree: tree, lambda tree: tree
+    if len(jax.devices()) < a.devices:
+        sys.exit(f"--devices {a.devices}: there are {len(jax.devices())}.")
+    mesh = jax.sharding.Mesh(jax.devices()[: a.devices], ("data",))
+    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    return lambda tree: jax.device_put(tree, whole), lambda tree: jax.device_put(tree, rows)
+
+
+def pictures_on_host(a: argparse.Namespace, size: int) -> Any:
+    """Random pictures, uint8 [B, S, S, 3]."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 256, (a.batch, size, size, 3), np.uint8)
+
+
+def run_step(a: argparse.Namespace) -> dict[str, Any]:
+    """A train step of the whole network with a linear head: SGD with momentum, BatchNorm on the batch."""
+    import jax
+    import numpy as np
+
+    from jaxcats.compiling import jit, keep_heap
+    from jaxcats.core import optim, schedules
+    from jaxcats.core import state as states
+    from jaxcats.core.step import make_train_step, normalise
+
+    keep_heap()  # as the train command does
+    model, preprocess, params, stats = random_network(a)
+    put, put_batch = spread(a)
+    groups = model.groups(params)
+    trainable = optim.trainable_mask(groups, "nothing")
+    tx = optim.make_tx("sgd", schedules=[schedules.constant(1e-3)] * 3, groups=groups, momentum=0.9)
+    step = make_train_step(
+        apply_fn=model.apply,
+        tx=tx,
+        trainable=trainable,
+        preprocess=normalise(preprocess.mean, preprocess.std),
+        key=jax.random.key(0),
+        bn_train=True,
+    )
+    jitted, state = jit(step, donate_argnums=0), put(states.create(params, stats, tx, trainable=trainable))
+    rows = np.arange(a.batch, dtype=np.int32)
+    batch = {"image": pictures_on_host(a, preprocess.size), "label": rows % 2, "mask": rows >= 0, "index": rows}
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = jitted(state, put_batch(batch))
+        return metrics
+
+    return measure(run, a, pictures=a.batch) | {"size": preprocess.size, "dtype": model.dtype}
+
+
+def run_features(a: argparse.Namespace) -> dict[str, Any]:
+    """The frozen backbone to pooled features: of random pictures, or with --root of files through the real cache."""
+    from jaxcats import inputs
+    from jaxcats.storage.program import keep_compiled
+
+    model, preprocess, params, stats = random_network(a)
+    facts = {"size": preprocess.size, "dtype": model.dtype}
+    if not a.root:
+        put, put_batch = spread(a)
+        program, (params, stats) = inputs.feature_program(model, preprocess), put((params, stats))
+        images = pictures_on_host(a, preprocess.size)
+        return measure(lambda: program(params, stats, put_batch(images)), a, pictures=a.batch) | facts
+    split, seconds = files_split(a), []
+    how = {"params": params, "batch_stats": stats, "preprocess": preprocess, "batch_size": a.batch, "workers": None}
+    with tempfile.TemporaryDirectory() as folder:
+        keep_compiled(Path(folder))
+        for turn in range(a.rounds + 1):  # the first one compiles
+            start = time.perf_counter()
+            inputs.backbone_features(model, split, **how, cache_dir=Path(folder, str(turn)))
+            seconds.append(time.perf_counter() - start)
+    return {"images_per_second": summary([len(split) / s for s in seconds[1:]])} | facts | {"pictures": len(split)}
+
+
+def files_split(a: argparse.Namespace) -> Any:
+    """The JPEG files under --root, at any depth, --limit of them spread evenly, as a Split without labels."""
+    import hashlib
+
+    import numpy as np
+
+    from jaxcats.data.index import Split
+
+    files = sorted(p.relative_to(a.root).as_posix() for p in Path(a.root).rglob("*.jpg"))
+    if a.limit:
+        files = files[:: max(1, len(files) // a.limit)][: a.limit]
+    if not files:
+        sys.exit(f"--root {a.root}: no *.jpg in it.")
+    for name in files:  # so that the disk is not measured
+        Path(a.root, name).read_bytes()
+    hashes = tuple(hashlib.sha256(name.encode()).hexdigest() for name in files)  # every file counts as another
+    return Split(Path(a.root), tuple(files), np.zeros(len(files), np.int32), hashes)
+
+
+def run_decode(a: argparse.Namespace) -> dict[str, Any]:
+    """Files to uint8 batches."""
+    import dataclasses
+
+    from jaxcats import models
+    from jaxcats.data.pipeline import evaluation_batches
+
+    split, known = files_split(a), models.create(a.backbone, 2).preprocess
+    preprocess, seconds = dataclasses.replace(known, size=a.size or known.size), []
+    for _ in range(a.rounds + 1):  # the first one imports TensorFlow
+        start = time.perf_counter()
+        for _batch in evaluation_batches(split, preprocess=preprocess, batch_size=a.batch):
+            pass
+        seconds.append(time.perf_counter() - start)
+    rates = summary([len(split) / s for s in seconds[1:]])
+    return {"images_per_second": rates, "size": preprocess.size, "pictures": len(split)}
+
+
+def head_setup(a: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """(setup, params, batch_stats, features by split) of a lesson on random features and labels."""
+    import jax
+    import numpy as np
+
+    from jaxcats import job
+    from jaxcats.data.index import FolderIndex, Split
+
+    config, rng = configuration(a), np.random.default_rng(0)
+    splits, feats = {}, {}
+    model, preprocess = job.create_model(config, 2)
+    rows = a.limit or HEAD_ROWS
+    for name, n in (("train", rows), ("valid", max(rows // 2, 1))):
+        splits[name] = Split(Path("."), ("",) * n, rng.integers(0, 2, n, np.int32), ("",) * n)
+        feats[name] = rng.standard_normal((n, model.feature_size), np.float32)
+    index = FolderIndex(Path("."), ("a", "b"), splits, (), 0.0, 0)
+    params, stats = jax.jit(model.init)(jax.random.key(0))
+    return job.Setup(config, index, model, preprocess, job.cache_of(config)), params, stats, feats
+
+
+def run_head(a: argparse.Namespace) -> dict[str, Any]:
+    """Three epochs of the lesson's head with the evaluation after each, by the drivers that train uses."""
+    import jax
+
+    from jaxcats import inputs, job
+    from jaxcats.core.scan import epoch_order
+    from jaxcats.core.state import copy
+
+    setup, params, stats, feats = head_setup(a)
+    plan, valid = job.plans(setup)[0], setup.index.splits["valid"]
+    step, create = job.make_phase(setup, plan)
+    drive = inputs.make_driver(setup, plan, step, feats["train"])
+    evaluate = inputs.Evaluator(setup.model, valid, feats=feats["valid"], **inputs.decoding(setup))
+    begin, seconds, n = create(params, stats), [], len(feats["train"])
+    trained = EPOCHS * plan.steps_per_epoch * min(a.batch, n)
+    for _ in range(a.rounds + 1):
+        state = jax.block_until_ready(copy(begin))
+        start = time.perf_counter()
+        for epoch in range(EPOCHS):
+            order = epoch_order(n, batch_size=a.batch, seed=0, epoch=epoch)
+            for new, sums in drive(state, order, epoch):
+                state = new
+                jax.device_get(sums)
+            evaluate(state.params, state.batch_stats)
+        seconds.append(time.perf_counter() - start)
+    return warm(seconds, trained) | {"rows": n, "width": setup.model.feature_size, "epochs": EPOCHS}
+
+
+def warm(seconds: list[float], pictures: int) -> dict[str, Any]:
+    """Rates of the rounds after the first, which compiled."""
+    usual = statistics.median(seconds[1:])
+    rates = summary([pictures / s for s in seconds[1:]])
+    facts = {"compile_seconds": round(max(seconds[0] - usual, 0.0), 2), "seconds": round(usual, 4)}
+    return {"images_per_second": rates} | facts
+
+
+def run_lr_find(a: argparse.Namespace) -> dict[str, Any]:
+    """lr_find of 100 iterations on cached features: its program, and the whole call, which traces it anew."""
+    import jax
+
+    from jaxcats import find_lr, job
+    from jaxcats.compiling import jit
+    from jaxcats.core import scan
+
+    setup, params, stats, feats = head_setup(a)
+    plan = job.plans(setup)[0]
+    calls = []
+    for _ in range(a.rounds + 1):
+        start = time.perf_counter()
+        stopped = find_lr.find_lr(setup, plan, params, stats, feats["train"]).stopped
+        calls.append(time.perf_counter() - start)
+    params, stats = find_lr.head_only(params), find_lr.head_only(stats)
+    rates = find_lr.group_rates(plan, find_lr.START, find_lr.END, find_lr.ITERATIONS)
+    step, create = job.make_phase(setup, plan, rates=rates, params=params)
+    program, seconds = jit(scan.make_range_test(step, iterations=find_lr.ITERATIONS)), []
+    begin = scan.begin_range_test(create(params, stats))
+    order = find_lr.cycled_order(setup, plan, find_lr.ITERATIONS, seed=0)
+    [(arrays, order)] = find_lr.chunks(setup, plan, order, feats["train"])
+    for _ in range(a.rounds + 1):
+        start = time.perf_counter()
+        test, losses = program(begin, arrays, order)
+        jax.device_get((losses, test.reason))
+        seconds.append(time.perf_counter() - start)
+    trained = int(test.count) * order.shape[1]
+    whole = {"median": round(statistics.median(calls[1:]), 4), "first": round(calls[0], 3)}
+    return warm(seconds, trained) | {"iterations": int(test.count), "call_seconds": whole, "stopped": stopped}
+
+
+def run_ceiling(a: argparse.Namespace) -> dict[str, Any]:
+    """What no program on this machine can pass: matrix products, a copy of 256 MB, with --root Pillow's decoder."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxcats.compiling import jit
+
+    dtype = jnp.bfloat16 if a.dtype == "bfloat16" else jnp.float32
+    precision = None if a.dtype == "bfloat16" else "highest"  # no TF32 where the numbers are called float32
+
+    def best(run: Callable[[], Any]) -> float:  # seconds of the fastest call
+        jax.block_until_ready(run())
+        end, fastest = time.perf_counter() + a.seconds, float("inf")
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            fastest = min(fastest, time.perf_counter() - start)
+        return fastest
+
+    product = jit(partial(jnp.matmul, precision=precision))
+    side, flops = a.size or 2048, {}
+    for m, k, n in (
+        (side // 2,) * 3,
+        (side,) * 3,
+        (4 * side, side // 2, side // 8),
+        (16 * side, side // 8, side // 32),
+    ):
+        x, y = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+        flops[f"{m}x{k}x{n}"] = round(2 * m * k * n / best(partial(product, x, y)) / 1e9, 1)
+    large = 256 << 20
+    x = jnp.zeros(large // 4, jnp.float32)
+    copies = {"device": best(partial(jax.jit(lambda x: x + 1), x))}
+    if x.devices() == set(jax.devices("cpu")[:1]):  # into memory that is there already, a thread per core
+        halves = [np.array_split(np.ones(large // 4, np.float32), os.cpu_count() or 1) for _ in range(2)]
+        with ThreadPoolExecutor() as pool:
+            copies["host"] = best(lambda: list(pool.map(np.copyto, *halves)))
+    moved = {k: round(2 * large / s / 1e9, 2) for k, s in copies.items()}
+    found = {"gflop_per_second": {"best": max(flops.values()), **flops}, "copy_gb_read_and_written_per_second": moved}
+    return found | ({"images_per_second": decoder_rate(a)} if a.root else {})
+
+
+def decoder_rate(a: argparse.Namespace) -> dict[str, float]:
+    """Files per second that Pillow decodes whole, a thread per core, without any resize."""
+    from PIL import Image
+
+    split = files_split(a)
+    files, rates = [Path(split.root, p) for p in split.paths], []
+
+    def decode(path: Path) -> None:
+        with Image.open(path) as picture:
+            picture.load()
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for _ in range(a.rounds):
+            start = time.perf_counter()
+            list(pool.map(decode, files))
+            rates.append(len(files) / (time.perf_counter() - start))
+    return summary(rates)
+
+
+RUNS = {
+    "step": run_step,
+    "features": run_features,
+    "decode": run_decode,
+    "head": run_head,
+    "lr_find": run_lr_find,
+    "ceiling": run_ceiling,
+}

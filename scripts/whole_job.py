@@ -1,0 +1,76 @@
+"""The whole lesson as a user runs it, for benchmark.py: the train command in a process of its own, cold and warm."""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measurements import CONFIGS, ROOT, summary
+
+
+def photo_folder(root: Path, n: int, into: Path) -> Path:
+    """A folder of n pictures: links to those of train/ and valid/ (or of all of root), each class in proportion.
+
+    Beyond the pictures there are, copies that differ after the picture's end, since equal files are computed once.
+    """
+    parts = [root / p for p in ("train", "valid") if (root / p).is_dir()] or [root]
+    files = sorted(p for part in parts for p in part.rglob("*.jpg"))
+    for i in range(n):
+        turn, file = divmod(i, len(files)) if n > len(files) else (0, i * len(files) // n)
+        source = files[file]
+        target = into / source.relative_to(root).with_name(f"{turn}_{source.name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if turn:
+            target.write_bytes(source.read_bytes() + turn.to_bytes(4, "big"))
+        else:
+            target.symlink_to(source.resolve())
+    return into
+
+
+def train_once(a: argparse.Namespace, root: Path, workdir: Path, cache: Path) -> dict[str, Any]:
+    """The train command as a process: its whole wall seconds, seconds by phase, peak memory, errors."""
+    config = ROOT / "configs" / CONFIGS[a.backbone]
+    command = [sys.executable, "-m", "jaxcats.train", "--config", str(config), "--data.root", str(root)]
+    command += ["--workdir", str(workdir), "--report", "false", "--export", "false", "--precision", a.dtype]
+    command += ["--data.size", str(a.size)] if a.size else []
+    command += ["--model.pretrained", "false"] if a.random_weights else []
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with open(workdir.parent / f"{workdir.name}.log", "w+") as log:
+        start = time.perf_counter()
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"JAXCATS_CACHE": str(cache)})
+        _, status, usage = os.wait4(child.pid, 0)
+        wall, child.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+        log.seek(0)
+        if child.returncode:
+            sys.exit(f"{shlex.join(command)}\n{log.read()[-2000:]}")
+    found = json.loads((workdir / "metrics.json").read_text())
+    facts = {"seconds": found["seconds"], "errors": found["errors"], "n": found["n"]}
+    return {"wall_seconds": round(wall, 2), "peak_memory_bytes": usage.ru_maxrss * 1024, **facts}
+
+
+def run_job(a: argparse.Namespace) -> dict[str, Any]:
+    """The whole lesson as a user runs it: cold, with nothing cached, and warm, the same again."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, root = Path(temporary), Path(a.root)
+        if a.limit:
+            root = photo_folder(root, a.limit, folder / "photos")
+        pictures = sum(1 for part in ("train", "valid") for _ in (root / part).rglob("*.jpg"))
+        cache, out = Path(a.cache) if a.cache else folder / "cache", {}
+        begun = cache.is_dir() and any(cache.iterdir())
+        if begun and a.state != "warm":
+            sys.exit(f"--cache {cache}: not empty, so no run on it is cold; add --state warm, or name another.")
+        if not begun:
+            out["cold"] = train_once(a, root, folder / "cold", cache)
+        if a.state != "cold":
+            warm_runs = [train_once(a, root, folder / f"warm{i}", cache) for i in range(a.rounds)]
+            out["warm"] = sorted(warm_runs, key=lambda r: r["wall_seconds"])[(a.rounds - 1) // 2]
+        shown = out["warm" if a.state == "warm" else "cold"]
+        rate = summary([pictures / shown["wall_seconds"]])
+        memory = {"wall_seconds": shown["wall_seconds"], "peak_memory_bytes": shown["peak_memory_bytes"]}
+        return {"images_per_second": rate, "pictures": pictures, **memory, **out}
