@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcats.models.lowering import normalise, shifted_depthwise
+from jaxcats.models.lowering import normalise, shifted_depthwise, winograd
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 Padding = str | int
@@ -23,7 +23,7 @@ def conv2d(images: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Pa
 
     `padding` is a number of zeros on each side, or "SAME" as TensorFlow means it (output size = input size / stride,
     rounded up; an odd zero goes to the bottom and right). Works under jit, grad, vmap and scan and exports with a
-    symbolic batch size; depthwise has no forward-mode derivative (jvp).
+    symbolic batch size; depthwise and 3x3 have no forward-mode derivative (jvp).
     """
     channels, window = images.shape[-1], kernel.shape[0]
     top, left = (_pads(size, window=window, stride=stride, padding=padding) for size in images.shape[1:3])
@@ -54,6 +54,9 @@ def conv2d(images: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Pa
         product = jnp.dot(pixels.reshape(-1, channels), kernel[0, 0], precision=precision)
         return product.reshape(*pixels.shape[:-1], kernel.shape[-1])
     if not depthwise:
+        plain = window == 3 and stride == 1 and pads == ((1, 1), (1, 1)) and images.dtype == jnp.float32
+        if plain and min(images.shape[1:3]) >= 8 and min(kernel.shape[2:]) >= 64:  # where it is faster
+            return lax.platform_dependent(images, kernel, cpu=winograd, default=xla)
         return xla(images, kernel)
     return lax.platform_dependent(images, kernel, cpu=shifted, default=xla)
 

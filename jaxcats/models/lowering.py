@@ -2,9 +2,10 @@
 
 Measured on AVX-512 cores: a sum over pixels runs on one core, eight times slower than reading the memory takes; a
 gradient that several operations use is computed again inside each; XLA's grouped convolution is 10 to 38 times slower
-than shifting, multiplying and adding.
+than shifting, multiplying and adding; its 3x3 convolution multiplies 2.25 times as often as it needs to.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -109,6 +110,97 @@ def _depthwise_weights(images, kernel, gradient, stride, pads):
 
 
 shifted_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+@jax.custom_vjp
+def winograd(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 3x3 convolution with stride 1 and padding 1, images [N,H,W,C] and kernel [3,3,C,F], float32. For CPU.
+
+    F(2x2, 3x3) of Lavin and Gray, arXiv:1509.09308: each 2x2 of the result comes from a 4x4 of the images by 16
+    products where there would be 36; its error is some 6e-7 of the largest result.
+    """
+    n, height, width, channels = images.shape
+    weights = _both_axes(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
+    products = [
+        [jnp.dot(x.reshape(-1, channels), w, precision=lax.Precision.HIGHEST) for x, w in zip(*pair, strict=True)]
+        for pair in zip(_tiles(images), weights, strict=True)
+    ]
+    rows, columns = -(-height // 2), -(-width // 2)
+    quarters = [[x.reshape(n, rows, columns, -1) for x in row] for row in _both_axes(_of_products, products)]
+    whole = jnp.stack([jnp.stack(row, axis=3) for row in quarters], axis=2)  # [N, rows, 2, columns, 2, F]
+    return whole.reshape(n, 2 * rows, 2 * columns, -1)[:, :height, :width]
+
+
+def _tiles(images: jax.Array) -> list[list[jax.Array]]:
+    """The 4x4 tiles that overlap by two, transformed: 4 x 4 arrays [N, ceil(H/2), ceil(W/2), C]."""
+    rows, columns = (-(-size // 2) for size in images.shape[1:3])
+    after = (2 * count + 1 - size for count, size in zip((rows, columns), images.shape[1:3], strict=True))
+    padded = jnp.pad(images, [(0, 0), *((1, more) for more in after), (0, 0)])
+    return _both_axes(
+        _of_tile, [[_window(padded, (i, j), (rows, columns), (2, 2)) for j in range(4)] for i in range(4)]
+    )
+
+
+def _both_axes(transform: Callable[[list], list], grid: list[list[Any]]) -> list[list[Any]]:
+    """A grid of arrays, transformed along its rows and along its columns."""
+    along_columns = [transform(list(column)) for column in zip(*grid, strict=True)]
+    return [transform(list(row)) for row in zip(*along_columns, strict=True)]
+
+
+def _of_tile(d: list) -> list:
+    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
+
+
+def _of_kernel(g: list) -> list:
+    return [g[0], (g[0] + g[1] + g[2]) / 2, (g[0] - g[1] + g[2]) / 2, g[2]]
+
+
+def _of_products(m: list) -> list:
+    return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
+
+
+def _winograd_backward(kept, gradient):
+    images, kernel = kept
+    gradient = lax.optimization_barrier(gradient)
+    of_images = winograd(gradient, kernel[::-1, ::-1].swapaxes(2, 3))
+    part = next(k for k in (8, 4, 2, 1) if len(images) % k == 0)  # pictures, that the processor's cache holds
+
+    def add(total, some):
+        return jax.tree.map(jnp.add, total, _tile_products(*some)), None
+
+    start = [[jnp.zeros(kernel.shape[2:])] * 4] * 4
+    some = tuple(x.reshape(-1, part, *x.shape[1:]) for x in (images, gradient))
+    products = lax.scan(add, start, some)[0]
+    return of_images, jnp.stack([jnp.stack(row) for row in _both_axes(_from_kernel, products)])
+
+
+def _tile_products(images: jax.Array, gradient: jax.Array) -> list[list[jax.Array]]:
+    """The gradient of the transformed kernel: 4 x 4 arrays [C,F]."""
+    rows, columns = (-(-size // 2) for size in gradient.shape[1:3])
+    after = (2 * count - size for count, size in zip((rows, columns), gradient.shape[1:3], strict=True))
+    padded = jnp.pad(gradient, [(0, 0), *((0, more) for more in after), (0, 0)])
+    slopes = [[_window(padded, (i, j), (rows, columns), (2, 2)) for j in range(2)] for i in range(2)]
+    return [
+        [_over_pixels(x, y) for x, y in zip(*pair, strict=True)]
+        for pair in zip(_tiles(images), _both_axes(_from_products, slopes), strict=True)
+    ]
+
+
+def _over_pixels(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sums over pixels of products of channels: [..., C] and [..., F] to [C, F]."""
+    x, y = (array.reshape(-1, array.shape[-1]) for array in (x, y))
+    return lax.dot_general(x, y, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def _from_products(y: list) -> list:
+    return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
+
+
+def _from_kernel(m: list) -> list:
+    return [m[0] + (m[1] + m[2]) / 2, (m[1] - m[2]) / 2, (m[1] + m[2]) / 2 + m[3]]
+
+
+winograd.defvjp(lambda images, kernel: (winograd(images, kernel), (images, kernel)), _winograd_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

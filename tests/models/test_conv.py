@@ -84,3 +84,53 @@ def test_bfloat16_is_summed_in_float32():
     want = reference(images.astype(np.float32), kernel.astype(np.float32), stride=1, padding=2)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 14), (15, 11)])
+def test_full_3x3_convolution_and_its_gradients_equal_xlas(size):
+    """Relative to the largest value, as rounding is; sides that are odd, and a batch that no part divides."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3, *size, 64)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 64, 72)).astype(np.float32)
+    slope = rng.normal(size=(3, *size, 72)).astype(np.float32)
+
+    def plain(images, kernel):
+        return lax.conv_general_dilated(
+            images, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=DIMENSIONS, precision="highest"
+        )
+
+    text = jax.jit(lambda x, k: conv2d(x, k, padding=1)).lower(images, kernel).as_text()
+    assert "stablehlo.convolution" not in text
+    (want, back), (got, our_back) = (
+        jax.vjp(f, images, kernel) for f in (plain, lambda x, k: conv2d(x, k, stride=1, padding=1))
+    )
+    for ours, theirs in zip((got, *our_back(slope)), (want, *back(slope)), strict=True):
+        assert np.abs(ours - theirs).max() < 2e-6 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_and_its_gradients_equal_flaxs(train):
+    import flax.linen as nn
+
+    from jaxcats.models.conv import BatchNorm
+
+    rng = np.random.default_rng(0)
+    images = rng.normal(3, 2, size=(4, 7, 9, 6)).astype(np.float32)
+    ours = BatchNorm()
+    theirs = nn.BatchNorm(use_running_average=not train, momentum=0.9, use_fast_variance=False)
+    variables = {
+        "params": {"scale": jnp.linspace(0.5, 2, 6), "bias": jnp.linspace(-1, 1, 6)},
+        "batch_stats": {"mean": jnp.linspace(2, 4, 6), "var": jnp.linspace(1, 5, 6)},
+    }
+
+    def loss(apply):
+        def value(variables, images):
+            out, new = apply(variables, images)
+            return jnp.sin(out).sum(), (out, new)
+
+        return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+
+    got = loss(lambda v, x: ours.apply(v, x, train=train, mutable=["batch_stats"]))(variables, images)
+    want = loss(lambda v, x: theirs.apply(v, x, mutable=["batch_stats"]))(variables, images)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
