@@ -117,7 +117,8 @@ class BatchNorm(nn.Module):
         if self.is_initializing():
             return images.astype(self.dtype)
         averages = None if train else (mean.value, variance.value)
-        out, *found = normalise(images.astype(wide), scale, bias, averages, self.epsilon)
+        result: Any = normalise(images.astype(wide), scale, bias, averages, self.epsilon)
+        out, *found = result
         if train:
             for average, now in zip((mean, variance), found, strict=True):
                 average.value = self.momentum * average.value + (1 - self.momentum) * lax.stop_gradient(now)

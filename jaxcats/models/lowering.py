@@ -54,11 +54,11 @@ def shifted_depthwise(images: jax.Array, kernel: jax.Array, stride: int, pads: P
     window = kernel.shape[0]
     padded = jnp.pad(images, [(0, 0), *pads, (0, 0)])
     wide = jnp.promote_types(images.dtype, jnp.float32)
-    size = tuple((n - window) // stride + 1 for n in padded.shape[1:3])
+    height, width = ((n - window) // stride + 1 for n in padded.shape[1:3])
     total: Any = None
     for row in range(window):
         for column in range(window):
-            term = _window(padded, (row, column), size, (stride, stride)).astype(wide)
+            term = _window(padded, (row, column), (height, width), (stride, stride)).astype(wide)
             term = term * kernel[row, column, 0].astype(wide)
             total = term if total is None else total + term
     return total.astype(images.dtype)
@@ -227,7 +227,7 @@ def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _normalise_forward(x, scale, bias, averages, epsilon):
     x = materialised(x)
-    out = normalise(x, scale, bias, averages, epsilon)
+    out: Any = normalise(x, scale, bias, averages, epsilon)
     return out, (x, scale, averages, *out[1:])
 
 
