@@ -4,7 +4,8 @@
 
 Each row is two calls of benchmark.py, one beside the best PyTorch setting found and one beside what most people write,
 in turns in one call each (A B A B), so that a busy machine slows both alike. The lines that it printed are kept in
---lines and the table is made of them: --only measures some rows again, --render none. On CPU about 40 minutes.
+--lines and the table is made of them: --only measures some rows again, --render none. What
+stands in BENCHMARKS.md from "## Log" on is written by hand, and kept. On CPU about 40 minutes.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+LOG = "\n## Log\n"
 TUNED = "--channels-last --keep-heap"
 # name -> (ours, key, peer's script with its best options, with usual ones, peer's key, less is better)
 ROWS: dict[str, tuple[str, str, str, str, str, bool]] = {}
@@ -192,7 +194,8 @@ def main() -> None:
             if not a.only or a.only in name:
                 kept[name] = measure(name, a)
                 a.lines.write_text(json.dumps(kept, indent=1))
-    a.out.write_text(render([kept[name] for name in ROWS if name in kept], kept["ceiling"]))
+    _, log, written = (a.out.read_text() if a.out.exists() else "").partition(LOG)  # by hand, and kept
+    a.out.write_text(render([kept[name] for name in ROWS if name in kept], kept["ceiling"]) + log + written)
 
 
 if __name__ == "__main__":
