@@ -1,5 +1,7 @@
 """A classifier as a folder that can be shipped: its arrays, its description and a program that needs none of this package."""
 
+import hashlib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcats
+from jaxcats import models
 from jaxcats.core.step import normalise
 from jaxcats.data.preprocess import TRANSFORM_VERSION, Preprocess
 from jaxcats.errors import UserError
+from jaxcats.inputs import source_hash
 from jaxcats.storage import artifact, program
 
 PLATFORMS = ("cpu", "cuda")
@@ -45,9 +49,15 @@ def make_program(model: Any, preprocess: Preprocess, tensors: dict[str, np.ndarr
         preprocess: its size S, mean and std; normalisation is part of the program.
         tensors: as from `flat`, and "temperature"; only their shapes count.
 
+    A network of this package's own is exported once: its program is then kept in the cache folder.
+
     Raises:
         UserError: the network holds an operation that storage/program.py doesn't allow.
     """
+    key = _key(model, preprocess, tensors)
+    kept = key and program.kept(key)
+    if kept:
+        return kept
     prepare = normalise(preprocess.mean, preprocess.std)
 
     def classify(tensors: dict[str, jax.Array], images: jax.Array) -> jax.Array:
@@ -70,7 +80,22 @@ def make_program(model: Any, preprocess: Preprocess, tensors: dict[str, np.ndarr
     except ValueError as error:
         raise UserError(f"{model.name}: this network can't be exported: {error}.") from None
     program.remember(made)
+    if key:
+        program.keep(key, made)
     return made
+
+
+def _key(model: Any, preprocess: Preprocess, tensors: dict[str, np.ndarray]) -> str | None:
+    """Hash of all that decides a program; None for a network from outside this package, whose code may change unseen."""
+    code = source_hash(models.registry.get(model.name))
+    if code is None:
+        return None
+    config: Any = jax.config
+    own = inspect.getsource(make_program) + inspect.getsource(_nested)
+    shapes = sorted((name, x.shape) for name, x in tensors.items())
+    settings = (config.jax_enable_x64, config.jax_default_matmul_precision, PLATFORMS)
+    facts = (code, own, model.name, model.head, model.dtype, model.num_classes, preprocess.to_dict(), shapes, settings)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def write(

@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxcats.compiling import jit
 from jaxcats.data.files import cache_folder
+from jaxcats.storage.atomic import write_bytes
 
 RULES = 1  # raise it when the rules below get stricter: every program is then tried again
 SECONDS = 120
@@ -116,6 +117,23 @@ def remember(program: bytes) -> None:
     with contextlib.suppress(OSError):
         _mark(program).parent.mkdir(parents=True, exist_ok=True)
         _mark(program).touch()
+
+
+def keep(key: str, program: bytes) -> None:
+    """Keeps a program that was checked and remembered, under a key of all that decides it, in the cache folder."""
+    with contextlib.suppress(OSError):
+        write_bytes(cache_folder() / "programs" / f"{key}.stablehlo", hashlib.sha256(program).digest() + program)
+
+
+def kept(key: str) -> bytes | None:
+    """A program kept under this key, whole and remembered as harmless; else None."""
+    try:
+        content = (cache_folder() / "programs" / f"{key}.stablehlo").read_bytes()
+    except OSError:
+        return None
+    digest, program = content[:32], content[32:]
+    whole = hashlib.sha256(program).digest() == digest and _mark(program).exists()
+    return program if whole else None
 
 
 def first_run(program: bytes) -> None:

@@ -1,5 +1,6 @@
 """The artefact: what is written comes back, and nothing damaged or hostile is used."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import safetensors.numpy
 from artefacts import CLASSES, HOW, change, export, replace, weights
 
-from jaxcats import models
+from jaxcats import exporting, models
 from jaxcats.errors import UserError
 from jaxcats.storage import artifact, program
 
@@ -329,3 +330,17 @@ def test_a_program_that_hangs_or_kills_its_process_is_refused(monkeypatch, tmp_p
     monkeypatch.setattr(program, "SECONDS", 1)
     with pytest.raises(ValueError, match=message):
         program.first_run(b"anything")
+
+
+def test_a_network_of_this_package_is_exported_once_and_a_damaged_copy_is_made_again(own_cache, monkeypatch):
+    model = models.create("efficientnet_lite0", 2)
+    tensors = exporting.flat(*weights(model, 0)) | {"temperature": np.float32(1)}
+    made = exporting.make_program(model, HOW, tensors)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.export, "export", None)  # would raise TypeError
+        assert exporting.make_program(model, HOW, tensors) == made
+        with pytest.raises(TypeError):
+            exporting.make_program(model, dataclasses.replace(HOW, mean=(0.1, 0.2, 0.3)), tensors)
+    (kept,) = (own_cache / "programs").glob("*.stablehlo")
+    kept.write_bytes(kept.read_bytes()[:-1] + b"?")
+    assert exporting.make_program(model, HOW, tensors) == made
