@@ -140,6 +140,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that train together; all empty: one process, or what SLURM, Open MPI, Kubernetes or a TPU pod says.
+
+    Args:
+        coordinator: HOST:PORT of the first process, reachable from all.
+        num_processes: how many there are.
+        process_id: which of them this one is, from 0.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides a run.
 
@@ -149,6 +164,7 @@ class Config:
         model: The network
         phases: name -> Phase, run in order; --phases.NAME.FIELD VALUE changes one of the file's.
         checkpoint: Checkpoints
+        distributed: Several processes
         precision: of the arithmetic; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32 always.
         chunk_steps: steps per compiled scan; checkpoints fall on its boundaries.
         feature_batch: pictures per call of the frozen backbone, and in evaluation.
@@ -163,6 +179,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     phases: dict[str, Phase] = field(default_factory=lambda: {"head": Phase(precompute=True)})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     chunk_steps: int = 100
     feature_batch: int = 32
@@ -182,6 +199,9 @@ RESUMABLE = {
     "checkpoint.every_steps",
     "checkpoint.every_epochs",
     "checkpoint.use",
+    "distributed.coordinator",
+    "distributed.num_processes",
+    "distributed.process_id",
     "cache_dir",
     "max_error",
     "export",

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxcats.config import flat
+from jaxcats.core import mesh
 from jaxcats.core.scan import epoch_order
 from jaxcats.core.state import copy
 from jaxcats.errors import RunError
@@ -114,7 +115,7 @@ class Fitter:
         # Once a phase, and one where all layer groups learn alike: each is a program to trace and load.
         lrs = [jax.jit(s) for s in schedules(plan)[: 1 if len(set(phase.lrs)) == 1 else None]]
         # Donation deletes what the caller may still hold, so the driver gets a copy.
-        state = copy(state)
+        state = copy(mesh.everywhere(state))
         while progress.epoch < last_epoch:
             order = epoch_order(n, batch_size=phase.batch_size, seed=self.setup.config.seed, epoch=progress.epoch)
             before = time.perf_counter()

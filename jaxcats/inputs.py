@@ -16,13 +16,13 @@ import PIL
 from jaxcats import models
 from jaxcats.compiling import compiler_options, jit
 from jaxcats.config import Phase
-from jaxcats.core import scan
+from jaxcats.core import mesh, scan
 from jaxcats.core.state import tree_hash
 from jaxcats.core.step import make_eval_step, normalise
 from jaxcats.data import augment, features
 from jaxcats.data.index import Split
 from jaxcats.data.preprocess import TRANSFORM_VERSION, Preprocess
-from jaxcats.errors import RunError
+from jaxcats.errors import RunError, UserError
 from jaxcats.job import Plan, Setup, augmentation, head_on_features
 from jaxcats.storage.log import progress_bar
 
@@ -37,7 +37,33 @@ def picture_batches(
     """Evaluation batches of pictures; the first use of TensorFlow in the process."""
     from jaxcats.data.pipeline import evaluation_batches
 
+    if mesh.several():
+        return shared_batches(split, preprocess=preprocess, batch_size=batch_size, workers=workers, rows=rows)
     return evaluation_batches(split, preprocess=preprocess, batch_size=batch_size, indices=rows, workers=workers)
+
+
+def shared_batches(
+    split: Split, *, preprocess: Preprocess, batch_size: int, workers: int | None, rows: np.ndarray | None = None
+) -> Batches:
+    """The same batches, their size a multiple of the number of devices, with the images of this process's part alone."""
+    rows = np.arange(len(split)) if rows is None else rows
+    size = mesh.up_to_devices(batch_size)
+    order = np.full(-(-len(rows) // size) * size, -1, np.int32)
+    order[: len(rows)] = rows
+    return _with_own_images(split, order.reshape(-1, size), preprocess=preprocess, workers=workers)
+
+
+def _with_own_images(
+    split: Split, order: np.ndarray, *, preprocess: Preprocess, workers: int | None
+) -> Generator[dict[str, np.ndarray], None, None]:
+    from jaxcats.data.pipeline import training_batches
+
+    own = order[:, mesh.own_part(order.shape[1])]
+    read = training_batches(split, preprocess=preprocess, order=own, workers=workers)
+    for all_rows, batch in zip(order, read, strict=True):
+        mask = all_rows >= 0
+        label = np.where(mask, split.labels[all_rows], 0).astype(np.int32)
+        yield {"image": batch["image"], "label": label, "mask": mask, "index": all_rows.copy()}
 
 
 def decoding(setup: Setup) -> dict[str, Any]:
@@ -62,7 +88,7 @@ def feature_program(model: models.Model, preprocess: Preprocess) -> Callable:
         parts = images.reshape(n // part, part, *images.shape[1:])
         return jax.lax.map(lambda x: model.features(params, batch_stats, prepare(x)), parts).reshape(n, -1)
 
-    return jit(features_of)
+    return jit(mesh.each_device(features_of), **mesh.whole_results())
 
 
 def backbone_features(
@@ -86,7 +112,7 @@ def backbone_features(
             for batch in picture_batches(
                 split, preprocess=preprocess, batch_size=batch_size, workers=workers, rows=rows
             ):
-                out = run(*only, batch["image"])
+                out = run(*only, mesh.place_images(batch["image"], len(batch["mask"])))
                 if pending:
                     yield _unmask(*pending)
                 pending = batch, out
@@ -95,7 +121,7 @@ def backbone_features(
                 yield _unmask(*pending)
 
     weights = tree_hash({"params": only[0], "batch_stats": only[1]})
-    shape = jax.ShapeDtypeStruct((batch_size, preprocess.size, preprocess.size, 3), np.uint8)
+    shape = jax.ShapeDtypeStruct((mesh.up_to_devices(batch_size), preprocess.size, preprocess.size, 3), np.uint8)
     facts = {
         "backbone": model.name,
         "head": model.head,
@@ -109,6 +135,8 @@ def backbone_features(
         "compiler": compiler_options(jax.default_backend()),
         "platform": jax.default_backend(),
     }
+    if mesh.several():
+        facts["devices"] = jax.device_count()
     got = features.cached_features(
         split.hashes, facts=facts, width=model.feature_size, compute=compute, cache_dir=cache_dir
     )
@@ -168,7 +196,7 @@ def _unmask(batch: dict[str, np.ndarray], out: jax.Array) -> tuple[np.ndarray, n
 def array_batches(arrays: dict[str, np.ndarray], batch_size: int) -> Batches:
     """Padded and masked evaluation batches of arrays that have a row per picture."""
     n = len(arrays["label"])
-    size = min(batch_size, n)
+    size = mesh.up_to_devices(min(batch_size, n))
     for at in range(0, n, size):
         rows = np.arange(at, at + size)
         mask = rows < n
@@ -191,7 +219,8 @@ def resident(setup: Setup, plan: Plan, feats: np.ndarray | None) -> dict[str, np
     how: dict[str, Any] = decoding(setup) | {"preprocess": source(setup, plan)}
     images = np.zeros((n, how["preprocess"].size, how["preprocess"].size, 3), np.uint8)
     for batch in picture_batches(split, **how):
-        images[batch["index"][batch["mask"]]] = batch["image"][batch["mask"]]
+        image = np.asarray(mesh.gathered(batch["image"], len(batch["mask"])))
+        images[batch["index"][batch["mask"]]] = image[batch["mask"]]
     return arrays | {"image": images}
 
 
@@ -200,6 +229,8 @@ def streamed(setup: Setup, plan: Plan, order: np.ndarray) -> Generator[dict[str,
     from jaxcats.data.pipeline import training_batches
 
     split, workers = setup.index.splits["train"], setup.config.data.workers
+    if mesh.several():
+        return _with_own_images(split, order, preprocess=source(setup, plan), workers=workers)
     return training_batches(split, preprocess=source(setup, plan), order=order, workers=workers)
 
 
@@ -220,7 +251,7 @@ def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: 
         seen += len(rows)
 
     for batch in batches:
-        out, _ = eval_step(params, batch_stats, batch)
+        out, _ = eval_step(params, batch_stats, mesh.place_batch(batch, len(batch["mask"])))
         if pending:
             take(*pending)
         pending = batch, out
@@ -233,12 +264,12 @@ def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: 
 
 @functools.cache  # a notebook judges the same network after every fit: one program for all
 def _eval_program(
-    model: models.Model, backbone: models.Backbone, preprocess: Preprocess, on_features: bool
+    model: models.Model, backbone: models.Backbone, preprocess: Preprocess, on_features: bool, several: bool
 ) -> Callable:
-    """The jitted evaluation step; `backbone` is what the model's name stands for now."""
+    """The jitted evaluation step; `backbone` is what the model's name stands for now, `several` whether devices share it."""
     apply_fn = head_on_features(model) if on_features else model.apply
     step = make_eval_step(apply_fn=apply_fn, preprocess=normalise(preprocess.mean, preprocess.std))
-    return jit(step, convolutions=not on_features)
+    return jit(step, convolutions=not on_features, **mesh.whole_results())
 
 
 class Evaluator:
@@ -256,7 +287,7 @@ class Evaluator:
     ):
         self.split, self.arrays = split, None if feats is None else {"label": split.labels, "features": feats}
         self.decoding = {"preprocess": preprocess, "batch_size": batch_size, "workers": workers}
-        self.step = _eval_program(model, models.registry.get(model.name), preprocess, feats is not None)
+        self.step = _eval_program(model, models.registry.get(model.name), preprocess, feats is not None, mesh.several())
 
     def __call__(self, params: Any, batch_stats: Any) -> np.ndarray:
         batches = (
@@ -268,12 +299,18 @@ class Evaluator:
 def make_driver(setup: Setup, plan: Plan, step: Callable, feats: np.ndarray | None) -> Callable:
     """`(state, order, epoch) -> iterator of (state, metrics [k])` for the phase's driver."""
     if scans(plan.phase):
-        arrays = jax.device_put(resident(setup, plan, feats))
-        scan_steps = jit(scan.make_scan(step), convolutions=feats is None, donate_argnums=0)
+        arrays = mesh.everywhere(resident(setup, plan, feats))
+        scan_steps = jit(scan.make_scan(step), convolutions=feats is None, donate_argnums=0, **mesh.whole_results())
         return lambda state, order, epoch: scan.scan_epoch(
-            scan_steps, state, arrays, order=order, chunk=setup.config.chunk_steps
+            scan_steps, state, arrays, order=order, chunk=setup.config.chunk_steps, place=mesh.place_order
         )
-    jitted = jit(step, convolutions=feats is None, donate_argnums=0)
+    batch = min(plan.phase.batch_size, len(setup.index.splits["train"]))
+    if mesh.several() and batch % jax.device_count():
+        raise UserError(
+            f"phases.{plan.name}.batch_size: a batch of {batch} doesn't divide among {jax.device_count()} devices; "
+            f"make it a multiple of {jax.device_count()}."
+        )
+    jitted = jit(step, convolutions=feats is None, donate_argnums=0, **mesh.whole_results())
     rows = None if feats is None else resident(setup, plan, feats)
 
     def batches(order: np.ndarray) -> Batches:
@@ -281,4 +318,7 @@ def make_driver(setup: Setup, plan: Plan, step: Callable, feats: np.ndarray | No
             return streamed(setup, plan, order)
         return ({k: v[chosen] for k, v in rows.items()} for chosen in order)
 
-    return lambda state, order, epoch: scan.stream_epoch(jitted, state, batches(order))
+    def placed(order: np.ndarray) -> Iterator[dict[str, Any]]:
+        return (mesh.place_batch(batch, order.shape[1]) for batch in batches(order))
+
+    return lambda state, order, epoch: scan.stream_epoch(jitted, state, placed(order))

@@ -20,6 +20,7 @@ from jaxcats.data import augment
 from jaxcats.data.index import FolderIndex, cache_folder
 from jaxcats.data.index import scan as scan_folder
 from jaxcats.data.preprocess import Preprocess
+from jaxcats.distributed import in_turn
 from jaxcats.errors import UserError
 from jaxcats.storage.program import keep_compiled
 
@@ -100,7 +101,7 @@ def setup(config: Config, index: FolderIndex | None = None) -> Setup:
     """Indexes the pictures, unless that is done, and creates the model; no weights yet."""
     cache = start_jax(config)
     create_model(config, 2)  # a backbone's name that doesn't exist is said before any picture is read
-    index = index_pictures(config, cache) if index is None else index
+    index = in_turn(lambda: index_pictures(config, cache)) if index is None else index
     model, preprocess = create_model(config, len(index.classes))
     if len(index.splits["train"]) < 2:
         raise UserError(f"{config.data.root}: has one training picture; training needs two at least.")

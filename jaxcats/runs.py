@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxcats.core import mesh
+from jaxcats.distributed import first
 from jaxcats.errors import UserError
 from jaxcats.find_lr import write_lr_find
 from jaxcats.fit import Fitter, Progress
 from jaxcats.inputs import precompute
 from jaxcats.job import Plan, Setup, abstract_state, check_config, fingerprint, plans
 from jaxcats.storage.checkpoint import Checkpoints
-from jaxcats.storage.log import RunLog
+from jaxcats.storage.log import NoLog, RunLog
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,13 @@ class Trainer(Fitter):
         """All phases, from the latest checkpoint where there is one, else from `initial()` = (params, batch_stats)."""
         point = resume_point(self.setup, self.checkpoints)
         progress, state = point or (Progress(), None)
-        self.log = RunLog(self.workdir, resume_step=progress.step if point else None)
+        self.log = RunLog(self.workdir, resume_step=progress.step if point else None) if first() else NoLog()
         last = plans(self.setup)[-1]
         finished = progress.epoch == last.first_epoch + last.phase.epochs
         if point:
             where = f"step {progress.step:,} (epoch {progress.epoch})"
             self.say(f"Finished already, at {where}; evaluating again." if finished else f"Resuming at {where}.")
-        params, stats = (state.params, state.batch_stats) if state else initial()
+        params, stats = (state.params, state.batch_stats) if state else mesh.everywhere(initial())
         feats, counts = None, {}
         for plan in plans(self.setup)[progress.plan :]:
             if plan.index != progress.plan:
@@ -105,7 +107,8 @@ class Trainer(Fitter):
 
     def found_lr(self, plan: Plan, result: Any) -> None:
         """Keeps lr_find's result in the run folder."""
-        write_lr_find(self.workdir, result, name=f"lr_find_{plan.name}")
+        if first():
+            write_lr_find(self.workdir, result, name=f"lr_find_{plan.name}")
 
     def close(self) -> None:
         """Waits for saves under way and closes the log."""

@@ -1,5 +1,6 @@
 """`python -m jaxcats.train --config FILE [--KEY VALUE ...]`: trains, evaluates, and leaves everything in the run folder."""
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -9,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxcats import distributed
 from jaxcats.cli import flag_value, from_file, parse
 from jaxcats.command import run_command
-from jaxcats.config import Config, flat, to_yaml, training_changes
+from jaxcats.config import Config, DistributedConfig, flat, to_yaml, training_changes
 from jaxcats.errors import UserError
 from jaxcats.judging import BEST_EPOCH, Run
 from jaxcats.outcome import CHOSE, skipped, write_results
@@ -71,7 +73,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
         raise UserError(f"--workdir {folder}: not empty, and not a run folder. Name a new folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(saved, to_yaml(config))
+        write_text(saved, to_yaml(dataclasses.replace(config, distributed=DistributedConfig())))
     except OSError as e:
         raise UserError(f"--workdir {folder}: can't be written ({e.strerror}).") from None
     return folder
@@ -108,6 +110,7 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
     import jax
 
     from jaxcats import job
+    from jaxcats.core import mesh
     from jaxcats.data.findings import counts, findings
     from jaxcats.inputs import Evaluator, decoding
     from jaxcats.runs import Trainer
@@ -117,14 +120,17 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
     setup = job.setup(config)
     seconds["index"] = time.perf_counter() - at
     facts = {"versions": versions(), "fingerprint": job.fingerprint(setup.index), "backend": jax.default_backend()}
-    write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
-    write_json(workdir / "data.json", {"pictures": counts(setup.index), "findings": findings(setup.index)})
+    writes = distributed.first()
+    if writes:
+        write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
+        write_json(workdir / "data.json", {"pictures": counts(setup.index), "findings": findings(setup.index)})
     print(f"Run folder: {workdir}\n{describe(setup)}")
 
     def initial() -> tuple[Any, Any]:
         before = time.perf_counter()
         params, stats, weights = job.initial_params(setup)
-        write_json(workdir / "versions.json", facts | {"weights": weights})
+        if writes:
+            write_json(workdir / "versions.json", facts | {"weights": weights})
         seconds["weights"] = time.perf_counter() - before
         return params, stats
 
@@ -136,6 +142,11 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
         fitted.params, fitted.batch_stats
     )
     seconds |= fitted.seconds | {"evaluate": time.perf_counter() - at}
+    if not writes:
+        return
+    if mesh.several():
+        fitted = dataclasses.replace(fitted, params=mesh.here(fitted.params), batch_stats=mesh.here(fitted.batch_stats))
+        mesh.work_alone()
     best = config.checkpoint.use == "best"
     run = Run(
         folder=workdir,
@@ -228,7 +239,14 @@ def main(argv: Sequence[str]) -> None:
         print(to_yaml(config), end="")
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    folder = open_run(config, options["config"], workdir=options["workdir"], resume=options["resume"])
+    distributed.start(config.distributed)
+    if distributed.many() and not options["workdir"]:
+        raise UserError("--workdir: name the run folder where several processes train; it must be the same for all.")
+    opened = distributed.by_first(
+        lambda: open_run(config, options["config"], workdir=options["workdir"], resume=options["resume"])
+    )
+    folder = opened or Path(options["workdir"])
+    distributed.hush()
     from jaxcats.compiling import keep_heap
 
     keep_heap()

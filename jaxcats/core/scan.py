@@ -37,7 +37,13 @@ def make_scan(step: Callable) -> Callable:
 
 
 def scan_epoch(
-    scan_steps: Callable, state: Any, arrays: dict[str, jax.Array], *, order: np.ndarray, chunk: int
+    scan_steps: Callable,
+    state: Any,
+    arrays: dict[str, jax.Array],
+    *,
+    order: np.ndarray,
+    chunk: int,
+    place: Callable = lambda order: order,
 ) -> Iterator[tuple[Any, Any]]:
     """Drives a jitted `make_scan` over an epoch in chunks of a fixed number of steps; the state is donated by the jit.
 
@@ -48,12 +54,13 @@ def scan_epoch(
         order: int32 [steps, B], the epoch's remaining steps. For the same bits after a resumption they must start at a
             multiple of `chunk`: programs of other lengths may round otherwise.
         chunk: steps per program.
+        place: lays a chunk's order out on the devices.
 
     Yields:
         (state, metrics with a leading axis of the chunk's steps) after each chunk.
     """
     for at in range(0, len(order), chunk):
-        state, metrics = scan_steps(state, arrays, order[at : at + chunk])
+        state, metrics = scan_steps(state, arrays, place(order[at : at + chunk]))
         yield state, metrics
 
 

@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from jaxcats.core import mesh
 from jaxcats.core.state import copy, tree_hash
 from jaxcats.errors import UserError
 
@@ -89,9 +90,9 @@ class Checkpoints:
         return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
 
     def restore(self, step: int, target: Any) -> Any:
-        """The state saved at `step`, with the structure and shapes of `target`, on the first device; verified by its hash."""
+        """The state saved at `step`, with the structure and shapes of `target`, on the first device, or whole on each of several; verified by its hash."""
         # Without a placement Orbax wants the devices that saved it.
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        here = mesh.replicated() if mesh.several() else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
         state = self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
         if tree_hash(state) != self._meta(step)["arrays"]:

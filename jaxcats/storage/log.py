@@ -57,6 +57,16 @@ class RunLog:
         self._board.close()
 
 
+class NoLog:
+    """What a process writes that is not the first of several: nothing."""
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _summary_writer() -> Any:
     """tensorboardX's SummaryWriter, without the second and more that it spends on PyTorch wherever that is installed."""
     hidden = "torch" not in sys.modules

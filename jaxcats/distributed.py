@@ -1,0 +1,108 @@
+"""Several processes that train together: starting them, and who writes.
+
+JAX does the work (jax.distributed): it finds the other processes, checks that they are alive, and ends all when one dies.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxcats.errors import UserError
+
+HEARTBEAT = 30  # seconds without a sign of life before a process counts as dead
+
+# What clusters that JAX can read say about a job of several processes: the variable that holds their number.
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+
+
+def _found_by_jax() -> bool:
+    """Whether the environment is one of several processes that jax.distributed can read by itself."""
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if "," in hosts or ("KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ):
+        return True
+    return any(os.environ.get(name, "1") not in ("", "0", "1") for name in _COUNTS)
+
+
+def start(settings: Any) -> None:
+    """Joins the other processes, where the configuration or the environment names any; before JAX is first used.
+
+    Args:
+        settings: has coordinator, num_processes, process_id; all None: as the environment says.
+
+    Raises:
+        UserError: half of the settings, or the others can't be reached.
+    """
+    given = (settings.coordinator, settings.num_processes, settings.process_id)
+    if all(x is None for x in given):
+        if not _found_by_jax():
+            return
+    elif any(x is None for x in given):
+        raise UserError(
+            "distributed: coordinator, num_processes and process_id belong together; give all three (process_id: 0 to "
+            "num_processes - 1, another one in each process), or none."
+        )
+    elif not 0 <= settings.process_id < settings.num_processes:
+        raise UserError(
+            f"distributed.process_id: {settings.process_id} can't be used; expected 0 to num_processes - 1, "
+            f"which is {settings.num_processes - 1}."
+        )
+    import jax
+
+    try:
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT)
+    except (RuntimeError, ValueError) as error:
+        where = settings.coordinator or "the coordinator that the environment names"
+        raise UserError(f"distributed: can't join the other processes at {where} ({_first_line(error)}).") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def many() -> bool:
+    """Whether this is one of several processes."""
+    import jax
+
+    return jax.process_count() > 1
+
+
+def by_first(work: Callable[[], Any]) -> Any:
+    """What `work` returns, done by the first process alone; None in the others, which wait and stop where it fails."""
+    if not many():
+        return work()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    result = error = None
+    if first():
+        try:
+            result = work()
+        except Exception as caught:  # raised below, when the others know
+            error = caught
+    failed = bool(broadcast_one_to_all(np.int32(error is not None)))
+    if error is not None:
+        raise error
+    if failed:
+        raise UserError("The first process has stopped; it says why.")
+    return result
+
+
+def in_turn(work: Callable[[], Any]) -> Any:
+    """What `work` returns in this process: the first does it before the others, which find its caches filled."""
+    result = by_first(work)
+    return result if first() else work()
+
+
+def hush() -> None:
+    """What a process prints that is not the first goes nowhere; its errors stay."""
+    if not first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for the rest of the process
