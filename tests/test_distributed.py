@@ -1,0 +1,146 @@
+"""One answer on one device, on several, and in several processes; and what happens when one of them dies."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from folders import write_pictures
+
+from jaxcats import distributed
+from jaxcats.errors import UserError
+
+CONFIG = """
+report: false
+model: {backbone: tiny, pretrained: false, head: linear}
+data: {size: 32}
+phases:
+  head: {epochs: 1, precompute: true, batch_size: 8}
+  all: {epochs: 1, lr: [1.0e-3, 1.0e-2, 1.0e-1], freeze: nothing, bn: train, augment: side_on, batch_size: 8}
+"""
+PROGRAM = "import sys, tiny; from jaxcats import train; from jaxcats.command import run_command; sys.exit(run_command(train.main, sys.argv[1:]))"
+
+
+@pytest.fixture
+def place(tmp_path, own_cache) -> Path:
+    write_pictures(tmp_path / "photos", train=32, valid=22)
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def start(place: Path, name: str, *flags: object, devices: int = 1) -> subprocess.Popen:
+    words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / name, *flags]
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
+        "JAX_PLATFORMS": "cpu",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *map(str, words)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(*children: subprocess.Popen, seconds: float = 200) -> list[str]:
+    said = [child.communicate(timeout=seconds)[0] for child in children]
+    assert all(child.returncode == 0 for child in children), said
+    return said
+
+
+def together(place: Path, name: str, n: int, *flags: object) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.num_processes", n]
+    return [start(place, name, *flags, *shared, "--distributed.process_id", i) for i in range(n)]
+
+
+def same(place: Path, one: str, other: str) -> None:
+    from safetensors.numpy import load_file
+
+    a, b = (load_file(place / name / "model" / "model.safetensors") for name in (one, other))
+    for key in a.keys() - {"temperature"}:
+        np.testing.assert_allclose(a[key], b[key], rtol=1e-5, atol=1e-5, err_msg=key)
+    rows = [(place / name / "predictions.csv").read_text().splitlines() for name in (one, other)]
+    assert [r.split(",")[:3] for r in rows[0]] == [r.split(",")[:3] for r in rows[1]]
+    assert len(rows[0]) == 23  # every validation picture once, and the head
+
+
+def test_two_devices_give_the_answer_of_one(place):
+    ended(start(place, "one"))
+    ended(start(place, "two", devices=2))
+    same(place, "one", "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_several_processes_give_the_answer_of_one_and_only_the_first_speaks(place, n):
+    ended(start(place, "one"))
+    first, *others = ended(*together(place, "many", n))
+    same(place, "one", "many")
+    assert "Results:" in first
+    assert not any("Results:" in said or "epoch" in said for said in others)
+
+
+def first_checkpoint(run: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not any(p.name.isdigit() for p in run.glob("checkpoints/*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+LONG = ("--phases.all.epochs", 30)
+
+
+@pytest.mark.slow
+def test_what_two_processes_began_one_goes_on_with(place):
+    ended(start(place, "one", *LONG))
+    children = together(place, "many", 2, *LONG)
+    first_checkpoint(place / "many")
+    for child in children:
+        child.kill()
+        child.communicate()
+    (said,) = ended(start(place, "many", *LONG, "--resume"))
+    assert "Resuming at step" in said
+    same(place, "one", "many")
+
+
+@pytest.mark.slow
+def test_when_one_dies_the_others_end_within_a_minute_and_all_resume(place):
+    ended(start(place, "one", *LONG))
+    children = together(place, "many", 4, *LONG)
+    first_checkpoint(place / "many")
+    children[2].send_signal(signal.SIGKILL)
+    for child in children:
+        child.communicate(timeout=60)
+        assert child.returncode != 0
+    ended(*together(place, "many", 4, *LONG, "--resume"))
+    same(place, "one", "many")
+
+
+def settings(**given):
+    return SimpleNamespace(**({"coordinator": None, "num_processes": None, "process_id": None} | given))
+
+
+def test_half_of_the_settings_and_a_number_out_of_range_are_said():
+    with pytest.raises(UserError, match="belong together"):
+        distributed.start(settings(coordinator="a:1"))
+    with pytest.raises(UserError, match="process_id: 2 can't be used"):
+        distributed.start(settings(coordinator="a:1", num_processes=2, process_id=2))
+
+
+def test_alone_nothing_is_started(monkeypatch):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    distributed.start(settings())
+    assert distributed.first()
+    assert not distributed.many()
