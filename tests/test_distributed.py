@@ -22,7 +22,7 @@ model: {backbone: tiny, pretrained: false, head: linear}
 data: {size: 32}
 phases:
   head: {epochs: 1, precompute: true, batch_size: 8}
-  all: {epochs: 1, lr: [1.0e-3, 1.0e-2, 1.0e-1], freeze: nothing, bn: train, augment: side_on, batch_size: 8}
+  all: {epochs: 1, lr: [1.0e-5, 1.0e-4, 1.0e-3], freeze: nothing, bn: train, augment: side_on, batch_size: 8}
 """
 PROGRAM = "import sys, tiny; from jaxcats import train; from jaxcats.command import run_command; sys.exit(run_command(train.main, sys.argv[1:]))"
 
