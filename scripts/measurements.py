@@ -102,15 +102,14 @@ def random_network(a: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 def spread(a: argparse.Namespace) -> tuple[Callable, Callable]:
     """(put state, put batch) on --devices devices: copies of the one, slices of the other; both do nothing for one."""
     import jax
-    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxcats.core import mesh
 
     if a.devices == 1:
         return lambda tree: tree, lambda tree: tree
-    if len(jax.devices()) < a.devices:
-        sys.exit(f"--devices {a.devices}: there are {len(jax.devices())}.")
-    mesh = jax.sharding.Mesh(jax.devices()[: a.devices], ("data",))
-    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    return lambda tree: jax.device_put(tree, whole), lambda tree: jax.device_put(tree, rows)
+    if jax.device_count() != a.devices:
+        sys.exit(f"--devices {a.devices}: there are {jax.device_count()}.")
+    return lambda tree: jax.device_put(tree, mesh.replicated()), lambda tree: jax.device_put(tree, mesh.by_row())
 
 
 def pictures_on_host(a: argparse.Namespace, size: int) -> Any:

@@ -63,10 +63,10 @@ def render(lines: dict[str, list[dict[str, Any]]]) -> str:
         return table([head, "features", "train step"], [[str(v), f, s] for v, f, s in columns])
 
     pictures = [
-        [f"{line['pictures']:,}", line["what"], rate(line)]
+        [f"{line['pictures']:,}", found[0]["what"], rate(line)]
         for command, found in lines.items()
         if "--scale" in command
-        for line in found
+        for line in found[0]["scale"]
     ]
     parts = [
         f"EfficientNet-Lite0, float32, 224 px and batch 32 unless said; images a second and the process's peak memory.\n"
