@@ -22,7 +22,7 @@ KINDS = {int: "a whole number", float: "a number"}
 
 
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Runs a command; a user's mistake is one line on stderr and exit code 2, a failed run 1, Ctrl-C 130."""
+    """Runs a command; a user's mistake is one line on stderr and exit code 2, a failed run 1, Ctrl-C 130, SIGTERM 143."""
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as e:
@@ -33,11 +33,13 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         return 1
     except OSError as e:  # a folder that may not be read, a full disk: the system's own words
         place = f"{one_line(e.filename)}: " if e.filename else ""
-        print(f"error: {place}{e.strerror or one_line(e)}", file=sys.stderr)
-        return 1 if e.errno == errno.ENOSPC else 2
-    except KeyboardInterrupt:
-        print("stopped by the keyboard.", file=sys.stderr)
-        return 130
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        more = " Make room and run the same again (train: with --resume)." if full else ""
+        print(f"error: {place}{e.strerror or one_line(e)}{'.' * full}{more}", file=sys.stderr)
+        return 1 if full else 2
+    except KeyboardInterrupt as e:
+        print(str(e) or "stopped by the keyboard.", file=sys.stderr)
+        return getattr(e, "code", 130)
     return 0
 
 

@@ -6,12 +6,13 @@ JAX does the work (jax.distributed): it finds the other processes, checks that t
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from jaxcats.errors import UserError
 
+T = TypeVar("T")
 HEARTBEAT = 30  # seconds without a sign of life before a process counts as dead
 
 # What clusters that JAX can read say about a job of several processes: the variable that holds their number.
@@ -76,7 +77,7 @@ def many() -> bool:
     return jax.process_count() > 1
 
 
-def by_first(work: Callable[[], Any]) -> Any:
+def by_first(work: Callable[[], T]) -> T | None:
     """What `work` returns, done by the first process alone; None in the others, which wait and stop where it fails."""
     if not many():
         return work()
@@ -96,10 +97,19 @@ def by_first(work: Callable[[], Any]) -> Any:
     return result
 
 
-def in_turn(work: Callable[[], Any]) -> Any:
+def in_turn(work: Callable[[], T]) -> T:
     """What `work` returns in this process: the first does it before the others, which find its caches filled."""
     result = by_first(work)
-    return result if first() else work()
+    return cast(T, result) if first() else work()
+
+
+def any_of(flags: np.ndarray) -> np.ndarray:
+    """Flags, bool [N], that are set in any of the processes."""
+    if not many():
+        return flags
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.logical_or.reduce(np.asarray(process_allgather(flags)), axis=0)
 
 
 def hush() -> None:

@@ -20,6 +20,7 @@ from jaxcats.inputs import Evaluator, decoding, make_driver
 from jaxcats.job import Plan, Setup, fingerprint, make_phase, schedules
 from jaxcats.results import metrics
 from jaxcats.results.table import Table
+from jaxcats.stopping import Stopping
 from jaxcats.storage.log import progress_bar
 
 SMOOTHING = 0.98  # of the shown training loss, as fastai's
@@ -69,10 +70,12 @@ class Fitter:
         log: `write(rows)`, see RunLog.
         checkpoints: `save(state, meta, metrics=)`, see Checkpoints.
         seconds: by phase and part.
+        stopping: asked after each step whether to save and leave; None: never.
     """
 
     log: Any
     checkpoints: Any
+    stopping: Stopping | None = None
 
     def __init__(
         self,
@@ -98,7 +101,7 @@ class Fitter:
     def run_phase(self, plan: Plan, progress: Progress, state: Any, start: tuple[Any, Any], feats: Any) -> Any:
         """One phase, from where `progress` says; the state at its end."""
         plan = self.settle(plan, progress, start, feats)
-        phase, n = plan.phase, len(self.setup.index.splits["train"])
+        phase = plan.phase
         last_epoch = plan.first_epoch + phase.epochs
         step, create = make_phase(self.setup, plan)
         state = create(*start) if state is None else state
@@ -116,7 +119,16 @@ class Fitter:
         lrs = [jax.jit(s) for s in schedules(plan)[: 1 if len(set(phase.lrs)) == 1 else None]]
         # Donation deletes what the caller may still hold, so the driver gets a copy.
         state = copy(mesh.everywhere(state))
-        while progress.epoch < last_epoch:
+        with self.stopping.patient() if self.stopping else contextlib.nullcontext():
+            state = self.run_epochs(plan, progress, state, (drive, evaluate, lrs))
+        self.table.end()
+        return state
+
+    def run_epochs(self, plan: Plan, progress: Progress, state: Any, parts: tuple[Callable, Callable, list]) -> Any:
+        """A phase's epochs, by (driver, evaluation, schedules); the state at their end."""
+        (drive, evaluate, lrs), phase = parts, plan.phase
+        n = len(self.setup.index.splits["train"])
+        while progress.epoch < plan.first_epoch + phase.epochs:
             order = epoch_order(n, batch_size=phase.batch_size, seed=self.setup.config.seed, epoch=progress.epoch)
             before = time.perf_counter()
             pictures = (len(order) - progress.epoch_step) * order.shape[1]
@@ -126,7 +138,8 @@ class Fitter:
             with self.clock(plan, "evaluate"):
                 logits = evaluate(state.params, state.batch_stats)
             self.end_epoch(plan, progress, state, logits, seconds, pictures / seconds)
-        self.table.end()
+            if self.stopping and self.stopping.signum is not None:
+                raise self.stopping.leave(progress.step)
         return state
 
     def settle(self, plan: Plan, progress: Progress, start: tuple[Any, Any], feats: Any) -> Plan:
@@ -169,10 +182,13 @@ class Fitter:
                 last, progress.step = progress.step, progress.step + done
                 progress.epoch_step += done
                 due = every and progress.step // every > last // every
-                if due and progress.epoch_step < len(order):
+                stop = self.stopping is not None and self.stopping.asked()
+                if (due or stop) and progress.epoch_step < len(order):
                     self.read(plan, progress, pending, lrs, bar)
                     pending = None
                     self.save(plan, progress, state)
+                    if self.stopping and stop:
+                        raise self.stopping.leave(progress.step)
             if pending:
                 self.read(plan, progress, pending, lrs, bar)
         return state
@@ -223,7 +239,8 @@ class Fitter:
         progress.epoch, progress.epoch_step = progress.epoch + 1, 0
         judged = {"errors": float(found["errors"]), "loss": found["log_loss"]}
         done = progress.epoch - plan.first_epoch
-        if done % self.setup.config.checkpoint.every_epochs == 0 or done == plan.phase.epochs:
+        stop = self.stopping is not None and self.stopping.signum is not None
+        if stop or done % self.setup.config.checkpoint.every_epochs == 0 or done == plan.phase.epochs:
             with self.clock(plan, "checkpoint"):
                 self.save(plan, progress, state, judged)
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import PIL
 
-from jaxcats import models
+from jaxcats import distributed, models
 from jaxcats.compiling import compiler_options, jit
 from jaxcats.config import Phase
 from jaxcats.core import mesh, scan
@@ -138,7 +138,12 @@ def backbone_features(
     if mesh.several():
         facts["devices"] = jax.device_count()
     got = features.cached_features(
-        split.hashes, facts=facts, width=model.feature_size, compute=compute, cache_dir=cache_dir
+        split.hashes,
+        facts=facts,
+        width=model.feature_size,
+        compute=compute,
+        cache_dir=cache_dir,
+        agree=distributed.any_of,
     )
     for path in got.damaged:
         print(f"{path}: damaged, removed and computed again.", file=sys.stderr)

@@ -14,6 +14,7 @@ from jaxcats.find_lr import write_lr_find
 from jaxcats.fit import Fitter, Progress
 from jaxcats.inputs import precompute
 from jaxcats.job import Plan, Setup, abstract_state, check_config, fingerprint, plans
+from jaxcats.stopping import Stopping
 from jaxcats.storage.checkpoint import Checkpoints
 from jaxcats.storage.log import NoLog, RunLog
 
@@ -65,11 +66,17 @@ class Trainer(Fitter):
     """Runs the phases of one run folder."""
 
     def __init__(
-        self, setup: Setup, workdir: Path, *, facts: Mapping[str, Any] | None = None, say: Callable[[str], None] = print
+        self,
+        setup: Setup,
+        workdir: Path,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = print,
+        stopping: Stopping | None = None,
     ):
-        """`facts` (versions and the like) are saved with each checkpoint; `say` prints."""
+        """`facts` (versions and the like) are saved with each checkpoint; `say` prints; `stopping` is asked after each step."""
         super().__init__(setup, facts=facts, say=say)
-        self.workdir = workdir
+        self.workdir, self.stopping = workdir, stopping
         self.checkpoints = Checkpoints(workdir / "checkpoints")
 
     def run(self, initial: Callable[[], tuple[Any, Any]]) -> Fitted:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ from jaxcats.config import Config, DistributedConfig, flat, to_yaml, training_ch
 from jaxcats.errors import UserError
 from jaxcats.judging import BEST_EPOCH, Run
 from jaxcats.outcome import CHOSE, skipped, write_results
+from jaxcats.stopping import Stopping
 from jaxcats.storage.atomic import write_json, write_text
+from jaxcats.storage.lock import hold, release
 
 DESCRIPTION = "Trains an image classifier on a folder of pictures and judges it on the validation pictures."
 OPTIONS = {
@@ -56,6 +59,16 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(workdir) if workdir else Path("runs") / f"{Path(name).stem if name else 'train'}-{stamp}"
     saved, checkpoints = folder / "config.yaml", folder / "checkpoints"
+    # A process killed at its very start may have left hidden files only.
+    if folder.is_dir() and not saved.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        raise UserError(f"--workdir {folder}: not empty, and not a run folder. Name a new folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        hold(folder)
+    except OSError as e:
+        raise UserError(f"--workdir {folder}: can't be written ({e.strerror}).") from None
+    for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
+        left.unlink(missing_ok=True)
     # Until there is a checkpoint nothing is lost by starting over, with mended settings too.
     begun = checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
     if begun and not resume:
@@ -69,10 +82,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
                 f"--resume: the run in {folder} was started with other settings ({'; '.join(changed)}). "
                 f"Resume without them, or use another --workdir."
             )
-    elif folder.is_dir() and any(folder.iterdir()) and not saved.exists():
-        raise UserError(f"--workdir {folder}: not empty, and not a run folder. Name a new folder.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(saved, to_yaml(dataclasses.replace(config, distributed=DistributedConfig())))
     except OSError as e:
         raise UserError(f"--workdir {folder}: can't be written ({e.strerror}).") from None
@@ -105,8 +115,8 @@ def describe(setup: Any) -> str:
     return "\n".join(lines)
 
 
-def train(config: Config, workdir: Path, *, started: float) -> None:
-    """Runs everything that a Config says, into a run folder."""
+def train(config: Config, workdir: Path, *, started: float, stopping: Stopping | None = None) -> None:
+    """Runs everything that a Config says, into a run folder; see Trainer for `stopping`."""
     import jax
 
     from jaxcats import job
@@ -134,7 +144,7 @@ def train(config: Config, workdir: Path, *, started: float) -> None:
         seconds["weights"] = time.perf_counter() - before
         return params, stats
 
-    with Trainer(setup, workdir, facts=facts) as trainer:
+    with Trainer(setup, workdir, facts=facts, stopping=stopping) as trainer:
         fitted = trainer.run(initial)
     at = time.perf_counter()
     valid = setup.index.splits["valid"]
@@ -250,11 +260,16 @@ def main(argv: Sequence[str]) -> None:
     from jaxcats.compiling import keep_heap
 
     keep_heap()
+    stopping = Stopping()
     try:
-        train(config, folder, started=started)
+        with stopping.listen():
+            train(config, folder, started=started, stopping=stopping)
     except KeyboardInterrupt:
-        print(f"To go on from the last checkpoint: train --resume --workdir {folder}", file=sys.stderr)
+        again = shlex.join(["python", "-m", "jaxcats.train", "--resume", "--workdir", str(folder)])
+        print(f"To go on from the last checkpoint: {again}", file=sys.stderr)
         raise
+    finally:
+        release(folder)
 
 
 if __name__ == "__main__":

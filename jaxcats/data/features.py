@@ -70,6 +70,7 @@ def cached_features(
     width: int,
     compute: Callable[[np.ndarray], Iterator[tuple[np.ndarray, np.ndarray]]],
     cache_dir: Path,
+    agree: Callable[[np.ndarray], np.ndarray] = lambda lacking: lacking,
 ) -> Cached:
     """Features of pictures, from the cache where their content is known.
 
@@ -78,6 +79,8 @@ def cached_features(
         facts: everything else the features depend on; their JSON names the cache folder.
         width: F.
         compute: rows to compute, int [M] -> iterator of (rows [m], features float32 [m, F]).
+        agree: from which rows are not cached here (bool [N]) to which are to be computed, the same in every process
+            that computes with this one.
         cache_dir: parent of the cache folders. When it can't be written, the features are used and not kept.
     """
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
@@ -87,8 +90,9 @@ def cached_features(
     for row, h in enumerate(hashes):
         if h in known:
             features[row] = known[h]
+    lacking = agree(np.array([h not in known for h in hashes], bool))
     # Equal pictures are computed once.
-    first = {h: row for row, h in reversed(list(enumerate(hashes))) if h not in known}
+    first = {h: row for row, h in reversed(list(enumerate(hashes))) if lacking[row]}
     missing = np.asarray(sorted(first.values()), np.int64)
     if len(missing):
         unsaved: list[int] = []
@@ -111,4 +115,4 @@ def cached_features(
         for row, h in enumerate(hashes):
             if h in first:
                 features[row] = features[first[h]]
-    return Cached(features, sum(h in known for h in hashes), len(missing), tuple(damaged))
+    return Cached(features, len(hashes) - int(lacking.sum()), len(missing), tuple(damaged))

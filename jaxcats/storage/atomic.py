@@ -7,8 +7,16 @@ from typing import Any
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, and its folder where missing; raises OSError and leaves nothing behind then."""
+    """Writes a file, and its folder where missing; raises OSError and leaves nothing behind then.
+
+    A link stays one: what it points to is replaced. A device or a pipe is written to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)

@@ -1,0 +1,75 @@
+"""Being asked to end: SIGTERM and Ctrl-C finish the step, save, and leave; a second one leaves at once."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from jaxcats import distributed
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised where a process that was asked to end leaves; `code` is its exit code, 128 + the signal's number."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message or f"stopped by {'the keyboard' if signum == signal.SIGINT else 'SIGTERM'}.")
+        self.code = 128 + signum
+
+
+class Stopping:
+    """Turns signals into a question that the training loop asks after each step.
+
+    Outside `patient` a signal raises Stopped where the process is. Of several processes each may be asked, at different
+    steps; JAX's preemption service makes all of them stop at the same one.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._patient = False
+        self._questions = 0
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Handles SIGINT and SIGTERM for the length of a `with` block; of several processes JAX has SIGTERM."""
+        if threading.current_thread() is not threading.main_thread():  # Python hands signals to the main thread alone
+            yield
+            return
+        signals = [signal.SIGINT, *[signal.SIGTERM] * (not distributed.many())]
+        before = {s: signal.signal(s, self._asked) for s in signals}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _asked(self, signum: int, frame: Any) -> None:
+        if not self._patient or self.signum is not None or (distributed.many() and signum == signal.SIGINT):
+            raise Stopped(signum)
+        self.signum = signum
+        print("\nStopping after this step; once more, and it stops at once.", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """While epochs run: a signal waits for `asked`."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    def asked(self) -> bool:
+        """Whether to save and leave, after a step; every process must ask equally often."""
+        if self.signum is None and distributed.many():
+            from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+            self._questions += 1
+            if reached_preemption_sync_point(self._questions):
+                self.signum = signal.SIGTERM
+        return self.signum is not None
+
+    def leave(self, step: int) -> Stopped:
+        """What to raise once the checkpoint of `step` is saved."""
+        assert self.signum is not None
+        return Stopped(self.signum, f"stopped as asked, at step {step:,}, which is saved.")

@@ -1,0 +1,127 @@
+"""A run that is asked to end, a run folder that two want, and files that are links or devices."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from folders import write_pictures
+
+from jaxcats.errors import UserError
+from jaxcats.stopping import Stopped, Stopping
+from jaxcats.storage import lock
+from jaxcats.storage.atomic import write_text
+
+CONFIG = """
+report: false
+export: false
+model: {backbone: tiny, pretrained: false, head: linear}
+data: {size: 32}
+checkpoint: {every_epochs: 100}
+phases:
+  all: {epochs: 40, lr: 1.0e-3, freeze: nothing, bn: train, augment: flip, batch_size: 8}
+"""
+PROGRAM = "import sys, tiny; from jaxcats import train; from jaxcats.command import run_command; sys.exit(run_command(train.main, sys.argv[1:]))"
+
+
+@pytest.fixture
+def place(tmp_path, own_cache) -> Path:
+    write_pictures(tmp_path / "photos", train=32, valid=10)
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def start(place: Path, name: str, *flags: str) -> subprocess.Popen:
+    words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / name, *flags]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *map(str, words)],
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until_training(place: Path, name: str, child: subprocess.Popen) -> None:
+    log, deadline = place / name / "metrics.jsonl", time.monotonic() + 100
+    while not (log.exists() and log.stat().st_size):
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("signum", "driver"),
+    [(signal.SIGTERM, "scan"), pytest.param(signal.SIGINT, "stream", marks=pytest.mark.slow)],
+)
+def test_a_run_asked_to_end_saves_says_how_to_go_on_and_goes_on_to_the_bit(place, signum, driver):
+    how = "--phases.all.driver", driver
+    first = start(place, "run", *how)
+    until_training(place, "run", first)
+    with pytest.raises(UserError, match=f"process {first.pid} on .* is training in it now"):
+        lock.hold(place / "run")
+    first.send_signal(signum)
+    said = first.communicate(timeout=100)[1]
+    assert first.returncode == 128 + signum, said
+    assert "which is saved." in said
+    assert f"To go on from the last checkpoint: python -m jaxcats.train --resume --workdir {place / 'run'}" in said
+    assert "Traceback" not in said
+    again = start(place, "run", "--resume", *how)
+    out, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
+    assert "Resuming at step" in out
+    whole = start(place, "whole", *how)
+    assert "errors of" in whole.communicate(timeout=200)[0]
+    assert (place / "run" / "predictions.csv").read_bytes() == (place / "whole" / "predictions.csv").read_bytes()
+    assert losses(place / "run") == losses(place / "whole")
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in rows if "loss" in r]
+
+
+def test_a_second_signal_or_one_outside_the_steps_ends_at_once():
+    stopping = Stopping()
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping.listen():
+        with pytest.raises(Stopped) as caught:
+            signal.raise_signal(signal.SIGTERM)
+        assert caught.value.code == 143
+        with stopping.patient():
+            assert not stopping.asked()
+            signal.raise_signal(signal.SIGINT)
+            assert stopping.asked()
+            assert "step 7, which is saved" in str(stopping.leave(7))
+            with pytest.raises(Stopped, match="by the keyboard"):
+                signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_folder_is_one_process_s_and_free_when_it_ends(tmp_path):
+    with (tmp_path / lock.NAME).open("w+") as other:
+        other.write("process 7 on elsewhere")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="process 7 on elsewhere is training in it now"):
+            lock.hold(tmp_path)
+    lock.hold(tmp_path)
+    lock.hold(tmp_path)  # this process's own
+    lock.release(tmp_path)
+
+
+def test_links_stay_links_and_devices_stay_devices(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "there" / "a.txt")
+    write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "there" / "a.txt").read_text() == "new"
+    write_text(Path(os.devnull), "gone")
+    assert not Path(os.devnull).is_file()
