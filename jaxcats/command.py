@@ -17,14 +17,16 @@ COMMANDS = {
     "compare": "compare two runs on the same pictures",
     "export": "write a run's classifier as a folder that can be shipped",
     "predict": "judge pictures with an exported classifier",
+    "doctor": "examine a folder of pictures: bad files, duplicates, leaks",
+    "weights": "list, fetch, check and convert pretrained weights",
 }
 KINDS = {int: "a whole number", float: "a number"}
 
 
-def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake is one line on stderr and exit code 2, a failed run 1, Ctrl-C 130, SIGTERM 143."""
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:
         print(f"error: {one_line(e)}", file=sys.stderr)
         return 2
@@ -40,7 +42,6 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     except KeyboardInterrupt as e:
         print(str(e) or "stopped by the keyboard.", file=sys.stderr)
         return getattr(e, "code", 130)
-    return 0
 
 
 def one_line(message: Any) -> str:

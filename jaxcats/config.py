@@ -15,6 +15,21 @@ GROUPS = 3  # every backbone has three layer groups: early, late, head
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a table of labels.
+
+    Args:
+        path: pictures, relative to data.root.
+        label: their classes.
+        split: train, valid or test; such a column may be missing.
+    """
+
+    path: str = "path"
+    label: str = "label"
+    split: str = "split"
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the pictures are and how they become arrays.
 
@@ -22,7 +37,11 @@ class DataConfig:
         root: folder that holds train/ and valid/ (or val/, validation/) with a folder per class; or a folder of class folders, with valid_fraction.
         size: side of the square input in pixels; empty: the size the weights were trained with.
         policy: lesson: shorter side to size, centre crop; weights: shorter side to size / crop fraction, centre crop.
-        valid_fraction: share of each class set aside for validation when there is no valid/ folder.
+        labels: folders: a folder per class; parent: the folder that a picture lies in, at any depth; a regular expression with (?P<label>...) on the path; or a .csv, .tsv or .parquet file.
+        columns: of that file.
+        valid_fraction: share of each class set aside for validation when neither a valid/ folder nor the table says it.
+        test_fraction: share set aside likewise for a test split, which only evaluate --split test looks at.
+        group: pictures that stay together when they are set aside: a regular expression with (?P<group>...) on the path, or a column of the table.
         manifest: file that records the split made by valid_fraction; empty: in the cache folder.
         on_bad_file: what to do with a picture that can't be decoded.
         workers: threads that decode; empty: one per processor.
@@ -32,7 +51,11 @@ class DataConfig:
     root: str = "data/dogscats"
     size: int | None = None
     policy: Literal["lesson", "weights"] = "lesson"
+    labels: str = "folders"
+    columns: Columns = field(default_factory=Columns)
     valid_fraction: float | None = None
+    test_fraction: float | None = None
+    group: str | None = None
     manifest: str | None = None
     on_bad_file: Literal["skip", "fail"] = "skip"
     workers: int | None = None
@@ -44,10 +67,10 @@ class ModelConfig:
     """The network.
 
     Args:
-        backbone: resnet18, resnet34, resnet50 or efficientnet_lite0, or a name registered by your own code.
+        backbone: resnet18, resnet34, resnet50, resnet101, resnet152 or efficientnet_lite0, or a name registered by your own code.
         head: lesson: concat pool, BN, dropout, 512, BN, dropout, classes; linear: average pool and one dense layer.
         pretrained: false starts from random weights.
-        weights: a .safetensors, .pth or .npz file, hf:OWNER/REPO/FILE or package:MODULE/FILE; empty: the backbone's own source.
+        weights: a name that `jaxcats weights list` gives, a .safetensors, .pth or .npz file, hf:OWNER/REPO/FILE or package:MODULE/FILE; empty: the backbone's own.
     """
 
     backbone: str = "resnet34"
@@ -189,26 +212,6 @@ class Config:
     report: bool = True
 
 
-# These may change between a run and its resumption: they don't change what is computed.
-RESUMABLE = {
-    "data.root",  # the pictures themselves are compared
-    "data.manifest",
-    "data.workers",
-    "data.rehash",
-    "data.on_bad_file",
-    "checkpoint.every_steps",
-    "checkpoint.every_epochs",
-    "checkpoint.use",
-    "distributed.coordinator",
-    "distributed.num_processes",
-    "distributed.process_id",
-    "cache_dir",
-    "max_error",
-    "export",
-    "report",
-}
-
-
 def field_types(cls: type) -> dict[str, Any]:
     """Field name -> type of a dataclass."""
     return typing.get_type_hints(cls)
@@ -294,22 +297,3 @@ def flat(config: Config) -> dict[str, Any]:
         return out
 
     return walk(to_tree(config), "")
-
-
-def training_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two `flat` Configs in fields that decide the result: 'key: old -> new' each."""
-    names = [list(dict.fromkeys(k.split(".")[1] for k in side if k.startswith("phases."))) for side in (old, new)]
-    found = [] if names[0] == names[1] else [f"phases: {', '.join(names[0])} -> {', '.join(names[1])}"]
-    for key in dict.fromkeys([*old, *new]):
-        before, after = (side.get(key, _default(key)) for side in (old, new))
-        if key not in RESUMABLE and before != after:
-            found.append(f"{key}: {before!r} -> {after!r}")
-    return found
-
-
-def _default(key: str) -> Any:
-    """What a field is where a record, of an older version perhaps, doesn't have it."""
-    section, _, name = key.rpartition(".")
-    if section.startswith("phases."):
-        return getattr(Phase(), name, None)
-    return flat(Config()).get(key)

@@ -1,4 +1,4 @@
-"""`python -m jaxcats.evaluate --run runs/x [--data FOLDER | --split train]`: exact evaluation, and likely label errors."""
+"""`python -m jaxcats.evaluate --run runs/x [--data FOLDER | --split test | --split train]`: exact evaluation, and likely label errors."""
 
 import sys
 import time
@@ -31,9 +31,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "another folder: class folders, or pictures without labels (default: the run's validation pictures)",
     },
     "split": {
-        "choices": ["valid", "train"],
+        "choices": ["valid", "test", "train"],
         "default": "valid",
-        "help": "train: rank likely label errors of the run's pictures, in suspects.csv and a gallery",
+        "help": "test: judge the run's test pictures, which nothing else looks at; train: rank likely label errors of the "
+        "run's pictures, in suspects.csv and a gallery",
     },
     "checkpoint": {"help": "last, best or a step (default: what the run's config says)"},
     "unlabelled": {"action": "store_true", "help": "the folders in --data are no classes: predictions only"},
@@ -66,14 +67,35 @@ def read_options(argv: Sequence[str]) -> Any:
         raise UserError(f"--max_error {options.max_error}: can't be used; expected 0 < x < 1.")
     if options.split == "train" and (options.data or options.unlabelled or options.tta):
         raise UserError("--split train: looks at the run's own pictures; leave --data, --unlabelled and --tta out.")
+    if options.split == "test" and (options.data or options.unlabelled):
+        raise UserError("--split test: judges the run's own test pictures; leave --data and --unlabelled out.")
     return options
 
 
-def results_folder(run: Path, data: str | None, out: str | None) -> Path:
-    """Where an evaluation goes: `out`; else the run folder, or a folder in it named after the other data."""
+def results_folder(run: Path, data: str | None, split: str, out: str | None) -> Path:
+    """Where an evaluation goes: `out`; else the run folder, or a folder in it named after the other data or the test split."""
     if out:
         return Path(out)
-    return run / "evaluations" / "_".join(Path(data).expanduser().absolute().parts[-2:]) if data else run
+    name = "_".join(Path(data).expanduser().absolute().parts[-2:]) if data else "test" if split == "test" else ""
+    return run / "evaluations" / name if name else run
+
+
+def pictures_of(run: Run, options: Any) -> tuple[Any, Sequence[Any]]:
+    """The split to judge, and the files left out."""
+    if options.data:
+        return other_pictures(run, options.data, unlabelled=options.unlabelled)
+    index = own_pictures(run)
+    if options.split == "test" and index.test is None:
+        raise UserError(
+            f"--split test: {run.config.data.root} has no test pictures; they come from test/ with the class folders of "
+            f"train/, from data.test_fraction, or from a table's split column."
+        )
+    if options.split == "test":
+        print(
+            "Test pictures: neither training nor a choice has seen them. The more often you look, the less that holds."
+        )
+        return index.test, [b for b in index.bad if b.path.startswith("test/")]
+    return index.splits["valid"], [b for b in index.bad if not b.path.startswith(("train/", "test/"))]
 
 
 def look_for_suspects(run: Run, folder: Path) -> None:
@@ -102,18 +124,15 @@ def main(argv: Sequence[str]) -> None:
     options = read_options(argv)
     run = load_run(Path(options.run), options.checkpoint)
     loaded = time.perf_counter()
-    folder = results_folder(run.folder, options.data, options.out)
+    folder = results_folder(run.folder, options.data, options.split, options.out)
     if options.split == "train":
         look_for_suspects(run, folder)
         return
-    if options.data:
-        split, bad = other_pictures(run, options.data, unlabelled=options.unlabelled)
-    else:
-        index = own_pictures(run)
-        split, bad = index.splits["valid"], [b for b in index.bad if not b.path.startswith("train/")]
+    split, bad = pictures_of(run, options)
+    other = bool(options.data) or options.split == "test"  # than those that training was judged on
     for line in skipped(bad):
         print(line)
-    seen = seen_before(run, split) if options.data else {}
+    seen = seen_before(run, split) if other else {}
     for name, count in seen.items():
         print(f"Among these pictures {count:,} of the run's own {name} pictures were found: the result flatters.")
     indexed = time.perf_counter()
@@ -126,6 +145,7 @@ def main(argv: Sequence[str]) -> None:
     before = earlier(folder, run, bool(n))
     facts = before | {
         "data": options.data or run.config.data.root,
+        **({"split": "test"} if options.split == "test" else {}),
         "checkpoint": run.checkpoint,
         "bad_files": len(bad),
         "seen_before": seen,
@@ -145,8 +165,8 @@ def main(argv: Sequence[str]) -> None:
         logits=logits,
         facts=facts,
         max_error=options.max_error or run.config.max_error,
-        calibration=calibration_of(run) if options.data else None,
-        chose=CHOSE if run.checkpoint["valid_used_for"] and not options.data else "",
+        calibration=calibration_of(run) if other else None,
+        chose=CHOSE if run.checkpoint["valid_used_for"] and not other else "",
     )
     if "tta" in facts:
         print(

@@ -234,6 +234,8 @@ class Fitter:
             "seconds": seconds,
             "images_per_second": rate,
         }
+        if own := self.setup.own.measure(logits, self.setup.index.splits["valid"].labels):
+            row["metrics"] = own
         self.table.add(row)
         self.log.write([row])
         progress.epoch, progress.epoch_step = progress.epoch + 1, 0

@@ -3,14 +3,14 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 
 from jaxcats import models
-from jaxcats.config import Config, Phase, flat, training_changes
+from jaxcats.config import Config, Phase, flat
 from jaxcats.core import optim
 from jaxcats.core import state as states
 from jaxcats.core.schedules import Schedule, one_cycle_momentum
@@ -22,6 +22,8 @@ from jaxcats.data.index import scan as scan_folder
 from jaxcats.data.preprocess import Preprocess
 from jaxcats.distributed import in_turn
 from jaxcats.errors import UserError
+from jaxcats.own import Own
+from jaxcats.resumption import training_changes
 from jaxcats.storage.program import keep_compiled
 
 
@@ -34,6 +36,7 @@ class Setup:
     model: models.Model
     preprocess: Preprocess
     cache: Path
+    own: Own = field(default_factory=Own)
 
 
 def fingerprint(index: FolderIndex) -> str:
@@ -92,20 +95,23 @@ def create_model(config: Config, num_classes: int, *, dtype: str | None = None) 
     if dtype is None:
         auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         dtype = auto if config.precision == "auto" else config.precision
-    model = models.create(config.model.backbone, num_classes, head=config.model.head, dtype=cast(models.Dtype, dtype))
+    how: dict[str, Any] = {"head": config.model.head, "dtype": dtype, "weights": config.model.weights}
+    model = models.create(config.model.backbone, num_classes, **how)
     size = config.data.size or model.preprocess.size
     return model, dataclasses.replace(model.preprocess, size=size, policy=config.data.policy)
 
 
-def setup(config: Config, index: FolderIndex | None = None) -> Setup:
-    """Indexes the pictures, unless that is done, and creates the model; no weights yet."""
+def setup(config: Config, index: FolderIndex | None = None, *, own: Own | None = None) -> Setup:
+    """Indexes the pictures, unless that is done, and creates the model; no weights yet. `own`: functions of one's own."""
     cache = start_jax(config)
     create_model(config, 2)  # a backbone's name that doesn't exist is said before any picture is read
     index = in_turn(lambda: index_pictures(config, cache)) if index is None else index
     model, preprocess = create_model(config, len(index.classes))
     if len(index.splits["train"]) < 2:
         raise UserError(f"{config.data.root}: has one training picture; training needs two at least.")
-    return Setup(config, index, model, preprocess, cache)
+    own = own or Own()
+    own.check(config, classes=len(index.classes), size=preprocess.size)
+    return Setup(config, index, model, preprocess, cache, own)
 
 
 def index_pictures(config: Config, cache: Path) -> FolderIndex:
@@ -113,7 +119,11 @@ def index_pictures(config: Config, cache: Path) -> FolderIndex:
     d = config.data
     return scan_folder(
         d.root,
+        labels=d.labels,
+        columns=vars(d.columns),
+        group=d.group,
         valid_fraction=d.valid_fraction,
+        test_fraction=d.test_fraction,
         seed=config.seed,
         on_bad_file=d.on_bad_file,
         cache_dir=cache,
@@ -215,6 +225,16 @@ def augment_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, name_number("augment"))
 
 
+def change(setup: Setup, phase: Phase, key: jax.Array) -> Callable | None:
+    """What a phase does to its pictures, in a train step: its `augment`, then a function of one's own; None: nothing."""
+    how, own = augmentation(phase), setup.own.augment
+    preset = how and augment.make_augment(how, key=augment_key(key), size=setup.preprocess.size)
+    if own is None or phase.precompute:
+        return preset
+    each = augment.each_picture(own, key=jax.random.fold_in(augment_key(key), name_number("own")))
+    return each if preset is None else lambda images, *which: each(preset(images, *which), *which)
+
+
 def make_phase(
     setup: Setup,
     plan: Plan,
@@ -235,15 +255,13 @@ def make_phase(
     phase, model = plan.phase, setup.model
     tx, trainable = make_optimizer(model, plan, rates=rates, params=params)
     key = jax.random.key(setup.config.seed) if key is None else key
-    how = augmentation(phase)
-    size = setup.preprocess.size
     step = make_train_step(
         apply_fn=head_on_features(model) if phase.precompute else model.apply,
         tx=tx,
-        loss_fn=smoothed_cross_entropy(phase.label_smoothing),
+        loss_fn=setup.own.loss_fn or smoothed_cross_entropy(phase.label_smoothing),
         trainable=trainable,
         preprocess=normalise(setup.preprocess.mean, setup.preprocess.std),
-        augment=how and augment.make_augment(how, key=augment_key(key), size=size),
+        augment=change(setup, phase, key),
         key=jax.random.fold_in(key, name_number("dropout")),
         epoch_of=lambda step: plan.first_epoch + (step - plan.first_step) // plan.steps_per_epoch,
         bn_train=phase.bn == "train",

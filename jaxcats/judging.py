@@ -108,6 +108,7 @@ def load_run(run: Path, which: str | None = None) -> Run:
     checkpoints.close()
     chosen = use == "best" or meta.get("kept_best", False)  # kept_best: by Learner.fit(keep="best")
     facts = {"use": use, "step": step, "valid_used_for": BEST_EPOCH if chosen else []}
+    facts |= {"own": meta["own"]} if "own" in meta else {}  # see own.Own
     return Run(
         folder=run,
         config=config,
@@ -153,6 +154,7 @@ def other_pictures(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[
     """(split, bad files) of a labelled or unlabelled folder."""
     from jaxcats import job
     from jaxcats.data import index
+    from jaxcats.data.label_rule import way
 
     d = run.config.data
     options = {
@@ -162,9 +164,13 @@ def other_pictures(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[
         "rehash": d.rehash,
     }
     top = Path(folder).expanduser()
-    if not unlabelled and any(p.is_dir() and not p.name.startswith(".") for p in top.glob("*")):
+    # A table names the pictures of one folder only.
+    labels = "folders" if way(d.labels) == "table" else d.labels
+    if not unlabelled and (
+        labels != "folders" or any(p.is_dir() and not p.name.startswith(".") for p in top.glob("*"))
+    ):
         try:
-            return index.scan_labelled(top, classes=run.classes, **options)
+            return index.scan_labelled(top, classes=run.classes, labels=labels, **options)
         except UserError as e:
-            raise UserError(f"{e}. If the folders in it are no classes, add --unlabelled.") from None
+            raise UserError(f"{e}. If its pictures have no labels, add --unlabelled.") from None
     return index.scan_unlabelled(top, **options)

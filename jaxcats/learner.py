@@ -16,7 +16,7 @@ from jaxcats.fit import Fitter, Progress
 from jaxcats.inputs import precompute
 from jaxcats.learner_data import ImageClassifierData
 from jaxcats.learner_judgement import Judgement
-from jaxcats.learner_options import LR, phase_of
+from jaxcats.learner_options import LR, own_of, phase_of
 from jaxcats.learner_state import Keeper, load_state, save_state
 from jaxcats.learner_views import Sched
 from jaxcats.results import metrics
@@ -62,6 +62,7 @@ class Learner(Judgement):
         self._precompute, self._state, self._kept_best = False, None, False
         self._features: dict[str, np.ndarray] | None = None
         self._answers: dict[str, np.ndarray] = {}
+        self._own: dict[str, dict[str, str]] = {}  # by fit: names of the user's functions
 
     @classmethod
     def pretrained(
@@ -80,10 +81,11 @@ class Learner(Judgement):
         """A network with pretrained weights, frozen, under a fresh head for the classes of `data`.
 
         Args:
-            backbone: resnet18, resnet34, resnet50, efficientnet_lite0, or a registered name.
+            backbone: resnet18, resnet34, resnet50, resnet101, resnet152, efficientnet_lite0, or a registered name.
             data: from `ImageClassifierData.from_paths`.
             precompute: train the head on features computed once; augmentation has no effect then.
-            weights: a .safetensors, .pth or .npz file, hf:OWNER/REPO/FILE or package:MODULE/FILE; None: the backbone's own.
+            weights: a name that `jaxcats weights list` gives, a .safetensors, .pth or .npz file, hf:OWNER/REPO/FILE or
+                package:MODULE/FILE; None: the backbone's own.
             head: lesson (pooling, BN, dropout, 512, BN, dropout, classes) or linear.
             bn: what the backbone's BatchNorms do in training: run on stored averages, or on the batch's statistics.
             pretrained: False starts from random weights.
@@ -134,7 +136,8 @@ class Learner(Judgement):
                 is 1 + 2 + 4 epochs.
             keep: what stays: the last epoch, or the best (fewest validation errors, then the lowest loss).
             **options: further fields of jaxcats.Phase: optimizer, momentum, weight_decay, schedule, batch_size,
-                label_smoothing, clip, accumulate, driver, ...
+                label_smoothing, clip, accumulate, driver, ...; and functions of your own, `loss_fn`, `augment` and
+                `metrics`, see jaxcats.own.Own.
 
         Raises:
             UserError: values that can't be used.
@@ -208,10 +211,13 @@ class Learner(Judgement):
     ) -> tuple[job.Plan, Any, Any, dict[str, np.ndarray] | None]:
         """The plan of the next phase, the weights it starts from, and features where it trains on them."""
         now = {"batch_size": self.data.batch_size, "freeze": self._freeze, "bn": self._bn}
+        own, options = own_of(options)
         phase = phase_of(fixed, options, now | {"precompute": self._precompute, "augment": self.data.augment})
         name = f"fit{len(self._phases) + 1}"
         config = dataclasses.replace(self._setup.config, phases={**self._phases, name: phase})
-        self._setup = dataclasses.replace(self._setup, config=validate(config))
+        alone = validate(dataclasses.replace(config, phases={name: phase}))
+        own.check(alone, classes=len(self.data.classes), size=self._setup.preprocess.size)
+        self._setup = dataclasses.replace(self._setup, config=validate(config), own=own)
         plan = job.plans(self._setup)[-1]
         plan = dataclasses.replace(plan, first_step=self._progress.step, first_epoch=self._progress.epoch)
         return plan, self.params, self.batch_stats, self._computed() if phase.precompute else None
@@ -234,6 +240,7 @@ class Learner(Judgement):
                     f"Kept epoch {keeper.row['epoch']}, the best: {result}; chosen on these pictures, so it flatters."
                 )
         self._phases[plan.name] = plan.phase
+        self._own |= self._setup.own.names(dataclasses.replace(self._setup.config, phases={plan.name: plan.phase}))
         self._progress, self.history = progress, [*self.history, *keeper.epochs]
         self._kept_best = self._kept_best or keep == "best"
         self.sched = Sched(rows=keeper.rows, momentum=job.momentum(plan), first_step=plan.first_step)
@@ -293,13 +300,13 @@ class Learner(Judgement):
 
     @property
     def config(self) -> Config:
-        """What was done so far, as a configuration: `train` does the same from it, but for `keep="best"`."""
+        """What was done so far, as a configuration: `train` does the same from it, but for `keep="best"` and functions of your own."""
         return dataclasses.replace(self._setup.config, phases=self._phases or {"fit1": Phase()})
 
     def save(self, name: str) -> Path:
         """Writes the state as a run folder `workdir/name`, which `load` and `python -m jaxcats.evaluate --run` read."""
         setup = dataclasses.replace(self._setup, config=self.config)
-        notes = {"history": self.history, "kept_best": self._kept_best}
+        notes = {"history": self.history, "kept_best": self._kept_best, "own": self._own}
         weights = (self.params, self.batch_stats)
         return save_state(self.workdir / name, setup, self._state, self._progress, weights, notes)
 
@@ -310,5 +317,5 @@ class Learner(Judgement):
             UserError: it isn't there, isn't finished, or is of another network or other classes.
         """
         state, self._progress, self._phases, notes = load_state(self.workdir / name, self._setup)
-        self.history, self._kept_best = list(notes["history"]), bool(notes["kept_best"])
+        self.history, self._kept_best, self._own = list(notes["history"]), bool(notes["kept_best"]), notes["own"]
         self._take(state, backbone_too=True)

@@ -1,6 +1,6 @@
 """The notebook's pictures: `ImageClassifierData`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcats.config import DataConfig
+from jaxcats.config import Columns, Config, DataConfig
 from jaxcats.data import augment
-from jaxcats.data.files import list_pictures
-from jaxcats.data.index import FolderIndex, Split, scan, scan_unlabelled
+from jaxcats.data.files import cache_folder, list_pictures
+from jaxcats.data.index import FolderIndex, Split, scan_unlabelled
 from jaxcats.data.preprocess import Preprocess, evaluation_pixels
 from jaxcats.errors import UserError
+from jaxcats.job import index_pictures
 from jaxcats.results import plots
 
 SIZE = 224  # of the shown pictures, until a network says otherwise
@@ -51,7 +52,11 @@ class ImageClassifierData:
         batch_size: int = 64,
         augment: str = "none",
         test: str | None = "test1",
+        labels: str = "folders",
+        columns: Mapping[str, str] | None = None,
+        group: str | None = None,
         valid_fraction: float | None = None,
+        test_fraction: float | None = None,
         policy: Literal["lesson", "weights"] = "lesson",
         seed: int = 0,
         workers: int | None = None,
@@ -65,7 +70,13 @@ class ImageClassifierData:
             batch_size: pictures per training step.
             augment: none, flip, crop, side_on (photos taken from the side) or top_down (from above).
             test: folder in `path` of pictures without labels; passed over where there is none.
-            valid_fraction: share of each class set aside when there is no valid/ folder.
+            labels: folders; parent: the folder that a picture lies in, at any depth; a regular expression with
+                (?P<label>...) on the path; or a .csv, .tsv or .parquet file.
+            columns: names of that file's columns "path", "label" and "split", where they are others.
+            group: pictures that stay together when they are set aside: a regular expression with (?P<group>...) on the
+                path, or a column of that file.
+            valid_fraction: share of each class set aside when neither a valid/ folder nor that file says it.
+            test_fraction: share set aside for `learn.predict("test")`, where there is no other test folder.
             policy: lesson: shorter side to size, centre crop; weights: as the network's weights were measured.
             seed: of everything random.
             workers: decoding threads; None: one per core.
@@ -75,9 +86,17 @@ class ImageClassifierData:
         """
         _check_preset(augment)
         d = DataConfig(
-            root=str(path), size=size, policy=policy, valid_fraction=valid_fraction, manifest=None, workers=workers
+            root=str(path),
+            size=size,
+            policy=policy,
+            labels=labels,
+            columns=Columns(**(columns or {})),
+            group=group,
+            valid_fraction=valid_fraction,
+            test_fraction=test_fraction,
+            workers=workers,
         )
-        index = scan(path, valid_fraction=valid_fraction, seed=seed, workers=workers)
+        index = index_pictures(Config(data=d, seed=seed), cache_folder())
         if test in index.classes:
             raise UserError(
                 f"{path}: {test} lies beside the class folders and counts as a class; move it elsewhere, or say test=None "
@@ -86,7 +105,7 @@ class ImageClassifierData:
         folder = Path(path).expanduser() / test if test else None
         there = folder is not None and folder.is_dir() and list_pictures(folder, folder)
         found = scan_unlabelled(folder, workers=workers)[0] if folder and there else None
-        return cls(index, d, batch_size, augment, seed, found)
+        return cls(index, d, batch_size, augment, seed, index.test if found is None else found)
 
     def __post_init__(self):
         _check_preset(self.augment)

@@ -8,8 +8,15 @@ import numpy as np
 
 from jaxcats.config import Phase
 from jaxcats.errors import UserError, nearest
+from jaxcats.own import Own
 
 LR = float | Sequence[float] | slice | Literal["auto"]
+
+
+def own_of(options: Mapping[str, Any]) -> tuple[Own, dict[str, Any]]:
+    """(functions of the user's own, the other options) of a call: `augment` may be a function or a preset's name."""
+    own = {k: v for k, v in options.items() if k in ("loss_fn", "metrics") or (k == "augment" and callable(v))}
+    return Own(**own), {k: v for k, v in options.items() if k not in own}
 
 
 def phase_of(fixed: Mapping[str, Any], options: Mapping[str, Any], now: Mapping[str, Any]) -> Phase:

@@ -78,6 +78,7 @@ def save_state(
         "dtype": setup.model.dtype,
         "fingerprint": job.fingerprint(setup.index),
         "kept_best": notes["kept_best"],
+        **({"own": notes["own"]} if notes["own"] else {}),
     }
     fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
@@ -127,4 +128,4 @@ def load_state(folder: Path, setup: job.Setup) -> tuple[TrainState, Progress, di
     state = checkpoints.restore(step, job.abstract_state(setup.model, plan))
     checkpoints.close()
     notes = json.loads((folder / MARK).read_text(encoding="utf-8")) if marked else {"history": [], "kept_best": False}
-    return state, Progress(**meta["progress"]), dict(config.phases), notes
+    return state, Progress(**meta["progress"]), dict(config.phases), notes | {"own": meta.get("own", {})}

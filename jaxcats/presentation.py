@@ -13,6 +13,7 @@ from jaxcats import run_figures
 from jaxcats.config import to_yaml
 from jaxcats.data.preprocess import PictureError
 from jaxcats.errors import UserError
+from jaxcats.own import words
 from jaxcats.results import plots, report
 from jaxcats.results.table import overfitting
 from jaxcats.run_figures import Judged
@@ -85,11 +86,12 @@ def page(folder: Path, judged: Judged, curves: Mapping[str, plots.Figure]) -> re
     if heat.is_file():
         figures.append(_figure("heat_maps", heat.read_bytes(), found))
     own = folder == run.folder
+    kind = "test " if found.get("split") == "test" else ""
     where = run.config.data.root if own else found.get("data", "")
     return report.Report(
         title=f"{run.folder.resolve().name}: {' / '.join(run.classes[:4])}{' / …' if len(run.classes) > 4 else ''}",
         classes=run.classes,
-        trained=trained(run, kept) | {"judged on": f"{found['n']:,} pictures of {where}"},
+        trained=trained(run, kept) | {"judged on": f"{found['n']:,} {kind}pictures of {where}"},
         found=found,
         pictures=report.Pictures(
             root=judged.split.root,
@@ -123,6 +125,7 @@ def trained(run: Any, kept: Mapping[str, Any]) -> dict[str, str]:
         "classes": f"{len(run.classes)}: {', '.join(run.classes[:12])}{', …' if len(run.classes) > 12 else ''}",
         "pictures": ", ".join(f"{n:,} {name}" for name, n in pictures.items()),
         "phases": "; ".join(phases),
+        "own functions": words(run.checkpoint["own"]) if "own" in run.checkpoint else "",
         "checkpoint": f"{run.checkpoint['use']}, step {run.checkpoint['step']:,}",
     }
     return {name: text for name, text in rows.items() if text}
@@ -155,6 +158,9 @@ def worries(judged: Judged, kept: Mapping[str, Any]) -> list[tuple[Any, str]]:
         if row["recall_interval"] and row["recall_interval"][1] < low:
             text = f"{row['class']}: only {row['right']:,} of {row['n']:,} were found, fewer than in the other classes."
             notes.append(("caution", text))
+    if "own" in run.checkpoint:
+        text = "Training used functions that the configuration doesn't hold: {}. Only the script that has them does the same again."
+        notes.append(("note", text.format(words(run.checkpoint["own"]))))
     if own:
         used = "The temperature and the abstain threshold were chosen on these pictures; what is said of them is out of fold."
         notes.append(("note", used))
@@ -201,4 +207,5 @@ def _commands(run: Any) -> dict[str, str]:
         "look for wrong labels": f"python -m jaxcats.evaluate --run {run.folder} --split train",
         "train again": f"python -m jaxcats.train --config {run.folder}/config.yaml",
     }
-    return rows if (run.folder / "model").is_dir() else {k: v for k, v in rows.items() if k != "predict"}
+    hidden = ["predict"] * (not (run.folder / "model").is_dir()) + ["train again"] * ("own" in run.checkpoint)
+    return {k: v for k, v in rows.items() if k not in hidden}

@@ -14,6 +14,7 @@ from jaxcats.find_lr import write_lr_find
 from jaxcats.fit import Fitter, Progress
 from jaxcats.inputs import precompute
 from jaxcats.job import Plan, Setup, abstract_state, check_config, fingerprint, plans
+from jaxcats.own import check_same
 from jaxcats.stopping import Stopping
 from jaxcats.storage.checkpoint import Checkpoints
 from jaxcats.storage.log import NoLog, RunLog
@@ -47,6 +48,7 @@ def resume_point(setup: Setup, checkpoints: Checkpoints) -> tuple[Progress, Any]
         return None
     meta = checkpoints.meta(steps[-1])
     check_config(setup.config, meta)
+    check_same(setup.own.names(setup.config), meta.get("own", {}))
     if meta["fingerprint"] != fingerprint(setup.index):
         raise UserError(
             f"{setup.config.data.root}: the pictures have changed since this run was started; a resumed run would "

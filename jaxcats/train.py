@@ -7,20 +7,25 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxcats import distributed
 from jaxcats.cli import flag_value, from_file, parse
 from jaxcats.command import run_command
-from jaxcats.config import Config, DistributedConfig, flat, to_yaml, training_changes
+from jaxcats.config import Config, DistributedConfig, flat, to_yaml
 from jaxcats.errors import UserError
 from jaxcats.judging import BEST_EPOCH, Run
 from jaxcats.outcome import CHOSE, skipped, write_results
+from jaxcats.resumption import training_changes
 from jaxcats.stopping import Stopping
 from jaxcats.storage.atomic import write_json, write_text
 from jaxcats.storage.lock import hold, release
+
+if TYPE_CHECKING:
+    from jaxcats.own import Own
 
 DESCRIPTION = "Trains an image classifier on a folder of pictures and judges it on the validation pictures."
 OPTIONS = {
@@ -95,7 +100,7 @@ def rates(lr: Any) -> str:
 
 
 def describe(setup: Any) -> str:
-    """What is about to be trained, in two or three lines."""
+    """What is about to be trained, in a few lines."""
     index, c = setup.index, setup.config
     train, valid = index.splits["train"], index.splits["valid"]
     lines = [
@@ -112,29 +117,44 @@ def describe(setup: Any) -> str:
             for n, p in c.phases.items()
         )
     )
+    if names := setup.own.names(c):
+        from jaxcats.own import words
+
+        lines.append(f"Functions of your own: {words(names)}")
     return "\n".join(lines)
 
 
-def train(config: Config, workdir: Path, *, started: float, stopping: Stopping | None = None) -> None:
-    """Runs everything that a Config says, into a run folder; see Trainer for `stopping`."""
+def about(setup: Any) -> dict[str, Any]:
+    """What is kept of a run beside its configuration: versions, pictures, backend, and functions of one's own."""
     import jax
 
+    from jaxcats.job import fingerprint
+
+    names = setup.own.names(setup.config)
+    found = {"versions": versions(), "fingerprint": fingerprint(setup.index), "backend": jax.default_backend()}
+    return found | ({"own": names} if names else {})
+
+
+def train(
+    config: Config, workdir: Path, *, started: float, stopping: Stopping | None = None, own: "Own | None" = None
+) -> None:
+    """Runs everything that a Config says, into a run folder; see Trainer for `stopping`."""
     from jaxcats import job
     from jaxcats.core import mesh
-    from jaxcats.data.findings import counts, findings
+    from jaxcats.data.findings import counts, findings, summary
     from jaxcats.inputs import Evaluator, decoding
     from jaxcats.runs import Trainer
 
     seconds = {"imports": time.perf_counter() - started}
     at = time.perf_counter()
-    setup = job.setup(config)
+    setup = job.setup(config, own=own)
     seconds["index"] = time.perf_counter() - at
-    facts = {"versions": versions(), "fingerprint": job.fingerprint(setup.index), "backend": jax.default_backend()}
-    writes = distributed.first()
+    facts = about(setup)
+    writes, found = distributed.first(), findings(setup.index)
     if writes:
         write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
-        write_json(workdir / "data.json", {"pictures": counts(setup.index), "findings": findings(setup.index)})
-    print(f"Run folder: {workdir}\n{describe(setup)}")
+        write_json(workdir / "data.json", {"pictures": counts(setup.index), "findings": found})
+    print("\n".join([f"Run folder: {workdir}", describe(setup), *summary(found)]))
 
     def initial() -> tuple[Any, Any]:
         before = time.perf_counter()
@@ -167,10 +187,14 @@ def train(config: Config, workdir: Path, *, started: float, stopping: Stopping |
         state=fitted,
         precomputed=list(config.phases.values())[-1].precompute,
         augment=list(config.phases.values())[-1].augment,
-        checkpoint={"use": config.checkpoint.use, "step": fitted.step, "valid_used_for": BEST_EPOCH if best else []},
+        checkpoint={"use": config.checkpoint.use, "step": fitted.step, "valid_used_for": BEST_EPOCH if best else []}
+        | {name: facts[name] for name in ("own",) if name in facts},
         fingerprint=facts["fingerprint"],
     )
-    leave(run, valid, logits, seconds, {"features": fitted.counts, "bad_files": len(setup.index.bad)}, started=started)
+    more = {"features": fitted.counts, "bad_files": len(setup.index.bad)}
+    if own and own.metrics:
+        more["own_metrics"] = own.measure(logits, valid.labels)
+    leave(run, valid, logits, seconds, more, started=started)
 
 
 def leave(
@@ -230,8 +254,31 @@ def summary(seconds: dict[str, float], counts: dict[str, int]) -> str:
     return f"{seconds['total']:.1f} s in all{warm}: {', '.join(parts)}"
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command."""
+def command(
+    *,
+    loss_fn: Callable | None = None,
+    augment: Callable | None = None,
+    metrics: Callable | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """`python -m jaxcats.train` as the main of a script of your own: with its functions, and the networks it registers.
+
+    Args:
+        loss_fn: see jaxcats.own.Own.
+        augment: likewise.
+        metrics: likewise.
+        argv: flags, as of the command; None: the script's.
+
+    Returns:
+        The exit code.
+    """
+    from jaxcats.own import Own
+
+    return run_command(partial(main, own=Own(loss_fn, augment, metrics)), argv)
+
+
+def main(argv: Sequence[str], *, own: "Own | None" = None) -> None:
+    """The command; `own` is of the script that it is the main of."""
     started = time.perf_counter()
     words, workdir = list(argv), flag_value(argv, "workdir")
     if "--resume" in words and "--help" not in words:
@@ -263,9 +310,10 @@ def main(argv: Sequence[str]) -> None:
     stopping = Stopping()
     try:
         with stopping.listen():
-            train(config, folder, started=started, stopping=stopping)
+            train(config, folder, started=started, stopping=stopping, own=own)
     except KeyboardInterrupt:
-        again = shlex.join(["python", "-m", "jaxcats.train", "--resume", "--workdir", str(folder)])
+        script = ["-m", "jaxcats.train"] if own is None else sys.argv[:1]
+        again = shlex.join(["python", *script, "--resume", "--workdir", str(folder)])
         print(f"To go on from the last checkpoint: {again}", file=sys.stderr)
         raise
     finally:

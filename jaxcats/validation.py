@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from jaxcats.config import GROUPS, Config, Phase, field_types
+from jaxcats.data.label_rule import check_labels
 from jaxcats.errors import UserError
 
 
@@ -27,6 +28,14 @@ def validate(config: Config) -> Config:
         "32 to 2048 pixels (the backbones halve the picture five times)",
     )
     need(d.valid_fraction is None or 0 < d.valid_fraction < 1, "data.valid_fraction", d.valid_fraction, "0 < x < 1")
+    need(d.test_fraction is None or 0 < d.test_fraction < 1, "data.test_fraction", d.test_fraction, "0 < x < 1")
+    need(
+        d.test_fraction is None or d.valid_fraction is not None,
+        "data.test_fraction",
+        d.test_fraction,
+        "data.valid_fraction beside it",
+    )
+    check_labels(d.labels, d.group)
     need(d.workers is None or d.workers >= 1, "data.workers", d.workers, "at least 1")
     need(config.chunk_steps >= 1, "chunk_steps", config.chunk_steps, "at least 1")
     need(config.feature_batch >= 1, "feature_batch", config.feature_batch, "at least 1")

@@ -6,8 +6,9 @@ import typing
 import pytest
 
 from jaxcats.cli import from_file, parse
-from jaxcats.config import Config, Phase, flat, sgdr_epochs, to_yaml, training_changes
+from jaxcats.config import Config, Phase, flat, sgdr_epochs, to_yaml
 from jaxcats.errors import UserError
+from jaxcats.resumption import training_changes
 
 FILE = """
 data: {size: 128}

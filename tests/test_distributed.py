@@ -127,6 +127,21 @@ def test_when_one_dies_the_others_end_within_a_minute_and_all_resume(place):
     same(place, "one", "many")
 
 
+@pytest.mark.slow
+def test_one_that_is_asked_to_end_has_all_save_the_same_step_and_leave(place):
+    often = (*LONG, "--checkpoint.every_epochs", 100)
+    ended(start(place, "one", *often))
+    children = together(place, "many", 2, *often)
+    first_checkpoint(place / "many")  # of the first phase
+    children[1].send_signal(signal.SIGTERM)
+    said = [child.communicate(timeout=100)[0] for child in children]
+    assert [child.returncode for child in children] == [143, 143], said
+    assert all("which is saved" in words for words in said)
+    (said,) = ended(start(place, "many", *often, "--resume"))
+    assert "Resuming at step" in said
+    same(place, "one", "many")
+
+
 def settings(**given):
     return SimpleNamespace(**({"coordinator": None, "num_processes": None, "process_id": None} | given))
 

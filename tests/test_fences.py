@@ -1,6 +1,7 @@
 """Which file may import what: the walls that keep start-up fast and a library's swap cheap."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_the_scan_sees_imports_of_every_form(tmp_path):
         ("matplotlib", "results/plots/"),
         ("jsonargparse", "cli.py"),
         ("tensorboardX", "storage/log.py"),
-        ("huggingface_hub", "models/pretrained.py"),
+        ("huggingface_hub", "models/hub.py"),
     ],
 )
 def test_a_library_stays_behind_its_wall(library, owner):
@@ -86,7 +87,7 @@ HEAVY = ["flax", "jax", "matplotlib", "optax", "orbax", "tensorflow", "tensorboa
 @pytest.mark.parametrize(
     ("modules", "lightly"),
     [
-        (["cli", "config", "errors", "train", "evaluate", "results.metrics"], HEAVY),
+        (["cli", "config", "errors", "train", "evaluate", "weights", "results.metrics"], HEAVY),
         (["data.index", "data.preprocess", "data.features", "data.demo", "storage.log"], HEAVY),
         (["core.step", "core.scan", "core.state", "core.optim"], sorted(set(HEAVY) - {"jax", "optax"})),
         (["fit", "job", "inputs"], ["tensorflow", "matplotlib", "tensorboardX", "huggingface_hub"]),
@@ -105,3 +106,11 @@ def test_importing_stays_light(modules, lightly):
 def test_files_stay_small_enough_to_read():
     long = {name: n for name, path in FILES.items() if (n := len(path.read_text(encoding="utf-8").splitlines())) > 330}
     assert not long
+
+
+def test_the_tests_that_the_readme_names_exist():
+    root = Path(__file__).parents[1]
+    named = re.findall(r"`(tests/[a-z_/]+\.py)::(test_\w+)`", (root / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}(" in (root / file).read_text(encoding="utf-8"), test

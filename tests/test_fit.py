@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,21 @@ def test_a_warm_run_reads_no_picture_and_imports_no_tensorflow(pictures, tmp_pat
     assert "34 features from the cache" in printed[1]
     same = [(tmp_path / n / "predictions.csv").read_bytes() for n in ("cold", "warm")]
     assert same[0] == same[1]
+
+
+def test_input_threads_and_a_warm_cache_change_no_bit(tmp_path, pictures, monkeypatch):
+    (tmp_path / "two.yaml").write_text(TWO_PHASES)
+    left = []
+    for cache, threads in (("a", 1), ("b", 8), ("b", 8)):  # the last finds b's features
+        monkeypatch.setenv("JAXCATS_CACHE", str(tmp_path / cache))
+        workdir = tmp_path / f"run{len(left)}"
+        argv = ["--config", tmp_path / "two.yaml", "--data.root", pictures, "--workdir", workdir]
+        assert run(*argv, "--data.workers", threads) == 0
+        state = last_state(workdir)
+        left.append((jax.tree.map(np.asarray, state), log_of(workdir), (workdir / "predictions.csv").read_bytes()))
+    for state, log, predictions in left[1:]:
+        jax.tree.map(np.testing.assert_array_equal, state, left[0][0])
+        assert (log, predictions) == left[0][1:]
 
 
 def in_process(code, *argv, check=True):
@@ -280,6 +296,30 @@ def test_evaluate_repeats_the_result_and_judges_other_folders(pictures, tmp_path
     rows = list(csv.DictReader((other / "loose" / "predictions.csv").open()))
     assert len(rows) == 12
     assert {r["label"] for r in rows} == {""}
+
+
+def test_a_test_split_is_judged_only_when_asked_for(pictures, tmp_path, capsys):
+    for path in sorted(pictures.glob("*/*/*.jpg")):  # cats.3.jpg of valid gets another number
+        path.rename(pictures / path.name.replace(".", ".9" if path.parts[-3] == "valid" else ".", 1))
+    for part in ("train", "valid"):
+        shutil.rmtree(pictures / part)
+    workdir = tmp_path / "run"
+    rule = ["--data.labels", r"^(?P<label>cats|dogs)\.", "--data.valid_fraction", "0.3"]
+    assert run(*BASE, "--data.root", pictures, "--workdir", workdir, *rule, "--data.test_fraction", "0.2") == 0
+    judged = {r["path"] for r in csv.DictReader((workdir / "predictions.csv").open())}
+    assert len(judged) == 10
+    before = (workdir / "metrics.json").read_bytes()
+    assert run_command(evaluate.main, ["--run", str(workdir), "--split", "test"]) == 0
+    assert "Test pictures: neither training nor a choice has seen them." in capsys.readouterr().out
+    tested = {r["path"] for r in csv.DictReader((workdir / "evaluations/test/predictions.csv").open())}
+    assert len(tested) == 6
+    assert not tested & judged
+    assert json.loads((workdir / "evaluations/test/metrics.json").read_text())["split"] == "test"
+    assert (workdir / "metrics.json").read_bytes() == before
+    assert run_command(evaluate.main, ["--run", str(workdir), "--split", "test", "--data", "x"]) == 2
+    changed = ["--data.test_fraction", "0.3", "--resume"]
+    assert run(*BASE, "--data.root", pictures, "--workdir", workdir, *rule, *changed) == 2
+    assert "data.test_fraction: 0.2 -> 0.3" in capsys.readouterr().err
 
 
 def test_resume_refuses_a_changed_training_field_by_name(pictures, tmp_path, capsys):

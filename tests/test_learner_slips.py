@@ -13,8 +13,9 @@ from folders import write_pictures
 import jaxcats as jc
 from jaxcats import evaluate, train
 from jaxcats.command import run_command
-from jaxcats.config import Config, Phase, flat, training_changes
+from jaxcats.config import Config, Phase, flat
 from jaxcats.core.state import tree_hash
+from jaxcats.resumption import training_changes
 
 
 @pytest.fixture

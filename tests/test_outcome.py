@@ -197,7 +197,8 @@ def test_another_max_error_gives_another_threshold_and_export_takes_it(run):
     ("argv", "words"),
     [
         (["--split", "train", "--data", "x"], ["--split train", "--data"]),
-        (["--split", "test"], ["--split", "'test' is not one of valid, train"]),
+        (["--split", "test"], ["--split test", "has no test pictures"]),
+        (["--split", "tset"], ["--split", "'tset' is not one of valid, test, train"]),
         (["--max_error", "2"], ["--max_error 2", "0 < x < 1"]),
         (["--tta", "two"], ["--tta", "expected a whole number, got 'two'"]),
         (["--repport", "no"], ["--repport: there is no such option", "Did you mean '--report'?"]),

@@ -220,6 +220,22 @@ def _turned(images: jax.Array, d: Draw) -> jax.Array:
     return where(d.columns, images[:, :, ::-1], images)
 
 
+def each_picture(change: Callable, *, key: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """`(images [B, S, S, 3], epoch, index [B]) -> images` from a function of one picture.
+
+    Args:
+        change: `(image float32 [S, S, 3] from 0 to 255, key) -> image`.
+        key: the picture's own is a function of it, the epoch and the picture's index.
+    """
+
+    def apply(images: jax.Array, epoch: jax.Array, index: jax.Array) -> jax.Array:
+        of_epoch = jax.random.fold_in(key, epoch)
+        keys = jax.vmap(lambda row: jax.random.fold_in(of_epoch, row))(index)
+        return jax.vmap(change)(images.astype(jnp.float32), keys)
+
+    return apply
+
+
 def make_augment(
     how: Augmentation, *, key: jax.Array, size: int
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:

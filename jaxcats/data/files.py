@@ -14,7 +14,7 @@ from typing import Any
 
 import PIL
 
-from jaxcats.data.preprocess import PictureError, bad_reason, open_picture, upright
+from jaxcats.data.preprocess import PictureError, bad_reason, open_picture, remarks, upright
 from jaxcats.errors import UserError
 from jaxcats.storage.atomic import write_json
 
@@ -24,12 +24,15 @@ IMAGE_EXTENSIONS = frozenset(
     for names in ("jpg jpeg jpe jfif png bmp gif webp tif tiff", "ppm pgm pbm pnm jp2 avif heic heif")
     for name in names.split()
 )
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What one look at a file said; `bad` is the reason it can't be used, None for a good picture."""
+    """What one look at a file said; `bad` is the reason it can't be used, None for a good picture.
+
+    `note` is what is unusual about a good one, and what becomes of it.
+    """
 
     size: int
     mtime_ns: int
@@ -39,6 +42,7 @@ class FileRecord:
     mode: str = ""
     format: str = ""
     bad: str | None = None
+    note: str = ""
 
 
 def cache_folder() -> Path:
@@ -88,21 +92,47 @@ def look_at(path: Path) -> FileRecord:
         if not content:
             raise PictureError("empty file (zero bytes)")
         record = dataclasses.replace(record, sha256=hashlib.sha256(content).hexdigest())
-        return dataclasses.replace(record, **_decode(content))
+        return dataclasses.replace(record, **_decode(content, path.suffix))
     except MemoryError:  # it may fit next time: without a hash the record is not kept
         return dataclasses.replace(record, sha256="", bad="too large for the memory that is free")
     except Exception as error:
         return dataclasses.replace(record, bad=bad_reason(error))
 
 
-def _decode(content: bytes) -> dict[str, Any]:
+# Pillow's formats by ending, where the ending says one.
+_ENDINGS = {
+    ending: formats
+    for endings, formats in (
+        (("jpg", "jpeg", "jpe", "jfif"), ("JPEG", "MPO")),
+        (("png",), ("PNG",)),
+        (("gif",), ("GIF",)),
+        (("bmp",), ("BMP", "DIB")),
+        (("webp",), ("WEBP",)),
+        (("tif", "tiff"), ("TIFF",)),
+        (("jp2",), ("JPEG2000",)),
+        (("avif",), ("AVIF",)),
+        (("heic", "heif"), ("HEIF",)),
+    )
+    for ending in endings
+}
+
+
+def belied(kind: str, suffix: str) -> str:
+    """What to say of a file whose content is of another format than its ending says; "" where they agree."""
+    agree = kind in _ENDINGS.get(suffix.lower().removeprefix("."), (kind,))
+    return "" if agree else f"{kind} by its content, whatever its name says"
+
+
+def _decode(content: bytes, suffix: str) -> dict[str, Any]:
     with open_picture(content) as image:
         picture = upright(image)
+        said = [*remarks(image), *filter(None, [belied(str(image.format), suffix)])]
         return {
             "width": picture.width,
             "height": picture.height,
             "mode": image.mode,
             "format": image.format,
+            "note": "; ".join(said),
         }
 
 

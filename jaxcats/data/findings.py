@@ -1,21 +1,27 @@
 """What a folder of pictures has that its owner should know before trusting a number."""
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxcats.data.index import FolderIndex
+from jaxcats.data.index import FolderIndex, Split
 
 IMBALANCE = 3.0  # times as many pictures in the largest class as in the smallest: worth a line
+LEFT_OUT = "files left out"
 FEW = 30  # validation pictures of a class: its recall's interval is some 25 points wide
+
+
+def _every(index: FolderIndex) -> dict[str, Split]:
+    return index.splits | ({"test": index.test} if index.test else {})
 
 
 def counts(index: FolderIndex) -> dict[str, dict[str, int]]:
     """Pictures by split and class."""
     return {
         name: dict(zip(index.classes, np.bincount(split.labels, minlength=len(index.classes)).tolist(), strict=True))
-        for name, split in index.splits.items()
+        for name, split in _every(index).items()
     }
 
 
@@ -26,18 +32,25 @@ def findings(index: FolderIndex) -> list[dict[str, Any]]:
         {"what", "count", "examples" (a few lines each), "meaning", "grave" (the validation result is in doubt)} each.
     """
     where: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
-    for name, split in index.splits.items():
+    for name, split in _every(index).items():
         for path, label, content in zip(split.paths, split.labels.tolist(), split.hashes, strict=True):
             where[content].append((name, index.classes[label], path))
     same = [copies for copies in where.values() if len(copies) > 1]
     conflicts = [c for c in same if len({label for _, label, _ in c}) > 1]
-    leaks = [c for c in same if len({split for split, _, _ in c}) > 1]
-    rest = [c for c in same if c not in leaks and c not in conflicts]
+    leaks = [c for c in same if {"train", "valid"} <= {split for split, _, _ in c}]
+    tests = [c for c in same if {"test"} < {split for split, _, _ in c}]
+    rest = [c for c in same if c not in leaks and c not in conflicts and c not in tests]
     found = [
         _finding(
             "the same picture in train and valid",
             leaks,
             "The classifier has seen these answers, so the result flatters. Remove one of the two.",
+            grave=True,
+        ),
+        _finding(
+            "the same picture in test and in train or valid",
+            tests,
+            "The test result will flatter. Remove one of the two.",
             grave=True,
         ),
         _finding(
@@ -47,17 +60,33 @@ def findings(index: FolderIndex) -> list[dict[str, Any]]:
             grave=True,
         ),
         {
-            "what": "files left out",
+            "what": LEFT_OUT,
             "count": len(index.bad),
             "examples": [f"{b.path}: {b.reason}" for b in index.bad],
-            "meaning": "They can't be decoded. Mend or remove them; nothing else is affected.",
+            "meaning": "They can't be decoded, or nothing says their class. Mend or remove them; nothing else is affected.",
             "grave": False,
         },
         _finding("the same picture twice in a split", rest, "It counts twice. Remove one.", grave=False),
+        {
+            "what": "unusual pictures",
+            "count": len(index.notes),
+            "examples": [f"{path}: {note}" for path, note in index.notes],
+            "meaning": "They are used, after what is said of each. Look whether that is what you want.",
+            "grave": False,
+        },
         _unequal(index),
         _few(index),
     ]
     return [f for f in found if f["count"]]
+
+
+def summary(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Findings in two lines at most: the grave ones, and the rest. Files left out have lines of their own."""
+    grave, rest = (
+        ", ".join(f"{f['what']} ({f['count']:,})" for f in found if f["grave"] is side and f["what"] != LEFT_OUT)
+        for side in (True, False)
+    )
+    return [f"WARNING: {grave}: the result is in doubt."] * bool(grave) + [f"note: {rest}."] * bool(rest)
 
 
 def _finding(what: str, groups: list[list[tuple[str, str, str]]], meaning: str, *, grave: bool) -> dict[str, Any]:

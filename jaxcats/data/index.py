@@ -1,24 +1,18 @@
 """The folder of pictures as a table: classes, splits, labels, and the files that can't be used."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 
 from jaxcats.data.files import IMAGE_EXTENSIONS, FileRecord, cache_folder, examine, list_pictures
-from jaxcats.data.holdout import default_manifest, hold_out
-from jaxcats.data.layout import (
-    check_classes,
-    class_files,
-    class_names,
-    existing_folder,
-    extensions,
-    split_folders,
-    valid_folder,
-)
+from jaxcats.data.holdout import Rule, default_manifest, hold_out
+from jaxcats.data.labels import Labelled, find_labels, grouping, labelled_pictures
+from jaxcats.data.layout import existing_folder, extensions
 from jaxcats.errors import UserError
 
 __all__ = [
@@ -65,7 +59,8 @@ class Split:
 class FolderIndex:
     """What `scan` found: classes in label order, the splits "train" and "valid", and the files left out.
 
-    `seconds` is the time the scan took, `reused` how many files were answered from the cache.
+    `seconds` is the time the scan took, `reused` how many files were answered from the cache. `test` stands apart, so that
+    nothing trains or chooses on it. `notes` are what is unusual about good pictures, and what becomes of them.
     """
 
     root: Path
@@ -74,6 +69,8 @@ class FolderIndex:
     bad: tuple[BadFile, ...]
     seconds: float
     reused: int
+    test: Split | None = None
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,10 @@ class _Reader:
     progress: bool
     on_bad_file: str
 
-    def read(self, root: Path, paths: Sequence[str]) -> tuple[dict[str, FileRecord], tuple[BadFile, ...], int]:
-        """Good records by path, the bad files, and how many were cached."""
+    def read(
+        self, root: Path, paths: Sequence[str], without: Sequence[tuple[str, str]] = ()
+    ) -> tuple[dict[str, FileRecord], tuple[BadFile, ...], int]:
+        """Good records by path, the bad files, those `without` a label (picture, reason) first, and how many were cached."""
         records, reused = examine(
             root,
             paths,
@@ -96,7 +95,7 @@ class _Reader:
             workers=self.workers,
             progress=self.progress,
         )
-        good, bad = {}, []
+        good, bad = {}, [BadFile(*each) for each in without]
         for path, record in zip(paths, records, strict=True):
             if record.bad is None:
                 good[path] = record
@@ -105,7 +104,7 @@ class _Reader:
         if bad and self.on_bad_file == "fail":
             more = f", and {len(bad) - 5:,} more" if len(bad) > 5 else ""
             raise UserError(
-                f"{root}: {len(bad):,} of {len(paths):,} pictures can't be used: {_listed(bad[:5])}{more}; "
+                f"{root}: {len(bad):,} of {len(paths) + len(without):,} pictures can't be used: {_listed(bad[:5])}{more}; "
                 "mend or remove them, or set on_bad_file to skip"
             )
         if bad and not good:
@@ -119,7 +118,11 @@ class _Reader:
 def scan(
     root: str | Path,
     *,
+    labels: str = "folders",
+    columns: Mapping[str, str] = MappingProxyType({}),
+    group: str | None = None,
     valid_fraction: float | None = None,
+    test_fraction: float | None = None,
     seed: int = 0,
     on_bad_file: Literal["skip", "fail"] = "skip",
     cache_dir: str | Path | None = None,
@@ -130,14 +133,22 @@ def scan(
 ) -> FolderIndex:
     """Index a folder of pictures for training; every file is decoded once, and remembered while it is unchanged.
 
-    Two layouts: `train/` and `valid/` (or `val/`, `validation/`) with a folder per class in each; or a single folder
-    of class folders (or `train/` alone) plus `valid_fraction`. Pictures may be nested inside a class folder; hidden
-    files and folders are left out. Nothing under `root` is changed.
+    Two layouts: `train/` and `valid/` (or `val/`, `validation/`), and perhaps `test/`, with a folder per class in each; or
+    a single folder of class folders (or `train/` alone) plus `valid_fraction`. Pictures may be nested inside a class
+    folder; hidden files and folders are left out. Nothing under `root` is changed.
 
     Args:
-        valid_fraction: share of each class that goes to "valid", for the second layout only. A picture's side depends
-            on its content and `seed`, and is kept in `manifest`, so that it never changes when files come or go.
-        on_bad_file: "skip" lists files that can't be decoded in `bad`; "fail" raises.
+        labels: "folders": as above. "parent": the folder that a picture lies in, at any depth. A regular expression with
+            (?P<label>...), searched for in the path below `root` (or below its train/, valid/ and test/). A .csv, .tsv
+            or .parquet file with the columns path, label and perhaps split.
+        columns: other names of the columns "path", "label" and "split".
+        group: pictures of one group stay on one side when they are held out: a regular expression with (?P<group>...) on
+            the path, or a column of the table.
+        valid_fraction: share of each class that goes to "valid", where neither folders nor a table say what does. A
+            picture's side depends on its content (or group) and `seed`, and is kept in `manifest`, so that it never
+            changes when files come, go or are renamed.
+        test_fraction: likewise for `test`.
+        on_bad_file: "skip" lists files that can't be decoded, or get no label, in `bad`; "fail" raises.
         cache_dir: what to use in place of `cache_folder()`.
         manifest: JSON file of the split; None puts it in the cache folder, by root, fraction and seed.
         rehash: look at every file again, cached or not.
@@ -149,35 +160,78 @@ def scan(
     root = existing_folder(root)
     cache_dir = Path(cache_dir) if cache_dir else cache_folder()
     reader = _Reader(cache_dir, rehash, workers, progress, on_bad_file)
-    train_top, valid_top = split_folders(root, valid_fraction)
-    classes = class_names(train_top)
-    if len(classes) == 1:
-        raise UserError(f"{train_top}: only one class ({classes[0]}); a classifier needs a folder for each of two")
-    if valid_top is not None:
-        check_classes(valid_top, class_names(valid_top), classes, against=str(train_top))
-    folders = [folder for folder in (train_top, valid_top) if folder is not None]
-    members = {folder: class_files(root, folder, classes) for folder in folders}
-    good, bad, reused = reader.read(root, [p for folder in folders for paths in members[folder] for p in paths])
-    tables = {folder: _usable(folder, classes, members[folder], good, bad) for folder in folders}
-    if valid_top is not None:
-        splits = {"train": _split(root, tables[train_top], good), "valid": _split(root, tables[valid_top], good)}
-    else:
-        assert valid_fraction is not None  # split_folders saw to it
-        place = Path(manifest) if manifest else default_manifest(cache_dir, root, valid_fraction, seed)
-        table = tables[train_top]
-        contents = {name: [good[path].sha256 for path in paths] for name, paths in zip(classes, table, strict=True)}
-        held = hold_out(contents, fraction=valid_fraction, seed=seed, manifest=place, given=manifest is not None)
-        splits = {
-            name: _split(root, [[p for p in paths if (good[p].sha256 in held) == side] for paths in table], good)
-            for name, side in (("train", False), ("valid", True))
+    found = find_labels(root, labels, valid_fraction=valid_fraction, columns=columns, group=group)
+    held = "valid" not in found.parts
+    _check_holding(root, found, held, valid_fraction, test_fraction, group)
+    every = [path for part in found.parts.values() for paths in part for path in paths]
+    good, bad, reused = reader.read(root, every, found.bad)
+    tables = {name: _usable(name, found, good, bad) for name in found.parts}
+    if held:
+        assert valid_fraction is not None  # _check_holding saw to it
+        rule = Rule(valid_fraction, seed, test_fraction, group)
+        place = Path(manifest) if manifest else default_manifest(cache_dir, root, rule)
+        table = tables.pop("train")
+        contents = {
+            name: [good[path].sha256 for path in paths] for name, paths in zip(found.classes, table, strict=True)
         }
-    return FolderIndex(root, classes, splits, bad, time.perf_counter() - started, reused)
+        groups = _groups(grouping(group, found), table, good) if group else None
+        sides = hold_out(contents, rule=rule, manifest=place, given=manifest is not None, groups=groups)
+        for name in ("train", "valid", "test"):
+            of_it = [[path for path in paths if sides[good[path].sha256] == name] for paths in table]
+            if any(of_it):
+                tables[name] = of_it
+    splits = {name: _split(root, tables[name], good) for name in ("train", "valid")}
+    test = _split(root, tables["test"], good) if "test" in tables else None
+    notes = tuple((path, record.note) for path, record in good.items() if record.note)
+    return FolderIndex(root, found.classes, splits, bad, time.perf_counter() - started, reused, test, notes)
+
+
+def _check_holding(
+    root: Path,
+    found: Labelled,
+    held: bool,
+    valid_fraction: float | None,
+    test_fraction: float | None,
+    group: str | None,
+) -> None:
+    """UserError where what is asked to be held out doesn't fit what the folder or the table says."""
+    if held and valid_fraction is None:
+        raise UserError(f"{root}: nothing says which pictures are for validation; set valid_fraction, for example 0.2")
+    for name, value in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction), ("group", group)):
+        if value is not None and not held:
+            raise UserError(f"{name}: {value} given, but {root} has its own validation pictures; leave {name} out")
+    if test_fraction is not None and "test" in found.parts:
+        raise UserError(
+            f"test_fraction: {test_fraction} given, but {root} has its own test pictures; leave test_fraction out"
+        )
+    if not 0 < (valid_fraction or 0.5) + (test_fraction or 0) < 1:
+        raise UserError(
+            f"valid_fraction, test_fraction: {valid_fraction} and {test_fraction} leave nothing to train on; expected less "
+            f"than 1 together"
+        )
+
+
+def _groups(
+    name_of: Callable[[str], str | None],
+    table: Sequence[Sequence[str]],
+    good: Mapping[str, FileRecord],
+) -> dict[str, set[str]]:
+    """The groups of each content; UserError where no picture has one."""
+    found: dict[str, set[str]] = {}
+    for path in (path for paths in table for path in paths):
+        name = name_of(path)
+        if name:
+            found.setdefault(good[path].sha256, set()).add(name)
+    if not found:
+        raise UserError("data.group: no picture is in a group; look at the pattern or the column again")
+    return found
 
 
 def scan_labelled(
     folder: str | Path,
     *,
     classes: Sequence[str],
+    labels: str = "folders",
     on_bad_file: Literal["skip", "fail"] = "skip",
     cache_dir: str | Path | None = None,
     rehash: bool = False,
@@ -186,18 +240,17 @@ def scan_labelled(
 ) -> tuple[Split, tuple[BadFile, ...]]:
     """Index another folder of labelled pictures, to evaluate a trained classifier on it.
 
-    `folder` holds a folder per class, or a `valid/` (`val/`, `validation/`) that does. Classes are matched by name;
-    labels are positions in `classes`. The other arguments are those of `scan`.
+    `folder` holds a folder per class, or a `valid/` (`val/`, `validation/`) that does; or its pictures are labelled by
+    "parent" or a pattern. Classes are matched by name; labels are positions in `classes`. The other arguments are those
+    of `scan`.
 
     Raises UserError where the class folders aren't exactly `classes`, saying which are missing and which unknown.
     """
     root = existing_folder(folder)
     reader = _Reader(Path(cache_dir) if cache_dir else None, rehash, workers, progress, on_bad_file)
-    top = valid_folder(root) or root
-    check_classes(top, class_names(top), classes, against="the classifier")
-    members = class_files(root, top, classes)
-    good, bad, _ = reader.read(root, [path for paths in members for path in paths])
-    return _split(root, _usable(top, classes, members, good, bad), good), bad
+    found = labelled_pictures(root, labels, classes)
+    good, bad, _ = reader.read(root, [path for paths in found.parts["valid"] for path in paths], found.bad)
+    return _split(root, _usable("valid", found, good, bad), good), bad
 
 
 def scan_unlabelled(
@@ -219,20 +272,15 @@ def scan_unlabelled(
     return _split(root, [list(good)], good, first_label=-1), bad
 
 
-def _usable(
-    folder: Path,
-    classes: Sequence[str],
-    members: list[list[str]],
-    good: Mapping[str, FileRecord],
-    bad: Sequence[BadFile],
-) -> list[list[str]]:
-    """The good paths of each class, of which there must be one at least."""
+def _usable(split: str, found: Labelled, good: Mapping[str, FileRecord], bad: Sequence[BadFile]) -> list[list[str]]:
+    """The good paths of each class, of which there must be one at least, but for a test split."""
+    members = found.parts[split]
     table = [[path for path in paths if path in good] for paths in members]
-    for name, paths, usable in zip(classes, members, table, strict=True):
-        if not usable:
+    for name, paths, usable in zip(found.classes, members, table, strict=True):
+        if paths and not usable:
             reasons = [file for file in bad if file.path in set(paths)][:3]
             raise UserError(
-                f"{folder / name}: none of its {len(paths):,} pictures can be used: {_listed(reasons)}; "
+                f"{found.places[split]}{name}: none of its {len(paths):,} pictures can be used: {_listed(reasons)}; "
                 "mend them, add others, or remove the folder if it is no class"
             )
     return table

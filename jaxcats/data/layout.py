@@ -34,7 +34,7 @@ def split_folders(root: Path, valid_fraction: float | None) -> tuple[Path, Path 
     if valid_fraction is not None and valid is None:
         return (train if train.is_dir() else root), None
     names = [path.name + "/" for path in _subfolders(root)]
-    found = _shortened(names) if names else "no folders"
+    found = shortened(names) if names else "no folders"
     raise UserError(
         f"{root}: found {found}, looked for train/ and valid/ (or val/, validation/) with a folder per class in each; "
         "for a single folder of class folders set valid_fraction, for example 0.2"
@@ -47,6 +47,11 @@ def valid_folder(root: Path) -> Path | None:
     if len(present) > 1:
         raise UserError(f"{root}: both {present[0].name}/ and {present[1].name}/ exist; keep one of them")
     return present[0] if present else None
+
+
+def test_folder(root: Path) -> Path | None:
+    """`test/`, where there is one."""
+    return root / "test" if (root / "test").is_dir() else None
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -63,14 +68,16 @@ def class_names(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def check_classes(folder: Path, found: Sequence[str], expected: Sequence[str], *, against: str) -> None:
+def check_classes(
+    folder: Path, found: Sequence[str], expected: Sequence[str], *, against: str, what: str = "class folders"
+) -> None:
     """Raise UserError, saying how, where the two sets of names differ."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
-        parts = [f"missing {_shortened(missing)}"] * bool(missing) + [f"unknown {_shortened(extra)}"] * bool(extra)
+        parts = [f"missing {shortened(missing)}"] * bool(missing) + [f"unknown {shortened(extra)}"] * bool(extra)
         raise UserError(
-            f"{folder}: its class folders differ from those of {against}: {', '.join(parts)}; "
-            f"expected exactly {_shortened(expected)}"
+            f"{folder}: its {what} differ from those of {against}: {', '.join(parts)}; "
+            f"expected exactly {shortened(expected)}"
         )
 
 
@@ -88,7 +95,8 @@ def class_files(root: Path, folder: Path, classes: Sequence[str]) -> list[list[s
     return members
 
 
-def _shortened(names: Sequence[str], most: int = 8) -> str:
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    """The first of the names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

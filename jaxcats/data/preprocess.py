@@ -7,15 +7,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from jaxcats.data.colour import in_srgb
 from jaxcats.errors import UserError
 
 # Part of every key under which pixels or features made from them are cached: raise it when evaluation_pixels changes.
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 
 # A longer side beyond this many times the shorter one is not resized whole (a 1 x 65,535 strip would take gigabytes).
 STRIP_RATIO = 32
@@ -100,11 +102,39 @@ def exif_orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
+@cache
+def _with_heif() -> bool:
+    """Teaches Pillow HEIC, where the plug-in is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _open(source: "str | os.PathLike[str] | bytes") -> Image.Image:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        if isinstance(source, bytes):
+            start = source[:12]
+        else:
+            with open(source, "rb") as opened:
+                start = opened.read(12)
+        if start[4:8] != b"ftyp" or start[8:12] in (b"avif", b"avis"):
+            raise
+        if not _with_heif():
+            raise PictureError('HEIC needs the extra "heic": pip install "jaxcats[heic]"') from None
+        return Image.open(file)
+
+
 @contextmanager
 def open_picture(source: "str | os.PathLike[str] | bytes") -> Iterator[Image.Image]:
     """A file, or a file's content, opened by Pillow but not decoded yet; inside, every failure is a PictureError."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _open(source) as image:
             if image.format not in FORMATS:
                 raise PictureError(f"{image.format} is not a picture format that jaxcats reads")
             yield image
@@ -116,7 +146,8 @@ def open_picture(source: "str | os.PathLike[str] | bytes") -> Iterator[Image.Ima
 
 
 def open_upright(source: "str | os.PathLike[str] | bytes | Image.Image") -> Image.Image:
-    """A picture as Pillow RGB, upright, whatever its mode: the first frame, alpha laid on white, 16-bit greys scaled.
+    """A picture as Pillow RGB, upright, whatever its mode: the first frame, alpha laid on white, 16-bit greys scaled,
+    colours of another profile than sRGB converted.
 
     Args:
         source: a path, a file's content, or a Pillow image (which is left as it was).
@@ -143,12 +174,26 @@ def bad_reason(error: Exception) -> str:
     return first_line or type(error).__name__
 
 
+def remarks(image: Image.Image) -> list[str]:
+    """What is unusual about a decoded picture, and what becomes of it; [] for nothing."""
+    frames, mode = getattr(image, "n_frames", 1), image.mode
+    said = [f"first of {frames:,} frames"] * (frames > 1 and image.format != "MPO")  # of which the others are previews
+    if mode.startswith(("I", "F")):
+        said.append("more than 8 bits a pixel, scaled")
+    elif mode == "CMYK":
+        said.append("CMYK, made RGB")
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        said.append("transparency laid on white")
+    return [*said, *filter(None, [in_srgb(image)[1]])]
+
+
 def upright(image: Image.Image) -> Image.Image:
     """An opened Pillow image decoded, turned by its EXIF orientation and made RGB."""
     # Loading comes first: a PNG's EXIF may follow its pixels, and Pillow turns TIFF upright itself as it loads.
     image.load()
     orientation = exif_orientation(image)
-    return _to_rgb(image if orientation == 1 else image.transpose(_UPRIGHT[orientation]))
+    turned = image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
+    return _to_rgb(in_srgb(turned)[0])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

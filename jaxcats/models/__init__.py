@@ -44,17 +44,27 @@ Part = Literal["backbone", "head"]
 Tree = dict[str, Any]
 
 
-def create(name: str, num_classes: int, *, head: Head = "lesson", dtype: Dtype = "float32") -> "Model":
+def create(
+    name: str,
+    num_classes: int,
+    *,
+    head: Head = "lesson",
+    dtype: Dtype = "float32",
+    channels: int = 3,
+    weights: str | os.PathLike | None = None,
+) -> "Model":
     """Describe a network; nothing is computed or loaded until its functions are called.
 
     Args:
-        name: resnet18, resnet34, resnet50, efficientnet_lite0, or a registered name.
+        name: resnet18, resnet34, resnet50, resnet101, resnet152, efficientnet_lite0, or a registered name.
         num_classes: outputs of the head.
         head: "lesson" (fast.ai's: concat pool, 512 units), "linear", or "classifier" (the network as published).
         dtype: what convolutions compute in; parameters, BatchNorm and the head stay in float32.
+        channels: of the pictures, for code of your own: all that reads pictures in this package makes them RGB.
+        weights: which weights it will get, as for `find_weights`: a known name brings its own `preprocess`.
 
     Raises:
-        UserError: an unknown name, head or dtype, or no classes.
+        UserError: an unknown name, head or dtype, no classes or channels, or another network's weights.
     """
     backbone = registry.get(name)
     if head not in HEADS:
@@ -63,9 +73,13 @@ def create(name: str, num_classes: int, *, head: Head = "lesson", dtype: Dtype =
         raise UserError(f"dtype: {registry.unknown(dtype, ('float32', 'bfloat16'))}")
     if num_classes < 1:
         raise UserError(f"num_classes is {num_classes}; expected 1 or more")
-    preprocess = backbone.preprocess
+    if channels < 1:
+        raise UserError(f"channels is {channels}; expected 1 or more")
+    source = pretrained.known_source(registry.sources(name, weights), weights)
+    preprocess = source.preprocess if source else backbone.preprocess
     size = backbone.channels * (2 if head == "lesson" else 1)
-    return Model(name, num_classes, head, dtype, preprocess=preprocess, feature_size=size, stride=backbone.stride)
+    facts: dict[str, Any] = {"preprocess": preprocess, "feature_size": size, "stride": backbone.stride}
+    return Model(name, num_classes, head, dtype, channels=channels, **facts)
 
 
 @dataclass(frozen=True)
@@ -73,8 +87,8 @@ class Model:
     """A network as pure functions of params and batch_stats; hashable, so it can be a static argument of jit.
 
     params and batch_stats are nested dicts of float32 arrays, {"backbone": ..., "head": ...}; a part without
-    BatchNorm has {} in batch_stats. Images are float32 [N,H,W,3], normalised as `preprocess` says; logits are float32
-    [N,C].
+    BatchNorm has {} in batch_stats. Images are float32 [N,H,W,channels], normalised as `preprocess` says; logits are
+    float32 [N,C].
     """
 
     name: str
@@ -84,6 +98,7 @@ class Model:
     preprocess: Preprocess = field(kw_only=True)
     feature_size: int = field(kw_only=True)
     stride: int = field(kw_only=True)
+    channels: int = field(default=3, kw_only=True)
 
     @property
     def min_size(self) -> int:
@@ -93,7 +108,7 @@ class Model:
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Random (params, batch_stats): Kaiming-normal (fan out) convolutions, BatchNorm 1 and 0, the head's own."""
         backbone_key, head_key = jax.random.split(key)
-        shape = (1, self.stride, self.stride, 3)
+        shape = (1, self.stride, self.stride, self.channels)
         body = _init(_module(self, "backbone"), shape, backbone_key)
         head = self.init_head(head_key)
         return {"backbone": body[0], "head": head[0]}, {"backbone": body[1], "head": head[1]}
@@ -189,9 +204,10 @@ class Model:
         return outputs
 
     def _feature_map(self, params, batch_stats, images, *, bn_train: bool):
-        if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < self.min_size:
+        if images.ndim != 4 or images.shape[3] != self.channels or min(images.shape[1:3]) < self.min_size:
             raise ValueError(
-                f"images have shape {tuple(images.shape)}; expected [N,H,W,3] with sides of at least {self.min_size}"
+                f"images have shape {tuple(images.shape)}; expected [N,H,W,{self.channels}] with sides of at least "
+                f"{self.min_size}"
             )
         variables = {"params": params["backbone"], "batch_stats": batch_stats["backbone"]}
         # Mutable either way, so that the result always has the stored averages in it, changed or not.
@@ -240,13 +256,13 @@ def find_weights(name: str, source: str | os.PathLike | None = None) -> WeightFi
 
     Args:
         name: the backbone's.
-        source: a path to a .safetensors, .pth, .pt or .npz file, "hf:owner/repo/file", "package:module/file", or None
-            for the backbone's own source.
+        source: the name of weights for it ("resnet50.a1_in1k"), a path to a .safetensors, .pth, .pt or .npz file,
+            "hf:owner/repo/file", "package:module/file", or None for the backbone's own.
 
     Raises:
         UserError: no such file, no network, or not the published file (by its hash, where that is known).
     """
-    return pretrained.find(registry.get(name).source, source, backbone=name)
+    return pretrained.find(registry.sources(name, source), source, backbone=name)
 
 
 def load_pretrained(
@@ -271,6 +287,7 @@ def _from_tensors(model: Model, tensors: dict[str, np.ndarray], *, key, origin: 
     if not published:
         trees = [{"backbone": tree["backbone"]} for tree in trees]
     origin = f"{origin} as {model.name}"
+    tensors = pretrained.with_channels(tensors, model.channels)
     params, batch_stats = pretrained.from_state_dict(tensors, trees, origin=origin, **_naming(model))
     if not published:
         _, head_key = jax.random.split(jax.random.key(0) if key is None else key)

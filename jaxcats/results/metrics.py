@@ -293,7 +293,13 @@ def table_row(row: Mapping[str, Any]) -> str:
     return (
         f"{row['phase']:>10} {row['epoch']:>5}   {row['train_loss']:>10.5f}  {row['valid_loss']:>10.5f}   "
         f"{errors:>6,} of {n:<7,} {accuracy:<31} {row['seconds']:>7.1f} s  {row['images_per_second']:>9,.0f}"
+        + "".join(f"   {part}" for part in own_words(row))
     )
+
+
+def own_words(row: Mapping[str, Any]) -> list[str]:
+    """What a function of one's own measured after an epoch: ['f2 0.9912', ...]."""
+    return [f"{name} {'-' if x is None else f'{x:.5g}'}" for name, x in row.get("metrics", {}).items()]
 
 
 def table_head() -> str:

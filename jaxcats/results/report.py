@@ -108,8 +108,8 @@ def write_report(path: Path, report: Report, *, budget: int = BUDGET) -> None:
     write_text(path, render(report, budget=budget))
 
 
-def render(report: Report, *, budget: int = BUDGET) -> str:
-    """The page as text without lone surrogates; see `write_report`."""
+def page_environment() -> Any:
+    """jinja2's environment for pages, which escapes whatever a template says."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -120,7 +120,12 @@ def render(report: Report, *, budget: int = BUDGET) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"line": shown_name, "percent": percent, "sha256": _sha256, "breadth": _breadth}
-    template = environment.get_template("report.html.j2")
+    return environment
+
+
+def render(report: Report, *, budget: int = BUDGET) -> str:
+    """The page as text without lone surrogates; see `write_report`."""
+    template = page_environment().get_template("report.html.j2")
     d = metrics.percent_digits(report.found["n"])
     figures = [replace(f, image=f.image if isinstance(f.image, str) else _embed(f.image)) for f in report.figures]
     facts = {

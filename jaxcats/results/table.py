@@ -93,7 +93,7 @@ def to_html(rows: Sequence[Mapping[str, Any]], *, best: int | None = None, note:
             f"{row['valid_loss']:.4f}",
             metrics.sentence(row["errors"], row["n"]),
             f"{row['seconds']:.1f} s",
-            "best" if i == best else "",
+            ", ".join(["best"] * (i == best) + metrics.own_words(row)),
         )
         style = " style='font-weight: bold'" if i == best else ""
         lines.append(f"<tr{style}>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")

@@ -45,7 +45,8 @@ class RunLog:
         self._file.write("".join(json.dumps(r) + "\n" for r in rows))
         self._file.flush()
         for row in rows:
-            for name, value in row.items():
+            own = {f"metrics/{name}": value for name, value in row.get("metrics", {}).items()}
+            for name, value in (row | own).items():
                 several = isinstance(value, list)
                 for i, number in enumerate(value if several else [value]):
                     if name != "step" and isinstance(number, (int, float)):

@@ -94,7 +94,9 @@ def test_a_manifest_of_the_users_own(pile, tmp_path):
     written = place.read_bytes()
     assert sides(scan(pile, valid_fraction=0.2, manifest=place)) == first
     assert place.read_bytes() == written
-    with pytest.raises(UserError, match=r"mine\.json was made with valid_fraction 0\.2 and seed 0, not 0\.3"):
+    with pytest.raises(
+        UserError, match=r"mine\.json was made with valid_fraction 0\.2 and seed 0, not valid_fraction 0\.3"
+    ):
         scan(pile, valid_fraction=0.3, manifest=place)
 
 

@@ -29,7 +29,11 @@ def block_outputs(model, params, batch_stats, images):
     outputs = []
     for name in names:
         rows = parts[name]
-        outputs += rows["__call__"] if "__call__" in rows else [row["__call__"][0] for _, row in sorted(rows.items())]
+        outputs += (
+            rows["__call__"]
+            if "__call__" in rows
+            else [rows[key]["__call__"][0] for key in sorted(rows, key=lambda key: (len(key), key))]
+        )
     return outputs
 
 

@@ -12,6 +12,7 @@ from jaxcats import models
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "networks.npz"
 PARAMETERS = {"resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "efficientnet_lite0": 4_652_008}
+DEEP = {"resnet101": 44_549_160, "resnet152": 60_192_808}
 MESSAGE = "no longer torch's numbers; if tests/models/seeded.py was changed on purpose, run scripts/make_golden.py"
 
 
@@ -27,11 +28,11 @@ def load_seeded(model, tmp_path):
     return models.load_pretrained(model, path)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", [*PARAMETERS, *(pytest.param(name, marks=pytest.mark.slow) for name in DEEP)])
 def test_equals_torch_block_by_block(name, golden, tmp_path):
     model = models.create(name, 1000, head="classifier")
     params, batch_stats = load_seeded(model, tmp_path)
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == (PARAMETERS | DEEP)[name]
 
     @jax.jit
     def run(params, batch_stats, images):

@@ -197,7 +197,7 @@ def test_a_wrong_hash_is_refused(tmp_path, monkeypatch):
     location = make_package(tmp_path, monkeypatch, b"not the weights")
     source = pretrained.WeightSource(location, models.create("resnet18", 2).preprocess, sha256="ab" * 32)
     with pytest.raises(UserError, match=r"sha256 is [0-9a-f]{64}, expected abab"):
-        pretrained.find(source, backbone="some_net")
+        pretrained.find([source], backbone="some_net")
 
 
 @pytest.mark.parametrize(

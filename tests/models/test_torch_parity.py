@@ -65,7 +65,7 @@ def test_networks_equal_torch_from_every_kind_of_file(name, tmp_path):
         assert max(worst) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_one_training_step_moves_everything_as_torch(name, tmp_path):
     """All weights and averages, in float64; the variances after undoing torch's n / (n - 1), which Flax leaves out."""
     net = random_net(name, seeded.STEP_SHAPE[1:3])

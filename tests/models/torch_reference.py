@@ -19,7 +19,7 @@ except RuntimeError:
 
 from efficientnet_lite_pytorch import EfficientNet
 
-NAMES = ("resnet18", "resnet34", "resnet50", "efficientnet_lite0")
+NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet_lite0")
 
 
 def build(name: str, *, size: tuple[int, int], state: dict[str, np.ndarray] | str = "") -> torch.nn.Module:

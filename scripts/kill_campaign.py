@@ -1,0 +1,204 @@
+"""Trainings killed (SIGKILL) at random moments and resumed, against one that nobody disturbed:
+
+    python scripts/kill_campaign.py [--runs 50] [--seed 0] [--backbone efficientnet_lite0] [--out out.json]
+
+Each run has a folder and a cache of its own, on drawn pictures. A stage is chosen at random (start, index, features,
+training, checkpoint, evaluation, report), and a moment in it; half of the runs are killed a second time while they
+resume. Then the run is given once more and must end like the undisturbed one: the same bytes in model.safetensors,
+predictions.csv and config.yaml, the same losses in metrics.jsonl, the same numbers in metrics.json, the same files, and
+none more, in the run folder and in the cache. Exit code 1 when one of them does not.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from jaxcats.data.demo import draw
+
+CONFIG = """
+data: {{root: {root}, size: {size}}}
+model: {{backbone: {backbone}, pretrained: {pretrained}, head: linear}}
+checkpoint: {{every_steps: 2}}
+phases:
+  head: {{epochs: 3, lr: 0.01, precompute: true, batch_size: 16}}
+  all: {{epochs: 3, lr: 0.01, freeze: nothing, bn: train, augment: side_on, batch_size: 16}}
+"""
+STAGES = ("start", "index", "features", "training", "checkpoint", "evaluation", "report")
+PROGRAM = "import sys; {extra}from jaxcats import train; from jaxcats.command import run_command; sys.exit(run_command(train.main))"
+SECONDS_AT_MOST = 300
+
+
+def stage(run: Path, cache: Path) -> str:
+    """What a run is at, as its folder and its cache show."""
+    checkpoints = run / "checkpoints"
+    names = os.listdir(checkpoints) if checkpoints.is_dir() else []
+    if any("tmp" in name for name in names) and not (run / "predictions.csv").exists():
+        return "checkpoint"
+    if (run / "predictions.csv").exists():
+        return "report"
+    if not (run / "config.yaml").exists():
+        return "start"
+    if not (run / "data.json").exists():
+        return "index"
+    if not any(cache.glob("features/*/*.safetensors")):
+        return "features"
+    last = max((int(name) for name in names if name.isdigit()), default=0)
+    return "evaluation" if last and last == _last_step(run) else "training"
+
+
+def _last_step(run: Path) -> int:
+    try:
+        return json.loads((run.parent / "last.json").read_text())
+    except FileNotFoundError:
+        return 0
+
+
+class Run:
+    """One run folder with a cache of its own."""
+
+    def __init__(self, place: Path, name: str, program: str):
+        self.folder, self.cache, self.program = place / name, place / f"{name}-cache", program
+        self.config = place / "config.yaml"
+        # Compiled programs are shared, so that a run takes seconds.
+        self.cache.mkdir()
+        (place / "xla").mkdir(exist_ok=True)
+        (self.cache / "xla").symlink_to(place / "xla")
+
+    def start(self) -> subprocess.Popen:
+        command = [sys.executable, "-c", self.program, "--config", self.config, "--workdir", self.folder, "--resume"]
+        env = os.environ | {"JAXCATS_CACHE": str(self.cache)}
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        return subprocess.Popen([str(w) for w in command], env=env, start_new_session=True, **pipe)
+
+    def finish(self) -> str:
+        """Runs to the end; returns what was printed."""
+        child = self.start()
+        said = child.communicate(timeout=SECONDS_AT_MOST)[0]
+        if child.returncode:
+            raise SystemExit(f"{self.folder}: exit code {child.returncode}\n{said}")
+        return said
+
+    def watched(self) -> dict[str, float]:
+        """Runs to the end; returns the seconds in each stage."""
+        child, seconds, before = self.start(), collections.Counter(), time.perf_counter()
+        while child.poll() is None:
+            time.sleep(0.005)
+            now = time.perf_counter()
+            seconds[stage(self.folder, self.cache)] += now - before
+            before = now
+        if child.returncode:
+            raise SystemExit(child.communicate()[0])
+        return dict(seconds)
+
+    def killed(self, wanted: str, wait: float) -> str:
+        """Kills it `wait` seconds after it comes to a stage, or past it; returns the stage it was at, "ended" if too late."""
+        child, deadline = self.start(), time.monotonic() + SECONDS_AT_MOST
+        while STAGES.index(stage(self.folder, self.cache)) < STAGES.index(wanted) and child.poll() is None:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{self.folder}: not at {wanted} after {SECONDS_AT_MOST} s")
+            time.sleep(0.002)
+        time.sleep(wait)
+        ended = child.poll() is not None
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        return "ended" if ended else stage(self.folder, self.cache)
+
+    def outcome(self) -> dict[str, object]:
+        """Everything that must be as it was in the undisturbed run."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        found = json.loads((self.folder / "metrics.json").read_text())
+        bits = ["model/model.safetensors", "predictions.csv", "config.yaml", "bad_files.json"]
+        return {
+            "bytes": {n: hashlib.sha256((self.folder / n).read_bytes()).hexdigest() for n in bits},
+            "losses": [(r["step"], r["loss"]) for r in rows if "loss" in r],
+            "metrics": {k: v for k, v in found.items() if k not in ("seconds", "features")},
+            "run files": files(self.folder),
+            "cache files": [n for n in files(self.cache) if not n.startswith("index/")],
+        }
+
+
+def files(folder: Path) -> list[str]:
+    """Names of all files below a folder but those with a random part: Orbax's data files and TensorBoard's."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return [n for n in names if "/d/" not in n and "process_0" not in n and not n.startswith("tensorboard/")]
+
+
+def difference(found: object, wanted: object) -> object:
+    """What to print of two things that should be equal."""
+    if isinstance(found, list) and isinstance(wanted, list) and all(isinstance(n, str) for n in found + wanted):
+        return {"more": sorted(set(found) - set(wanted)), "fewer": sorted(set(wanted) - set(found))}
+    return found, wanted
+
+
+def campaign(place: Path, *, runs: int, seed: int, program: str) -> dict[str, object]:
+    """The undisturbed run, then `runs` disturbed ones; returns what was struck and what differed."""
+    warming = Run(place, "warming", program)  # compiles, so that the stages' lengths are those of the others
+    warming.finish()
+    steps = [int(p.name) for p in (warming.folder / "checkpoints").iterdir() if p.name.isdigit()]
+    (place / "last.json").write_text(json.dumps(max(steps)))
+    whole = Run(place, "whole", program)
+    seconds = whole.watched()
+    wanted = whole.outcome()
+    print("seconds in each stage, undisturbed:", {s: round(seconds.get(s, 0), 2) for s in STAGES}, flush=True)
+    struck, wrong = collections.Counter(), {}
+    dice = random.Random(seed)
+    for number in range(runs):
+        run = Run(place, f"run{number}", program)
+        stages = []
+        for _ in range(dice.choice((1, 2))):
+            at = dice.choice(STAGES)
+            stages.append(run.killed(at, dice.uniform(0, max(seconds.get(at, 0), 0.05))))
+        struck.update(stages)
+        said = run.finish()
+        found = run.outcome()
+        differs = [k for k in wanted if found[k] != wanted[k]]
+        if differs:
+            wrong[number] = {k: difference(found[k], wanted[k]) for k in differs} | {"killed at": stages}
+        resumed = (
+            "Resuming" if "Resuming at" in said else "evaluated again" if "Finished already" in said else "started"
+        )
+        print(
+            f"run {number}: killed in {' and '.join(stages)}; {resumed}; {', '.join(differs) or 'the same'}", flush=True
+        )
+    return {"runs": runs, "kills": dict(struck), "same": runs - len(wrong), "wrong": wrong}
+
+
+def main() -> None:
+    """The command."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--runs", type=int, default=50)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--backbone", default="efficientnet_lite0")
+    p.add_argument("--random", action="store_true", help="a network of random weights")
+    p.add_argument("--size", type=int, default=64)
+    p.add_argument("--pictures", type=int, default=96, help="for training; half as many for validation")
+    p.add_argument("--import", dest="module", help="a module that registers the backbone")
+    p.add_argument("--out", type=Path, help="a JSON file for the result")
+    args = p.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        root = draw(place / "photos", n_train=args.pictures, n_valid=args.pictures // 2)
+        settings = {"backbone": args.backbone, "pretrained": str(not args.random).lower(), "size": args.size}
+        (place / "config.yaml").write_text(CONFIG.format(root=root, **settings))
+        program = PROGRAM.format(extra=f"import {args.module}; " if args.module else "")
+        found = campaign(place, runs=args.runs, seed=args.seed, program=program)
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{found['same']} of {found['runs']} runs ended like the undisturbed one; kills: {found['kills']}")
+    if found["wrong"]:
+        print(json.dumps(found["wrong"], indent=1)[:4000])
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

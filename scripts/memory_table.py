@@ -1,0 +1,77 @@
+"""Does memory grow with the folder? Peak resident memory of the train command for folders of two sizes.
+
+    python scripts/memory_table.py --root PHOTOS [--pictures 3000 30000] [--size 64] [--backbone efficientnet_lite0]
+
+Once with precomputed features, once with a stream of augmented pictures. The larger folder is filled with copies that
+differ after the picture's end, since equal files are computed once. Each run has a cache of its own.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from whole_job import photo_folder
+
+CONFIG = """
+report: false
+export: false
+data: {{root: {root}, size: {size}}}
+model: {{backbone: {backbone}}}
+phases:
+  head: {{epochs: 1, lr: 0.01, {how}}}
+"""
+KINDS = {"precompute": "precompute: true", "stream": "augment: side_on"}
+
+
+def peak(folder: Path, config: str) -> tuple[int, float]:
+    """(peak resident bytes, seconds) of the train command under this configuration."""
+    folder.mkdir()
+    (folder / "c.yaml").write_text(config)
+    command = [sys.executable, "-m", "jaxcats.train", "--config", folder / "c.yaml", "--workdir", folder / "run"]
+    before = time.perf_counter()
+    with open(folder / "log", "w+") as log:
+        child = subprocess.Popen(
+            [str(c) for c in command], stdout=log, stderr=log, env=os.environ | {"JAXCATS_CACHE": str(folder / "cache")}
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        log.seek(0)
+        if status:
+            sys.exit(log.read()[-2000:])
+    return usage.ru_maxrss * 1024, time.perf_counter() - before
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--root", type=Path, required=True)
+    p.add_argument("--pictures", type=int, nargs="+", default=[3000, 30000])
+    p.add_argument("--size", type=int, default=64)
+    p.add_argument("--backbone", default="efficientnet_lite0")
+    a = p.parse_args()
+    found: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        for n in a.pictures:
+            root = photo_folder(a.root, n, place / f"photos{n}")
+            for kind, how in KINDS.items():
+                run = place / f"{kind}{n}"
+                config = CONFIG.format(root=root, size=a.size, backbone=a.backbone, how=how)
+                memory, seconds = peak(run, config)
+                found[kind].append(memory)
+                index = sum(f.stat().st_size for f in (run / "cache" / "index").iterdir()) / n
+                print(
+                    f"{n:,} pictures, {kind}: {memory / 2**20:,.0f} MiB at most, {seconds:.0f} s; "
+                    f"index file {index:.0f} bytes a picture",
+                    flush=True,
+                )
+    few, many = min(a.pictures), max(a.pictures)
+    for kind, bytes_of in found.items():
+        grown = max(bytes_of) - bytes_of[a.pictures.index(few)]
+        print(f"{kind}: {grown / max(many - few, 1):,.0f} bytes more for each further picture")
+
+
+if __name__ == "__main__":
+    main()

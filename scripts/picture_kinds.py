@@ -1,0 +1,188 @@
+"""One picture of every kind that people's folders hold, and what the network sees of each, as a contact sheet:
+
+    python scripts/picture_kinds.py --out kinds.png [--keep FOLDER]
+
+All show the same four fields: red and green above, blue and white below (grey ones by their brightness). Where a picture
+has transparency its white field is the transparent one.
+"""
+
+import argparse
+import io
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageDraw
+
+from jaxcats.data.files import look_at
+from jaxcats.data.preprocess import Preprocess, evaluation_pixels
+
+FIELDS = ((230, 30, 30), (30, 200, 40), (40, 50, 220), (255, 255, 255))
+ORIENTATION = 0x0112
+
+
+def plain(width: int = 96, height: int = 64) -> Image.Image:
+    """The four fields."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    for number, colour in enumerate(FIELDS):
+        down, right = divmod(number, 2)
+        pixels[down * height // 2 : (down + 1) * height // 2, right * width // 2 : (right + 1) * width // 2] = colour
+    return Image.fromarray(pixels)
+
+
+def see_through() -> Image.Image:
+    """The same, with the white field black and transparent."""
+    picture = plain().convert("RGBA")
+    picture.paste((0, 0, 0, 0), (48, 32, 96, 64))
+    return picture
+
+
+def png16() -> bytes:
+    """A PNG of 16 bits a channel, which Pillow can't write."""
+    pixels = np.asarray(plain()).astype(">u2") * 257
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 96, 64, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    whole = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
+
+
+def ycck() -> bytes:
+    """A JPEG as Adobe's programs write it: CMYK, inverted, its colours as YCbCr."""
+    cmyk = plain().convert("CMYK")
+    *cmy, black = cmyk.split()
+    luma = Image.merge("RGB", cmy).convert("YCbCr").split()
+    # Pillow inverts as it writes; the decoder undoes YCbCr first.
+    channels = [channel.point([255 - v for v in range(256)]) for channel in luma]
+    content = bytearray(encoded(Image.merge("CMYK", (*channels, black)), "JPEG", quality=95))
+    content[content.index(b"Adobe") + 11] = 2  # the marker's transform: YCCK
+    return bytes(content)
+
+
+def swapped_profile() -> bytes:
+    """An ICC profile in which red and green have changed places, so that a reader that ignores it is seen."""
+    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = content.index(b"rXYZ"), content.index(b"gXYZ")
+    content[red : red + 4], content[green : green + 4] = b"gXYZ", b"rXYZ"
+    name = "sRGB".encode("utf-16-be")
+    return bytes(content).replace(name, "swap".encode("utf-16-be"))
+
+
+def encoded(picture: Image.Image, kind: str, *, orientation: int | None = None, **options) -> bytes:
+    if orientation:
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        options["exif"] = exif
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+def lying(orientation: int) -> Image.Image:
+    """The picture as a camera stores it that notes this orientation."""
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's Transpose numbers of the inverse
+    return plain().transpose(Image.Transpose(undo[orientation])) if orientation > 1 else plain()
+
+
+def deep(kind: str) -> Image.Image:
+    grey = np.asarray(plain().convert("L"))
+    return Image.fromarray(grey.astype(np.uint16) * 257 if kind == "16" else (grey / 255).astype(np.float32))
+
+
+def kinds(large: bool = True) -> dict[str, bytes]:
+    """File name -> content."""
+    rgb, grey, alpha = plain(), plain().convert("L"), see_through()
+    others = [Image.new("RGB", (96, 64), colour) for colour in ("black", "purple")]
+    movie = {"save_all": True, "append_images": others, "duration": 100}
+    swapped = Image.merge("RGB", [rgb.split()[i] for i in (1, 0, 2)])
+    found = {
+        "jpeg.jpg": encoded(rgb, "JPEG", quality=95),
+        "jpeg_progressive.jpg": encoded(rgb, "JPEG", quality=95, progressive=True),
+        "jpeg_grey.jpg": encoded(grey, "JPEG"),
+        "jpeg_cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG", quality=95),
+        "jpeg_ycck.jpg": ycck(),
+        "jpeg_profile.jpg": encoded(swapped, "JPEG", quality=95, subsampling=0, icc_profile=swapped_profile()),
+        "jpeg_broken_profile.jpg": encoded(rgb, "JPEG", quality=95, icc_profile=b"no profile at all"),
+        "png.png": encoded(rgb, "PNG"),
+        "png_palette.png": encoded(rgb.quantize(8), "PNG"),
+        "png_palette_see_through.png": encoded(alpha.quantize(8), "PNG"),
+        "png_grey_alpha.png": encoded(alpha.convert("LA"), "PNG"),
+        "png_alpha.png": encoded(alpha, "PNG"),
+        "png_alpha_profile.png": encoded(Image.merge("RGBA", [alpha.split()[i] for i in (1, 0, 2, 3)]), "PNG", icc_profile=swapped_profile()),
+        "png_16_grey.png": encoded(deep("16"), "PNG"),
+        "png_16_rgb.png": png16(),
+        "png_1_bit.png": encoded(grey.point([255 * (v > 128) for v in range(256)]).convert("1"), "PNG"),
+        "png_moving.png": encoded(rgb, "PNG", **movie),
+        "gif.gif": encoded(rgb, "GIF"),
+        "gif_moving.gif": encoded(rgb, "GIF", **movie),
+        "webp.webp": encoded(rgb, "WEBP", quality=90),
+        "webp_alpha.webp": encoded(alpha, "WEBP", lossless=True),
+        "webp_moving.webp": encoded(rgb, "WEBP", lossless=True, **movie),
+        "avif.avif": encoded(rgb, "AVIF", quality=90),
+        "bmp.bmp": encoded(rgb, "BMP"),
+        "tiff_lzw.tif": encoded(rgb, "TIFF", compression="tiff_lzw"),
+        "tiff_pages.tif": encoded(rgb, "TIFF", save_all=True, append_images=others),
+        "tiff_16_grey.tif": encoded(deep("16"), "TIFF"),
+        "tiff_float.tif": encoded(deep("float"), "TIFF"),
+        "tiff_cmyk.tif": encoded(rgb.convert("CMYK"), "TIFF"),
+        "jpeg2000.jp2": encoded(rgb, "JPEG2000"),
+        "ppm.ppm": encoded(rgb, "PPM"),
+        "png_called.jpg": encoded(rgb, "PNG"),
+        "jpeg_called.png": encoded(rgb, "JPEG", quality=95),
+        **{f"exif_{o}.jpg": encoded(lying(o), "JPEG", quality=95, orientation=o) for o in range(1, 9)},
+        "strip_wide.png": encoded(plain(6000, 2), "PNG"),
+        "strip_one_pixel_high.png": encoded(plain(600, 2).crop((0, 0, 600, 1)), "PNG"),
+    }  # fmt: skip
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
+        found["heic.heic"] = encoded(rgb, "HEIF", quality=90)
+    if large:
+        found["megapixels_40.jpg"] = encoded(plain(7744, 5184), "JPEG", quality=80)
+        found["megapixels_40_turned.jpg"] = encoded(
+            plain(7744, 5184).transpose(Image.Transpose.ROTATE_90), "JPEG", quality=80, orientation=6
+        )
+    return found
+
+
+def sheet(folder: Path, names: list[str], side: int = 96, columns: int = 8) -> Image.Image:
+    """What the network sees of each file, with the file's name and what was noted."""
+    high = side + 44
+    out = Image.new("RGB", (columns * (side + 60), -(-len(names) // columns) * high), "grey")
+    draw = ImageDraw.Draw(out)
+    for number, name in enumerate(names):
+        y, x = divmod(number, columns)
+        x, y = x * (side + 60) + 4, y * high + 2
+        out.paste(Image.fromarray(evaluation_pixels(folder / name, Preprocess(size=side))), (x, y))
+        record = look_at(folder / name)
+        words = f"{name.replace('_', ' ')}\n{record.bad or record.note or ''}"
+        lines = [line[i : i + 25] for line in words.split("\n") for i in range(0, len(line), 25)]
+        draw.text((x, y + side + 1), "\n".join(lines[:4]), fill="white", font_size=9)
+    return out
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, required=True, help="the contact sheet, a PNG")
+    p.add_argument("--keep", type=Path, help="a folder for the files themselves")
+    args = p.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = kinds()
+        for name, content in found.items():
+            (folder / name).write_bytes(content)
+        sheet(folder, sorted(found)).save(args.out)
+    print(f"{len(found)} kinds of picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

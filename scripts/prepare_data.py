@@ -1,0 +1,184 @@
+"""A data set of TensorFlow Datasets as a folder of pictures that jaxcats trains on:
+
+    python scripts/prepare_data.py cats_vs_dogs --out data/cats_vs_dogs
+
+train/ and valid/ (and test/ where there are three) with a folder per class. Splits are TFDS's own: validation, or else
+test, becomes valid/. A data set with one split has pictures held out, as many in each class as its share, chosen by
+content and --seed: 2,000 of cats_vs_dogs, a fifth of others. Stopped at any moment and given again, the command goes on
+and ends with the same folder. Pictures are written as TFDS keeps them, byte for byte, where that is JPEG or PNG.
+"""
+
+import argparse
+import collections
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from jaxcats.data.holdout import Rule, hold_out
+from jaxcats.errors import UserError, nearest
+from jaxcats.storage.atomic import write_bytes, write_json
+
+MARKER = "prepared.json"
+HELD_OUT = {"cats_vs_dogs": 2000}
+# What the data sets' own sources say beyond what is seen here.
+KNOWN = {
+    "cats_vs_dogs": "TFDS leaves out 1,738 corrupt pictures of the original and encodes all others again as JPEG: pixels differ a little from the original's."
+}
+ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
+
+
+def open_data(name: str, data_dir: str | None) -> Any:
+    """The builder of a data set, downloaded and prepared by TFDS."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        close = nearest(name.partition("/")[0], tfds.list_builders())
+        raise UserError(f"{name}: TFDS has no such data set.{close}") from None
+    try:
+        builder.download_and_prepare()
+    except (OSError, tfds.download.DownloadError, AssertionError) as error:
+        raise UserError(f"{name}: TFDS can't prepare it ({str(error).splitlines()[0][:200]}).") from None
+    return builder
+
+
+def keys(builder: Any, label: str | None) -> tuple[str, str, list[str]]:
+    """The names of the picture and the label in each example, and the classes."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    pictures = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+    labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    if label is None and builder.info.supervised_keys:
+        label = builder.info.supervised_keys[1]
+    label = label or (labels[0] if labels else None)
+    if "image" in pictures:
+        pictures = ["image"]
+    if len(pictures) != 1 or label not in labels:
+        raise UserError(
+            f"{builder.name}: no data set for a classifier of pictures: pictures {pictures}, labels {labels}; --label says which."
+        )
+    return pictures[0], label, [n.replace("/", "_") for n in features[label].names]
+
+
+def examples(builder: Any, split: str, picture: str, label: str) -> Iterator[tuple[bytes, int]]:
+    """(content, label) in TFDS's order, which is the same each time; those without a label have -1."""
+    import tensorflow_datasets as tfds
+
+    read = tfds.ReadConfig(interleave_cycle_length=1)  # the order of the files
+    decoders = tfds.decode.PartialDecoding({picture: True, label: True}, decoders={picture: tfds.decode.SkipDecoding()})
+    data = builder.as_dataset(split=split, decoders=decoders, read_config=read, shuffle_files=False)
+    for example in data.as_numpy_iterator():
+        yield example[picture], int(example[label])
+
+
+def as_file(content: bytes) -> tuple[bytes, str]:
+    """A picture's bytes and the ending of its name: as they are for JPEG and PNG, else as PNG."""
+    with Image.open(io.BytesIO(content)) as image:
+        if image.format in ENDINGS:
+            return content, ENDINGS[image.format]
+        out = io.BytesIO()
+        image.save(out, "PNG")
+        return out.getvalue(), ".png"
+
+
+def begin(out: Path, wanted: dict[str, Any]) -> bool:
+    """Makes or takes up the folder; True when it is finished. UserError for one that holds anything else."""
+    marker = out / MARKER
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        try:
+            found = json.loads(marker.read_text(encoding="utf-8"))
+            settings, finished = found["settings"], found["complete"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{out}: holds something else; give a new or an empty folder.") from None
+        if settings != wanted:
+            raise UserError(f"{out}: was begun with {settings}, not {wanted}; give another folder.")
+        for left in out.rglob(".*.tmp"):
+            left.unlink()
+        return finished
+    write_json(marker, {"settings": wanted, "complete": False})
+    return False
+
+
+def prepare(args: argparse.Namespace) -> None:
+    builder = open_data(args.name, args.data_dir)
+    picture, label, classes = keys(builder, args.label)
+    wanted = {"name": builder.info.full_name, "label": label, "valid": args.valid, "seed": args.seed}
+    if begin(args.out, wanted):
+        print(f"{args.out}: complete already.")
+        return
+    parts = args.splits or (list(builder.info.splits) or ["train"])
+    own = {"train": "train"} | ({"validation": "valid", "test": "test"} if "validation" in parts else {"test": "valid"})
+    own = {tfds_name: ours for tfds_name, ours in own.items() if tfds_name in parts}
+    sides: dict[str, str] = {}
+    if "valid" not in own.values():
+        sides = held_out(builder, picture, label, classes, args)
+    counts, formats, unlabelled = collections.Counter(), collections.Counter(), 0
+    for tfds_name, ours in own.items():
+        for number, (content, y) in enumerate(
+            tqdm(examples(builder, tfds_name, picture, label), desc=tfds_name, unit="picture")
+        ):
+            if y < 0:
+                unlabelled += 1
+                continue
+            data, ending = as_file(content)
+            part = sides.get(hashlib.sha256(content).hexdigest(), ours)
+            path = args.out / part / classes[y] / f"{classes[y]}.{number:06d}{ending}"
+            if not path.exists():  # it is written whole or not at all
+                write_bytes(path, data)
+            counts[part] += 1
+            formats["as TFDS keeps it" if data is content else "as PNG"] += 1
+    facts = {"counts": dict(counts), "written": dict(formats), "without a label, left out": unlabelled}
+    told = {"citation": builder.info.citation, "homepage": builder.info.homepage, "note": KNOWN.get(builder.name, "")}
+    write_json(args.out / MARKER, {"settings": wanted, "complete": True} | facts | told)
+    print(f"{args.out}: {', '.join(f'{n:,} {part}' for part, n in counts.items())} pictures in {len(classes)} classes.")
+    print(
+        f"Written: {', '.join(f'{n:,} {how}' for how, n in formats.items())}; {unlabelled:,} without a label left out."
+    )
+    if told["note"]:
+        print(told["note"])
+
+
+def held_out(builder: Any, picture: str, label: str, classes: list[str], args: argparse.Namespace) -> dict[str, str]:
+    """The side of each picture's content; written down in the folder as well."""
+    contents: dict[str, list[str]] = {name: [] for name in classes}
+    for content, y in tqdm(examples(builder, "train", picture, label), desc="hashing", unit="picture"):
+        if y >= 0:
+            contents[classes[y]].append(hashlib.sha256(content).hexdigest())
+    contents = {name: hashes for name, hashes in contents.items() if hashes}
+    total = sum(map(len, contents.values()))
+    number = args.valid or HELD_OUT.get(builder.name, total // 5)
+    if not 0 < number < total:
+        raise UserError(f"--valid {number}: can't be held out of {total:,} pictures.")
+    rule = Rule(number / total, args.seed)
+    return hold_out(contents, rule=rule, manifest=args.out / "split.json", given=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("name", help="as TFDS calls it: cats_vs_dogs, oxford_iiit_pet, imagenette/320px, ...")
+    p.add_argument("--out", type=Path, required=True, help="a new folder, or one that this command began")
+    p.add_argument("--valid", type=int, help="pictures to hold out, where the data set has one split")
+    p.add_argument("--label", help="which label, where there are several")
+    p.add_argument("--splits", nargs="+", help="TFDS splits to use (default: all of train, validation and test)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--data_dir", help="where TFDS keeps its files")
+    try:
+        prepare(p.parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Labels and splits where users slip: strange names and paths, what counts as bad, half-made test folders, old manifests."""
+
+import csv
+import io
+import json
+import shutil
+import sys
+
+import pytest
+
+from jaxcats.data.index import scan
+from jaxcats.errors import UserError
+
+NAME = r"^(?P<label>cat|dog)\."
+
+
+@pytest.fixture
+def heap(folder):
+    """Ten cats and ten dogs in one folder, named as Kaggle names them."""
+    names = [f"{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(10)]
+    return folder({name: seed for seed, name in enumerate(names)})
+
+
+def names_of(root):
+    return sorted(path.name for path in root.glob("*.jpg"))
+
+
+def table(root, rows):
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows([("path", "label"), *rows])
+    (root / "labels.csv").write_text(out.getvalue(), encoding="utf-8", newline="")
+    return "labels.csv"
+
+
+def sides(index):
+    every = [*index.splits.items(), *([("test", index.test)] if index.test else [])]
+    return {content: name for name, split in every for content in split.hashes}
+
+
+def test_a_picture_without_a_label_is_as_bad_as_one_that_is_broken(heap, encoded):
+    (heap / "catalogue.jpg").write_bytes(encoded(99))
+    (heap / "dog.9.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"2 of 21 pictures can't be used: catalogue\.jpg .*; dog\.9\.jpg"):
+        scan(heap, labels=NAME, valid_fraction=0.2, on_bad_file="fail")
+    rows = [(name, name[:3]) for name in names_of(heap) if name != "catalogue.jpg"]
+    with pytest.raises(UserError, match=r"2 of 21 pictures can't be used: \.\./out\.jpg \(lies outside the folder\)"):
+        scan(heap, labels=table(heap, [*rows, ("../out.jpg", "cat")]), valid_fraction=0.2, on_bad_file="fail")
+
+
+def test_whole_paths_with_and_without_a_link_in_them(heap, tmp_path):
+    (tmp_path / "link").symlink_to(heap, target_is_directory=True)
+    rows = [((tmp_path / "link" if i % 2 else heap) / name, name[:3]) for i, name in enumerate(names_of(heap))]
+    index = scan(tmp_path / "link", labels=table(heap, rows), valid_fraction=0.2)
+    assert (len(sides(index)), index.bad) == (20, ())
+
+
+def test_names_with_commas_quotes_line_breaks_and_letters_of_all_kinds(heap):
+    strange = ["a,b.jpg", 'say "cat".jpg', "two\nlines.jpg", "Kätzchen 猫.jpg", " space.jpg"]
+    for old, new in zip(names_of(heap), strange, strict=False):
+        (heap / old).rename(heap / new)
+    index = scan(
+        heap, labels=table(heap, [(n, "dog" if n[:3] == "dog" else "cat") for n in names_of(heap)]), valid_fraction=0.2
+    )
+    found = {path for split in index.splits.values() for path in split.paths}
+    assert set(strange) - {" space.jpg"} <= found
+    assert [b.path for b in index.bad] == ["space.jpg"]  # spaces around a cell are none of its name
+
+
+def test_utf16_without_its_mark(heap):
+    (heap / "labels.csv").write_bytes("path,label\ncat.0.jpg,cat\n".encode("utf-16-le"))
+    with pytest.raises(UserError, match="has no column 'path'"):
+        scan(heap, labels="labels.csv", valid_fraction=0.2)
+
+
+def test_parquet_beside_a_column_of_whole_pictures(heap):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names = names_of(heap)
+    columns = {"image": [(heap / n).read_bytes() for n in names], "path": names, "label": [int(n < "d") for n in names]}
+    pq.write_table(pa.table(columns), heap / "labels.parquet")
+    index = scan(heap, labels="labels.parquet", valid_fraction=0.2)
+    assert (index.classes, len(sides(index))) == (("0", "1"), 20)
+    with pytest.raises(UserError, match="no column 'file'; it has image, path, label"):
+        scan(heap, labels="labels.parquet", columns={"path": "file"}, valid_fraction=0.2)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(heap, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (heap / "labels.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r'pip install "jaxcats\[parquet\]", or save it as CSV'):
+        scan(heap, labels="labels.parquet", valid_fraction=0.2)
+
+
+def test_one_split_whatever_gives_the_labels(heap, tmp_path):
+    how = {"valid_fraction": 0.2, "test_fraction": 0.2}
+    first = sides(scan(heap, labels=NAME, **how))
+    assert sides(scan(heap, labels=table(heap, [(n, n[:3]) for n in reversed(names_of(heap))]), **how)) == first
+    for name in names_of(heap):
+        place = tmp_path / "tree" / name[:3]
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(heap / name, place / name)
+    assert sides(scan(tmp_path / "tree", **how)) == first
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "tree").rename(tmp_path / "deep/2018")
+    assert sides(scan(tmp_path / "deep", labels="parent", **how)) == first
+
+
+def test_a_manifest_from_before_test_splits_and_groups_is_obeyed(heap, tmp_path):
+    place = tmp_path / "old.json"
+    how = {"labels": NAME, "valid_fraction": 0.5, "manifest": place}
+    first = sides(scan(heap, **how))
+    assert json.loads(place.read_text()) == {"version": 1, "fraction": 0.5, "seed": 0, "sides": first}
+    other = {content: {"train": "valid", "valid": "train"}[side] for content, side in first.items()}
+    place.write_text(json.dumps({"version": 1, "fraction": 0.5, "seed": 0, "sides": other}), encoding="utf-8")
+    assert sides(scan(heap, **how)) == other
+
+
+def test_a_test_folder_that_is_still_empty_is_none(two_classes, encoded):
+    for name in ("cats", "dogs"):
+        (two_classes / "test" / name).mkdir(parents=True)
+    assert scan(two_classes).test is None
+    for kind in ("cats", "dogs"):
+        (two_classes / f"test/{kind}/1.jpg").write_bytes(encoded(len(kind) + ord(kind[0])))
+    assert scan(two_classes).test.paths == ("test/cats/1.jpg", "test/dogs/1.jpg")
+
+
+@pytest.mark.parametrize("name", ["test1/1.jpg", "test/1.jpg", "test/unknown/1.jpg", "test/cats/1.jpg"])
+def test_other_test_folders_are_left_alone(two_classes, encoded, name):
+    (two_classes / name).parent.mkdir(parents=True)
+    (two_classes / name).write_bytes(encoded(50))
+    index = scan(two_classes)
+    assert (index.test, index.bad) == (None, ())
+
+
+def test_groups_made_too_late_are_said(heap, capsys, tmp_path):
+    how = {
+        "labels": NAME,
+        "valid_fraction": 0.3,
+        "group": r"^...\.(?P<group>\w+)\.",
+        "manifest": tmp_path / "split.json",
+    }
+    first = sides(scan(heap, **how))
+    assert "warning" not in capsys.readouterr().err
+    for kind in ("cat", "dog"):
+        for i in range(10):  # nine of a kind turn out to be the same animal
+            (heap / f"{kind}.{i}.jpg").rename(heap / f"{kind}.{kind * (i > 0) or 'other'}.{i}.jpg")
+    assert sides(scan(heap, **how)) == first  # old pictures never change sides
+    assert "2 groups have pictures on several sides, for example cat: they were split before" in capsys.readouterr().err

@@ -1,0 +1,225 @@
+"""Labels from names, from folders at any depth, and from tables."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from jaxcats.data.index import scan, scan_labelled
+from jaxcats.data.table import read_table
+from jaxcats.errors import UserError
+
+NAME = r"^(?P<label>cat|dog)\."
+
+
+@pytest.fixture
+def flat(folder):
+    """Five cats and five dogs named as Kaggle names them, and one picture that is neither."""
+    names = [f"{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(5)]
+    return folder({name: seed for seed, name in enumerate([*names, "bird.0.jpg"])})
+
+
+@pytest.fixture
+def table(flat):
+    """table(text or rows, name="labels.csv"): the table's path."""
+
+    def make(rows, name="labels.csv", encoding="utf-8"):
+        if not isinstance(rows, (str, bytes)):
+            out = io.StringIO(newline="")
+            csv.writer(out).writerows(rows)
+            rows = out.getvalue()
+        (flat / name).write_bytes(rows if isinstance(rows, bytes) else rows.encode(encoding))
+        return name
+
+    return make
+
+
+def found(index):
+    """path -> (split, label) of everything."""
+    every = index.splits | ({"test": index.test} if index.test else {})
+    return {
+        path: (name, index.classes[label])
+        for name, split in every.items()
+        for path, label in zip(split.paths, split.labels.tolist(), strict=True)
+    }
+
+
+def rows_of(index, header=("path", "label", "split")):
+    return [header, *((path, label, split) for path, (split, label) in sorted(found(index).items()))]
+
+
+def test_the_label_in_the_name(flat):
+    index = scan(flat, labels=NAME, valid_fraction=0.2)
+    assert index.classes == ("cat", "dog")
+    assert all(label == path[:3] for path, (_, label) in found(index).items())
+    assert len(found(index)) == 10
+    assert [(b.path, b.reason) for b in index.bad] == [("bird.0.jpg", "data.labels doesn't match its name")]
+
+
+def test_names_in_train_and_valid_folders(flat):
+    for part, numbers in (("train", (0, 1, 2)), ("valid", (3,)), ("test", (4,))):
+        (flat / part).mkdir()
+        for number in numbers:
+            for kind in ("cat", "dog"):
+                (flat / f"{kind}.{number}.jpg").rename(flat / part / f"{kind}.{number}.jpg")
+    index = scan(flat, labels=NAME)
+    assert found(index)["train/cat.1.jpg"] == ("train", "cat")
+    assert found(index)["valid/dog.3.jpg"] == ("valid", "dog")
+    assert [len(s) for s in (*index.splits.values(), index.test)] == [6, 2, 2]
+
+
+def test_the_folder_a_picture_lies_in_at_any_depth(folder):
+    names = [f"site{i % 2}/day{i % 3}/{kind}/{i}.jpg" for kind in ("cat", "dog") for i in range(4)]
+    root = folder({name: seed for seed, name in enumerate([*names, "loose.jpg"])})
+    index = scan(root, labels="parent", valid_fraction=0.25)
+    assert {path: label for path, (_, label) in found(index).items()} == {n: n.split("/")[2] for n in names}
+    assert [(b.path, b.reason) for b in index.bad] == [("loose.jpg", "lies in no folder")]
+
+
+def test_a_table_with_splits(flat, table):
+    rows = [("path", "label", "split"), ("cat.0.jpg", "feline", "train"), ("dog.0.jpg", "canine", "train")]
+    rows += [("cat.1.jpg", "feline", "VAL"), ("dog.1.jpg", "canine", "validation"), ("cat.2.jpg", "feline", "test")]
+    index = scan(flat, labels=table(rows))
+    assert index.classes == ("canine", "feline")
+    assert found(index)["cat.1.jpg"] == ("valid", "feline")
+    assert index.test.paths == ("cat.2.jpg",)
+    assert len(index.splits["train"]) == 2
+
+
+def test_a_table_without_splits_and_with_other_names(flat, table):
+    rows = [("file", "kind"), *((f"{kind}.{i}.jpg", kind) for kind in ("cat", "dog") for i in range(5))]
+    names = {"path": "file", "label": "kind"}
+    by_table = scan(flat, labels=table(rows), columns=names, valid_fraction=0.2)
+    assert found(by_table) == found(scan(flat, labels=NAME, valid_fraction=0.2))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings(flat, table, encoding):
+    text = "path,label\r\ncat.0.jpg,Kätzchen\r\ndog.0.jpg,Hündchen\r\n"
+    table(text, encoding=encoding)
+    rows, bad = read_table(flat, "labels.csv", {})
+    assert [(r.path, r.label) for r in rows] == [("cat.0.jpg", "Kätzchen"), ("dog.0.jpg", "Hündchen")]
+    assert not bad
+
+
+def test_quotes_line_breaks_semicolons_and_tabs(flat, table):
+    table('path,label\n"cat.0.jpg","a ""big"", cat"\n"dog.0.jpg","a\ndog"\n')
+    assert [r.label for r in read_table(flat, "labels.csv", {})[0]] == ['a "big", cat', "a\ndog"]
+    table("path;label\ncat.0.jpg;big, cat\n")
+    assert read_table(flat, "labels.csv", {})[0][0].label == "big, cat"
+    table("path\tlabel\ncat.0.jpg\tbig, cat\n", name="labels.tsv")
+    assert read_table(flat, "labels.tsv", {})[0][0].label == "big, cat"
+
+
+def test_parquet_says_the_same(flat, table):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = rows_of(scan(flat, labels=NAME, valid_fraction=0.2))
+    expected = found(scan(flat, labels=table(rows)))
+    columns = {name: list(column) for name, column in zip(rows[0], zip(*rows[1:], strict=True), strict=True)}
+    pq.write_table(pa.table(columns), flat / "labels.parquet")
+    assert found(scan(flat, labels="labels.parquet")) == expected
+    (flat / "broken.parquet").write_bytes((flat / "labels.parquet").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"broken\.parquet: can't be read as Parquet"):
+        scan(flat, labels="broken.parquet")
+
+
+def test_rows_that_cannot_be_used_are_listed_with_their_reasons(flat, table):
+    rows = [("path", "label"), *((f"{kind}.{i}.jpg", kind) for kind in ("cat", "dog") for i in range(4))]
+    rows += [("gone.jpg", "cat"), ("../secret.jpg", "cat"), ("cat.4.jpg", ""), ("", "dog"), ("dog.4.jpg",)]
+    rows += [("./cat.0.jpg", "cat"), ("dog.3.jpg", "cat"), (str(flat / "bird.0.jpg"), "dog")]
+    index = scan(flat, labels=table(rows), valid_fraction=0.25)
+    assert {b.path: b.reason for b in index.bad} == {
+        "gone.jpg": "no such file or directory",
+        "../secret.jpg": "lies outside the folder",
+        "cat.4.jpg": "has no label (line 12)",
+        "labels.csv line 13": "names no picture",
+        "labels.csv line 14": "has 1 of 2 columns or more",
+        "dog.3.jpg": "labels.csv gives it two labels or splits",
+    }
+    assert found(index)["bird.0.jpg"][1] == "dog"  # by its whole path
+    assert len(found(index)) == 8  # a row given twice counts once
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("path,label\n", "no row with a path and a label"),
+        ("file,label\na.jpg,cat\n", r"has no column 'path'; it has file, label\. Say with data\.columns\.path"),
+        ("path,lable\na.jpg,cat\n", "Did you mean 'lable'"),
+        ("path,label,split\ncat.0.jpg,cat,dev\n", r"labels\.csv line 2: the split 'dev' is none of"),
+        ('path,label\n"cat.0.jpg,cat\n', "line 2: can't be read as CSV"),
+        (b"path,label\ncat.0.jpg,K\xe4tzchen\n", r"line 2: is not UTF-8"),
+        ("path,label,split\ncat.0.jpg,cat,train\n", "only one class"),
+        ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\ncat.1.jpg,cat,valid\n", "valid has no pictures of dog"),
+        ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\ncat.1.jpg,cow,test\n", "test has classes that train lacks: cow"),
+        ("path,label,split\ncat.0.jpg,cat,valid\n", "no training pictures"),
+        ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\n", "set valid_fraction"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_table_is_said(flat, table, text, words):
+    with pytest.raises(UserError, match=words):
+        scan(flat, labels=table(text))
+
+
+def test_slips_are_said(flat):
+    for labels, words in (
+        ("names", "expected folders, parent, a regular expression"),
+        ("(?P<label>", "is no regular expression"),
+        ("(?P<lable>.)", r"has no group \(\?P<label>"),
+        ("none.csv", "no such file, neither in"),
+        (r"(?P<label>cow)\.", "no picture gets a label from data.labels.* for example bird.0.jpg"),
+        ("parent", "no picture gets a label"),
+        (NAME, None),
+    ):
+        with pytest.raises(UserError, match=words or "nothing says which pictures are for validation"):
+            scan(flat, labels=labels, valid_fraction=0.2 if words else None)
+
+
+def test_another_folder_is_judged_by_the_same_rule(flat):
+    split, bad = scan_labelled(flat, classes=("dog", "cat"), labels=NAME)
+    assert [("dog", "cat")[label] for label in split.labels] == [path[:3] for path in split.paths]
+    assert len(bad) == 1
+    with pytest.raises(
+        UserError, match=r"its classes differ from those of the classifier: missing bird; expected exactly"
+    ):
+        scan_labelled(flat, classes=("dog", "cat", "bird"), labels=NAME)
+
+
+@pytest.mark.slow
+def test_a_million_rows(flat):
+    with (flat / "labels.csv").open("w") as out:
+        out.write("path,label\n")
+        out.writelines(f"folder{i % 1000}/picture{i}.jpg,{'cat' if i % 2 else 'dog'}\n" for i in range(1_000_000))
+    rows, bad = read_table(flat, "labels.csv", {})
+    assert (len(rows), len(bad)) == (1_000_000, 0)
+    assert rows[-1].path == "folder999/picture999999.jpg"
+
+
+@pytest.mark.slow
+def test_any_bytes_are_a_table_or_a_user_error(flat):
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
+    good = 'path,label,split\n"cat.0.jpg",cat,train\ndog.0.jpg,"dog ""x""",valid\n'.encode("utf-8-sig")
+
+    @settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.one_of(st.binary(max_size=300), st.lists(st.tuples(st.integers(0, len(good) - 1), st.integers(0, 255)))))
+    def check(change):
+        data = np.frombuffer(good, np.uint8).copy()
+        if isinstance(change, bytes):
+            data = np.frombuffer(change, np.uint8)
+        else:
+            for place, value in change:
+                data[place] = value
+        (flat / "labels.csv").write_bytes(data.tobytes())
+        try:
+            rows, _ = read_table(flat, "labels.csv", {})
+        except UserError:
+            return
+        assert all(row.path and row.label and not row.path.startswith("..") for row in rows)
+
+    check()
