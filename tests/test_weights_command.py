@@ -60,8 +60,8 @@ def test_fetch_says_where_the_file_is(run):
 
 
 def test_check_tells_the_published_file_from_another(run, tmp_path):
-    code, out, _ = run("check", "efficientnet_lite0")
-    assert code == 0
+    code, out, err = run("check", "efficientnet_lite0")
+    assert code == 0, err
     assert "fits efficientnet_lite0; 296 tensors, a classifier of 1,000 classes; sha256 5793442" in out
     assert "that of the published file" in out
     copy = tmp_path / "copy.pth"
