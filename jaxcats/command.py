@@ -1,14 +1,14 @@
 """What every command shares: its own flags, errors as one line, exit codes, `jaxcats NAME ...`; nothing but the standard library."""
 
 import argparse
-import errno
 import importlib
+import io
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jaxcats.errors import RunError, UserError, nearest
+from jaxcats.errors import MAKE_ROOM, RunError, UserError, is_full, nearest
 
 COMMANDS = {
     "train": "train a classifier on a folder of pictures, and judge it",
@@ -25,6 +25,9 @@ KINDS = {int: "a whole number", float: "a number"}
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake is one line on stderr and exit code 2, a failed run 1, Ctrl-C 130, SIGTERM 143."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal has no letters for is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:
@@ -35,9 +38,9 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         return 1
     except OSError as e:  # a folder that may not be read, a full disk: the system's own words
         place = f"{one_line(e.filename)}: " if e.filename else ""
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-        more = " Make room and run the same again (train: with --resume)." if full else ""
-        print(f"error: {place}{e.strerror or one_line(e)}{'.' * full}{more}", file=sys.stderr)
+        full = is_full(e)
+        more = f". {MAKE_ROOM}" if full else ""
+        print(f"{'stopped' if full else 'error'}: {place}{e.strerror or one_line(e)}{more}", file=sys.stderr)
         return 1 if full else 2
     except KeyboardInterrupt as e:
         print(str(e) or "stopped by the keyboard.", file=sys.stderr)

@@ -11,7 +11,7 @@ from jaxcats import job
 from jaxcats.cli import from_file
 from jaxcats.config import Phase, flat, to_yaml
 from jaxcats.core.state import TrainState, copy
-from jaxcats.errors import UserError
+from jaxcats.errors import UserError, unwritable
 from jaxcats.fit import Progress
 from jaxcats.results.table import best_epoch
 from jaxcats.storage.atomic import write_json, write_text
@@ -92,7 +92,7 @@ def save_state(
             folder.rename(old)
         fresh.rename(folder)
     except OSError as e:
-        raise UserError(f"{folder}: can't be written ({e.strerror}).") from None
+        raise unwritable(f"{folder}:", e) from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

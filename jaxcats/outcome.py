@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxcats.command import one_line
-from jaxcats.errors import UserError
+from jaxcats.errors import unwritable
 from jaxcats.results import metrics
 from jaxcats.storage.atomic import write_json, write_text
 
@@ -104,7 +104,7 @@ def write_results(
         if found:
             write_json(folder / "metrics.json", found)
     except OSError as e:
-        raise UserError(f"{folder}: can't be written ({e.strerror}).") from None
+        raise unwritable(f"{folder}:", e) from None
     if found:
         print(metrics.sentence(found["errors"], found["n"]) + (f"; these pictures {chose}" if chose else ""))
         print(metrics.table(found))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcats.command import Parser, run_command
-from jaxcats.errors import RunError, UserError
+from jaxcats.errors import RunError, UserError, unwritable
 
 DESCRIPTION = (
     "Judges pictures with an exported classifier. Probabilities are calibrated on the validation pictures; 'unsure' marks "
@@ -138,7 +138,7 @@ def write_file(path: str, content: str | bytes) -> None:
         else:
             write_text(Path(os.path.realpath(path)), content)
     except OSError as e:
-        raise UserError(f"{path}: can't be written ({e.strerror}).") from None
+        raise unwritable(f"{path}:", e) from None
     print(f"Written: {path}", file=sys.stderr)
 
 

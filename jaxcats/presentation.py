@@ -12,7 +12,7 @@ import numpy as np
 from jaxcats import run_figures
 from jaxcats.config import to_yaml
 from jaxcats.data.preprocess import PictureError
-from jaxcats.errors import UserError
+from jaxcats.errors import unwritable
 from jaxcats.own import words
 from jaxcats.results import plots, report
 from jaxcats.results.table import overfitting
@@ -71,7 +71,7 @@ def present(folder: Path, run: Any, split: Any, logits: np.ndarray, found: Mappi
             plots.write(figure, folder / "figures" / f"{name}.png", dpi=dpi)
         report.write_report(folder / "report.html", page(folder, judged, curves))
     except OSError as e:
-        raise UserError(f"{folder}: figures and report can't be written ({e.strerror}).") from None
+        raise unwritable(f"{folder}: figures and report", e) from None
 
 
 def page(folder: Path, judged: Judged, curves: Mapping[str, plots.Figure]) -> report.Report:

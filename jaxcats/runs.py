@@ -121,9 +121,11 @@ class Trainer(Fitter):
 
     def close(self) -> None:
         """Waits for saves under way and closes the log."""
-        self.checkpoints.close()
-        if hasattr(self, "log"):
-            self.log.close()
+        try:
+            self.checkpoints.close()
+        finally:
+            if hasattr(self, "log"):
+                self.log.close()
 
     def __enter__(self) -> "Trainer":
         return self

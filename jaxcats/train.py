@@ -16,7 +16,7 @@ from jaxcats import distributed
 from jaxcats.cli import flag_value, from_file, parse
 from jaxcats.command import run_command
 from jaxcats.config import Config, DistributedConfig, flat, to_yaml
-from jaxcats.errors import UserError
+from jaxcats.errors import UserError, unwritable
 from jaxcats.judging import BEST_EPOCH, Run
 from jaxcats.outcome import CHOSE, skipped, write_results
 from jaxcats.resumption import training_changes
@@ -71,7 +71,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
         folder.mkdir(parents=True, exist_ok=True)
         hold(folder)
     except OSError as e:
-        raise UserError(f"--workdir {folder}: can't be written ({e.strerror}).") from None
+        raise unwritable(f"--workdir {folder}:", e) from None
     for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
     # Until there is a checkpoint nothing is lost by starting over, with mended settings too.
@@ -90,7 +90,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
     try:
         write_text(saved, to_yaml(dataclasses.replace(config, distributed=DistributedConfig())))
     except OSError as e:
-        raise UserError(f"--workdir {folder}: can't be written ({e.strerror}).") from None
+        raise unwritable(f"--workdir {folder}:", e) from None
     return folder
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from jaxcats.data.files import warn
-from jaxcats.storage.atomic import write_bytes, write_json
+from jaxcats.storage.atomic import sweep, write_bytes, write_json
 
 SHARD_ROWS = 4096  # what a killed process can lose
 
@@ -85,6 +85,7 @@ def cached_features(
     """
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir / "features" / key
+    sweep(folder)
     known, damaged = _read(folder, set(hashes), width)
     features = np.zeros((len(hashes), width), np.float32)
     for row, h in enumerate(hashes):

@@ -16,7 +16,7 @@ import PIL
 
 from jaxcats.data.preprocess import PictureError, bad_reason, open_picture, remarks, upright
 from jaxcats.errors import UserError
-from jaxcats.storage.atomic import write_json
+from jaxcats.storage.atomic import sweep, write_json
 
 # HEIC is listed so that a folder of them is answered with a reason (Pillow reads it with a plug-in only).
 IMAGE_EXTENSIONS = frozenset(
@@ -152,6 +152,7 @@ def examine(
     """
     key = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
     store = cache_dir / "index" / f"{root.name or 'root'}-{key}.json"
+    sweep(store.parent)
     known = _load_records(store)
     records = {path: known[path] for path in paths if path in known and not rehash and _same(root / path, known[path])}
     todo = [path for path in paths if path not in records]

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxcats.data.files import warn
 from jaxcats.errors import UserError
-from jaxcats.storage.atomic import write_json
+from jaxcats.storage.atomic import sweep, write_json
 
 SIDES = ("valid", "test", "train")
 
@@ -66,6 +66,8 @@ def hold_out(
         given: the user chose the manifest's place: problems with it are errors, not warnings.
         groups: names of the groups of a content, for those that have any.
     """
+    if not given:
+        sweep(manifest.parent)
     saved, known = _read(manifest, rule, given)
     before = (len(saved), len(known))
     sides = dict(saved)

@@ -5,11 +5,13 @@ TensorFlow is imported when the first batch is asked for, and never sees a GPU.
 
 import atexit
 import contextlib
+import hashlib
 import os
 import weakref
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,17 +117,26 @@ def _run(
 
 
 def _read(split: Split, row: Any, preprocess: Preprocess, broken: list[UserError]) -> np.ndarray:
-    """A picture's pixels; a failure is kept in `broken`, since TensorFlow passes on only its text."""
+    """A picture's pixels; a failure is kept in `broken`, since TensorFlow passes on only its text.
+
+    Another picture in the place of the one that was indexed is a failure too: its features would be kept under the
+    content of the old one, and its side of a split was never drawn.
+    """
     path = os.path.join(split.root, split.paths[int(row)])
+    way_out = "put the file back, or start again to index the folder as it is"
     try:
-        return evaluation_pixels(path, preprocess)
+        content = Path(path).read_bytes()
+        if hashlib.sha256(content).hexdigest() != split.hashes[int(row)]:
+            changed = UserError(f"{path}: has changed since the folder was indexed; {way_out} (data.rehash: true)")
+            broken.append(changed)
+            raise changed
+        return evaluation_pixels(content, preprocess)
+    except UserError:
+        raise
     except Exception as error:
         reason = bad_reason(error)
         broken.append(
-            UserError(
-                f"{path}: could be read when the folder was indexed and can't be now ({reason}); "
-                "put the file back, or start again to index the folder as it is"
-            )
+            UserError(f"{path}: could be read when the folder was indexed and can't be now ({reason}); {way_out}")
         )
         raise
 

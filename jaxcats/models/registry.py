@@ -80,14 +80,15 @@ def unknown(value: Any, choices: Iterable[str]) -> str:
 
 
 def named_weights() -> dict[str, str]:
-    """The backbone of every weight file that has a name, by that name."""
-    return {source.name: name for name in names() for source in get(name).sources if source.name}
+    """The backbone of every weight file that has a name, by that name; of several the one that the name begins with."""
+    every = [(source.name, name) for name in names() for source in get(name).sources if source.name]
+    return dict(sorted(every, key=lambda pair: pair[0].partition(".")[0] == pair[1]))
 
 
 def sources(name: str, weights: str | os.PathLike | None = None) -> tuple[WeightSource, ...]:
     """A backbone's known weights, its own first; raises UserError if `weights` is a name of another backbone's."""
     other = named_weights().get(os.fspath(weights or ""), name)
-    if other != name:
+    if other != name and weights not in {source.name for source in get(name).sources}:
         raise UserError(f"weights {weights} are those of {other}, not of {name}; set `model.backbone: {other}`")
     return get(name).sources
 

@@ -24,7 +24,7 @@ import safetensors.numpy
 
 from jaxcats.data.augment import PRESETS
 from jaxcats.data.preprocess import TRANSFORM_VERSION, Preprocess
-from jaxcats.errors import UserError
+from jaxcats.errors import UserError, unwritable
 from jaxcats.storage import program as programs
 from jaxcats.storage.atomic import write_bytes, write_json
 
@@ -85,7 +85,7 @@ def write(folder: Path, *, tensors: dict[str, np.ndarray], program: bytes, facts
         write_json(fresh / JSON, {"format": FORMAT, **facts, "files": files})
         _swap(fresh, folder)
     except OSError as e:
-        raise UserError(f"{folder}: can't be written ({e.strerror}).") from None
+        raise unwritable(f"{folder}:", e) from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

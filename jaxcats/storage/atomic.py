@@ -1,7 +1,9 @@
 """Files that are the old one or the new one, never half of it."""
 
+import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path, *, older: float = 24 * 3600) -> None:
+    """Removes what killed processes left half-written, once it is so many seconds old; a folder that can't be changed stays."""
+    with contextlib.suppress(OSError):
+        for left in folder.glob(".*.tmp"):
+            if time.time() - left.stat().st_mtime > older:
+                left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

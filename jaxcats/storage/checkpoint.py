@@ -3,9 +3,13 @@
 Only this module knows Orbax.
 """
 
+import contextlib
+import errno
+import functools
 import logging
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxcats.core import mesh
 from jaxcats.core.state import copy, tree_hash
-from jaxcats.errors import UserError
+from jaxcats.errors import MAKE_ROOM, RunError, UserError, is_full, unwritable
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO and WARNING
+# Orbax narrates every save at INFO and WARNING, and prints at ERROR what it raises as well.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def badness(metrics: Mapping[str, float]) -> float:
@@ -47,9 +52,12 @@ class Checkpoints:
             enable_async_checkpointing=not read_only,
         )
         self.folder = Path(folder).absolute()
+        _hush_abandoned()
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
-        except (ValueError, OSError) as e:  # a damaged JSON file in one of the checkpoints, or no right to write
+        except OSError as e:
+            raise unwritable(f"{self.folder}:", e) from None
+        except ValueError as e:  # a damaged JSON file in one of the checkpoints
             raise UserError(
                 f"{self.folder}: can't be opened ({_reason(e)}). Remove the damaged checkpoint, or train again."
             ) from e
@@ -60,7 +68,8 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(saved), meta=ocp.args.JsonSave(dict(meta) | {"arrays": tree_hash(saved)})
         )
-        self._manager.save(int(meta["step"]), args=args, metrics=dict(metrics) if metrics else None, force=True)
+        with self._saving():
+            self._manager.save(int(meta["step"]), args=args, metrics=dict(metrics) if metrics else None, force=True)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -103,8 +112,6 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as e:  # Orbax and tensorstore raise many kinds for a damaged file
-            # tensorstore's abandoned reads complain about the closed event loop when they are collected.
-            sys.unraisablehook = lambda _: None
             if "tructure" in str(e) and "ismatch" in str(e):
                 raise UserError(
                     f"{self.folder / str(step)}: saved from another network than config.yaml beside it says (backbone, head, "
@@ -119,13 +126,39 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Waits for saves under way."""
-        self._manager.wait_until_finished()
+        """Waits for saves under way; RunError where one failed, of which nothing is left but the one before it."""
+        with self._saving():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # Orbax and tensorstore have many kinds of their own
+            reason = os.strerror(errno.ENOSPC) if is_full(e) else _reason(e)
+            raise RunError(
+                f"{self.folder}: a checkpoint can't be saved ({reason}); the one before it, if any, is whole. {MAKE_ROOM}"
+            ) from None
 
     def close(self) -> None:
         """Waits for saves under way and ends."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+@functools.cache
+def _hush_abandoned() -> None:
+    """Once: when one of several reads or writes fails, tensorstore leaves the others, each of which complains on stderr."""
+    before = sys.unraisablehook
+
+    def hook(said: Any) -> None:
+        if "Event loop is closed" not in str(said.exc_value):
+            before(said)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
 def _reason(error: Exception) -> str:

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from jaxcats.errors import unwritable
 from jaxcats.storage.atomic import write_text
 
 
@@ -23,7 +25,7 @@ class RunLog:
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = path.open("a", encoding="utf-8")
         purge = 0 if resume_step is None else resume_step + 1
-        self._board = _summary_writer()(str(folder / "tensorboard"), purge_step=purge)
+        self._folder, self._board = folder, _Board(folder / "tensorboard", purge_step=purge)
 
     @staticmethod
     def rows(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -41,9 +43,15 @@ class RunLog:
         return found
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Appends rows, flushed."""
-        self._file.write("".join(json.dumps(r) + "\n" for r in rows))
-        self._file.flush()
+        """Appends rows, flushed; RunError when the disk is full."""
+        try:
+            self._file.write("".join(json.dumps(r) + "\n" for r in rows))
+            self._file.flush()
+            self._mirror(rows)
+        except OSError as e:
+            raise unwritable(f"{self._folder}: the log", e) from None
+
+    def _mirror(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             own = {f"metrics/{name}": value for name, value in row.get("metrics", {}).items()}
             for name, value in (row | own).items():
@@ -54,8 +62,11 @@ class RunLog:
 
     def close(self) -> None:
         """Flushes and closes both."""
-        self._file.close()
-        self._board.close()
+        try:
+            with self._file, self._board:
+                pass
+        except OSError as e:
+            raise unwritable(f"{self._folder}: the log", e) from None
 
 
 class NoLog:
@@ -68,17 +79,49 @@ class NoLog:
         """Nothing."""
 
 
-def _summary_writer() -> Any:
-    """tensorboardX's SummaryWriter, without the second and more that it spends on PyTorch wherever that is installed."""
+class _Board:
+    """TensorBoard's event file. Not tensorboardX's SummaryWriter: that one writes in a thread, whose failures can't be caught.
+
+    Args:
+        folder: made where missing.
+        purge_step: rows of an earlier file from this step on are to be forgotten.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int):
+        self._files, self._events, self._summary = _tensorboard()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = self._files.EventsWriter(str(folder / "events"))
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._writer.write_event(self._events.Event(step=purge_step, session_log=start))
+        self._flushed = time.monotonic()
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """One number; on disk ten seconds later at most."""
+        summary = self._summary.scalar(name, value)
+        self._writer.write_event(self._events.Event(step=step, wall_time=time.time(), summary=summary))
+        if time.monotonic() - self._flushed > 10:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def __enter__(self) -> "_Board":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._writer.close()
+
+
+def _tensorboard() -> tuple[Any, Any, Any]:
+    """tensorboardX's modules for files, events and summaries, without the second and more that it spends on PyTorch wherever that is installed."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # its import fails; tensorboardX does without
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
     finally:
         if hidden:
             del sys.modules["torch"]
-    return SummaryWriter
+    return event_file_writer, event_pb2, summary
 
 
 def in_notebook() -> bool:
