@@ -266,7 +266,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as e:
         mark = getattr(e, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}: not valid YAML{line} ({getattr(e, 'problem', None) or e}).") from None
+        reason = getattr(e, "problem", None) or " ".join(str(e).split())
+        raise UserError(f"--config {path}: not valid YAML{line} ({reason}).") from None
     _check_tree(tree, Config, str(path))
     return {key: value for key, value in tree.items() if value is not None}
 

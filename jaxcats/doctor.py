@@ -105,7 +105,13 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m jaxcats.doctor", description=DESCRIPTION)
     parser.add_argument("folder", help="any folder of pictures: with train/ and valid/, with class folders, or flat")
     parser.add_argument("--json", help="write every finding here")
-    parser.add_argument("--html", help="write a page with the pictures in question here")
+    parser.add_argument(
+        "--html",
+        nargs="?",
+        const="doctor.html",
+        metavar="FILE",
+        help="write a page with the pictures in question (without a name: doctor.html)",
+    )
     parser.add_argument(
         "--backbone", help="also compare features of this pretrained network, for example efficientnet_lite0"
     )

@@ -451,7 +451,7 @@ def test_a_full_disk_is_one_line_and_no_mistake_of_the_user(complaint, pictures,
     full = OSError(errno.ENOSPC, "No space left on device", "some/file")
     monkeypatch.setattr(train, "open_run", raising(full))
     argv = flags(TINY | {"data.root": pictures, "workdir": tmp_path / "run"})
-    message = complaint(train, *argv, code=1)
+    message = complaint(train, *argv, code=1, begins="stopped: ")
     assert "some/file" in message
     assert "No space left" in message
 

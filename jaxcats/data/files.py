@@ -16,7 +16,7 @@ import PIL
 
 from jaxcats.data.preprocess import PictureError, bad_reason, open_picture, remarks, upright
 from jaxcats.errors import UserError
-from jaxcats.storage.atomic import sweep, write_json
+from jaxcats.storage.atomic import sweep, write_bytes
 
 # HEIC is listed so that a folder of them is answered with a reason (Pillow reads it with a plug-in only).
 IMAGE_EXTENSIONS = frozenset(
@@ -24,7 +24,7 @@ IMAGE_EXTENSIONS = frozenset(
     for names in ("jpg jpeg jpe jfif png bmp gif webp tif tiff", "ppm pgm pbm pnm jp2 avif heic heif")
     for name in names.split()
 )
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def examine(
     """One record per path (relative to `root`), and how many of them came from the cache.
 
     A file is looked at again when its size or its modification time (nanoseconds) differs from what is cached, or
-    always with `rehash`. The cache is one JSON file per root; damaged or unwritable, it costs a warning, not the run.
+    always with `rehash`. The cache is one file per root, the SHA-256 of its JSON and the JSON; damaged or unwritable, it costs a warning, not the run.
     """
     key = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
     store = cache_dir / "index" / f"{root.name or 'root'}-{key}.json"
@@ -193,7 +193,10 @@ def _same(path: Path, record: FileRecord) -> bool:
 
 def _load_records(store: Path) -> dict[str, FileRecord]:
     try:
-        saved = json.loads(store.read_text(encoding="utf-8"))
+        checked, _, text = store.read_bytes().partition(b"\n")
+        if checked.decode("ascii") != hashlib.sha256(text).hexdigest():
+            raise ValueError("damaged")
+        saved = json.loads(text)
         # Another Pillow may decode what this one can't, and the reverse.
         if (saved["version"], saved["pillow"]) != (CACHE_VERSION, PIL.__version__):
             return {}
@@ -216,7 +219,9 @@ def _save_records(store: Path, root: Path, records: dict[str, FileRecord]) -> No
         if record.sha256 and os.path.lexists(root / path)
     }
     try:
-        write_json(store, {"version": CACHE_VERSION, "pillow": PIL.__version__, "files": kept}, indent=None)
+        text = json.dumps({"version": CACHE_VERSION, "pillow": PIL.__version__, "files": kept}).encode()
+        # A wrong digit in it would be believed for ever: the first line is the hash of the rest.
+        write_bytes(store, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
     except OSError as error:
         warn(
             f"the index cache {store} can't be written ({bad_reason(error)}): the pictures are checked again next time"

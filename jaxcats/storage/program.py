@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ def keep_compiled(cache: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # On a full disk it would say so once for each program, with a line of JAX's source.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
 
 
 def _mark(program: bytes):

@@ -132,7 +132,7 @@ def test_removed_files_leave_the_cache(two_classes, encoded):
     (two_classes / "train/cats/cat9.jpg").write_bytes(encoded(77))
     index = scan(two_classes)
     assert index.reused == 7
-    assert set(json.loads(saved_caches()[0].read_text())["files"]) == {
+    assert set(json.loads(saved_caches()[0].read_text().splitlines()[1])["files"]) == {
         path for split in index.splits.values() for path in split.paths
     }
 
@@ -153,9 +153,10 @@ def test_a_damaged_cache_is_rebuilt_and_said_so(two_classes, damage, capsys):
 def test_a_cache_with_wrong_fields_is_rebuilt(two_classes, capsys):
     scan(two_classes)
     (cache,) = saved_caches()
-    value = json.loads(cache.read_text())
+    value = json.loads(cache.read_text().splitlines()[1])
     value["files"]["train/cats/cat0.jpg"] = [1, 2, "short hash"]
-    cache.write_text(json.dumps(value))
+    text = json.dumps(value)
+    cache.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
     assert scan(two_classes).reused == 0
     assert "checked again" in capsys.readouterr().err
 

@@ -1,0 +1,291 @@
+"""Full disks, odd names, pictures that change under a run, and what killed processes leave: what is said, and that nothing is lost."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny  # noqa: F401
+from folders import write_pictures
+from PIL import Image
+
+from jaxcats import train
+from jaxcats.command import run_command
+from jaxcats.data.index import scan
+from jaxcats.data.pipeline import evaluation_batches
+from jaxcats.data.preprocess import Preprocess
+from jaxcats.errors import UserError
+from jaxcats.runs import Trainer
+
+CONFIG = """
+model: {backbone: tiny, pretrained: false, head: linear}
+data: {size: 32}
+export: false
+report: false
+phases:
+  head: {epochs: 2, lr: 1.0e-2, precompute: true, batch_size: 8}
+  all: {epochs: 3, lr: 1.0e-3, freeze: nothing, bn: train, augment: flip, batch_size: 8}
+"""
+PROGRAM = "import sys, tiny; from jaxcats import {0}; from jaxcats.command import run_command; sys.exit(run_command({0}.main, sys.argv[1:]))"
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | more
+
+
+def run(command: str, *words, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(command), *map(str, words)],
+        env=environment(**more),
+        capture_output=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def place(tmp_path, own_cache) -> Path:
+    write_pictures(tmp_path / "photos", train=32, valid=10)
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def small_disk(script: str, disk: Path, size: int, *words, **more: str) -> str:
+    """What a shell script printed; a disk of `size` KiB is mounted at `disk`, for this script alone. `GROW` makes it large."""
+    if not shutil.which("unshare"):
+        pytest.skip("needs unshare, of Linux, to make a small disk")
+    disk.mkdir(exist_ok=True)
+    mount = f'mount -t tmpfs -o size={size}k none "{disk}"'
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk in a namespace of its own")
+    grow = f'mount -o remount,size=512m "{disk}"'
+    text = f"set -u\n{mount} || exit 9\n{textwrap.dedent(script).replace('GROW', grow)}"
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", text, "sh", *map(str, words)],
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+TRAIN_GROW_AND_RESUME = """
+"$@" > "$DISK/../first.out" 2> "$DISK/../first.err"; echo "first $?"
+find "$DISK" -name '*.tmp' -not -path '*/checkpoints/*'
+GROW
+"$@" --resume > "$DISK/../second.out" 2> "$DISK/../second.err"; echo "second $?"
+find "$DISK" -name '*tmp*'
+cp "$DISK/run/predictions.csv" "$DISK/../after.csv"
+"""
+
+
+@pytest.mark.parametrize(
+    "size",
+    [100, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8, 16, 24, 32, 48, 64, 80, 128, 160, 192, 256))],
+)
+def test_a_disk_that_fills_while_it_trains_costs_one_line_and_a_resume(place, size):
+    """Checkpoints, the log or the first files, wherever it strikes: exit code 1, what to do, no traceback, the same answers."""
+    disk = place / "disk"
+    words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", disk / "run"]
+    words = [sys.executable, "-c", PROGRAM.format("train"), *words]
+    said = small_disk(TRAIN_GROW_AND_RESUME, disk, size, *words, DISK=str(disk))
+    assert said.split("\n")[:2] == ["first 1", "second 0"], said + (place / "second.err").read_text()
+    assert said.count("\n") == 2, said  # no temporary file was left by either
+    complaint = (place / "first.err").read_text()
+    (line,) = [line for line in complaint.splitlines() if line.startswith("stopped: ")]
+    assert str(disk / "run") in line
+    assert "(No space left on device)" in line
+    assert line.endswith("Make room and run the same again (train: with --resume).")
+    assert complaint.strip() == line
+    whole = run("train", *words[3:-1], place / "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert (place / "after.csv").read_bytes() == (place / "whole" / "predictions.csv").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [280, 400, 700, 1000])
+def test_a_disk_that_fills_while_the_report_is_written_loses_no_training(place, size):
+    disk = place / "disk"
+    words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", disk / "run"]
+    words = [sys.executable, "-c", PROGRAM.format("train"), *words, "--report", "true", "--export", "true"]
+    said = small_disk(TRAIN_GROW_AND_RESUME, disk, size, *words, DISK=str(disk))
+    assert said == "first 1\nsecond 0\n"
+    complaint = (place / "first.err").read_text()
+    assert "(No space left on device). Make room" in complaint
+    assert "Traceback" not in complaint
+    assert "Finished already" in (place / "second.out").read_text()
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_saved_leaves_the_one_before_it(place):
+    program = """
+import sys
+import numpy as np
+from jaxcats.command import run_command
+from jaxcats.storage.checkpoint import Checkpoints
+
+def main(argv):
+    rng = np.random.default_rng(0)
+    state = {"w": rng.normal(size=50_000).astype(np.float32)}  # 200 kB that no codec makes smaller
+    store = Checkpoints(argv[0])
+    for step in map(int, argv[1:]):
+        store.save(state, {"step": step})
+        store.wait()
+        print("saved", step, flush=True)
+    print(store.steps(), np.array_equal(store.restore(store.steps()[-1], state)["w"], state["w"]))
+    store.close()
+
+sys.exit(run_command(main, sys.argv[1:]))
+"""
+    disk = place / "disk"
+    script = """
+    "$@" "$DISK/c" 1 2; echo "first $?"
+    "$@" "$DISK/c"; echo "look $?"
+    GROW
+    "$@" "$DISK/c" 2; echo "second $?"
+    find "$DISK" -name '*tmp*'
+    """
+    said = small_disk(script + "\n", disk, 400, sys.executable, "-c", program, DISK=str(disk))
+    lines = ["saved 1", "first 1", "[1] True", "look 0", "saved 2", "[2] True", "second 0"]
+    assert said.splitlines() == lines
+
+
+def test_a_cache_on_a_full_disk_costs_warnings_and_changes_nothing(place):
+    disk = place / "disk"
+    words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / "run"]
+    words = [sys.executable, "-c", PROGRAM.format("train"), *words]
+    script = """
+    "$@" 2> "$DISK/../err"; echo "rc $?"
+    find "$DISK" -name '*.tmp'
+    """
+    said = small_disk(script, disk, 4, *words, DISK=str(disk), JAXCATS_CACHE=str(disk / "cache"))
+    assert "\nrc 0\n" in said
+    assert not said.split("\nrc 0\n")[1]
+    complaint = (place / "err").read_text()
+    assert all(line.startswith(("warning: ", "note: ")) for line in complaint.splitlines()), complaint
+    assert "features are not kept" in complaint
+    whole = run("train", *words[3:-1], place / "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert (place / "run" / "predictions.csv").read_bytes() == (place / "whole" / "predictions.csv").read_bytes()
+
+
+NAMES = [
+    b"two words.jpg",
+    b" blanks around .jpg",
+    b"line\nbreak.jpg",
+    b"return\r and tab\t.jpg",
+    "käse 猫.jpg".encode(),
+    b"no text \xff\xfe.jpg",
+    b"-dash.jpg",
+    b"quotes'\".jpg",
+    b"{braces} %s $HOME <b>&amp;.jpg",
+    b"back\\slash, comma;.jpg",
+    b"x" * 251 + b".jpg",
+]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("utf-8", marks=pytest.mark.slow)])
+def test_any_name_goes_through_a_whole_run(tmp_path, encoding):
+    root = os.fsencode(tmp_path / "photos of \udcff")
+    rng = np.random.default_rng(0)
+    for split in (b"train", b"valid"):
+        for label in (b"cats", b"d\xc3\xb6gs \n"):
+            os.makedirs(b"/".join((root, split, label)))
+            for name in NAMES:
+                pixels = rng.integers(0, 255, (40, 40, 3), np.uint8)
+                with open(b"/".join((root, split, label, name)), "wb") as file:
+                    Image.fromarray(pixels).save(file, "JPEG")
+    (tmp_path / "c.yaml").write_text(CONFIG.replace("false", "true").replace("pretrained: true", "pretrained: false"))
+    where, folder = os.fsdecode(root), tmp_path / "run"
+    how = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    for command, *words in (
+        ("train", "--config", tmp_path / "c.yaml", "--data.root", where, "--workdir", folder),
+        ("evaluate", "--run", folder, "--out", tmp_path / "again"),
+        ("doctor", where, "--json", tmp_path / "d.json", "--html"),
+        ("predict", "--model", folder / "model", where, "--csv", tmp_path / "p.csv"),
+    ):
+        arguments = [os.fsencode(str(word)) for word in [sys.executable, "-c", PROGRAM.format(command), *words]]
+        done = subprocess.run(arguments, env=environment(**how), capture_output=True, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, (command, done.stderr)
+        assert b"Traceback" not in done.stderr, command
+    assert json.loads((folder / "bad_files.json").read_text()) == []
+    wanted = {os.fsdecode(name) for name in NAMES}
+    for table, count in (
+        (folder / "predictions.csv", 1),
+        (tmp_path / "again" / "predictions.csv", 1),
+        (tmp_path / "p.csv", 2),
+    ):
+        with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 2 * count * len(NAMES), table
+        assert {os.path.basename(row["path"]) for row in rows} == wanted, table
+
+
+def replaced(path: Path) -> None:
+    Image.new("RGB", (40, 40), "red").save(path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+SAID = "has changed since the folder was indexed; put the file back, or start again"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(replaced, SAID), (cut, SAID), (Path.unlink, r"can't be now \(no such file"), (lambda p: p.chmod(0), None)],
+    ids=["replaced", "cut", "removed", "forbidden"],
+)
+def test_a_picture_that_changes_after_it_was_indexed_is_named(pictures, change, words):
+    split = scan(pictures).splits["train"]
+    change(pictures / split.paths[5])
+    batches = evaluation_batches(split, preprocess=Preprocess(size=32), batch_size=4)
+    if words is None and os.geteuid() == 0:  # nothing is forbidden to root
+        assert sum(int(batch["mask"].sum()) for batch in batches) == len(split)
+        return
+    with pytest.raises(UserError, match=words or "permission denied") as caught:
+        list(batches)
+    assert split.paths[5] in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [replaced, Path.unlink])
+def test_no_feature_is_kept_under_the_content_of_another_picture(place, monkeypatch, capfd, change):
+    """Between the index and the first use; the same command again indexes the folder as it is."""
+    victim, whole = place / "photos" / "train" / "cats" / "cats.3.jpg", Trainer.run
+
+    def late(self, initial):
+        change(victim)
+        return whole(self, initial)
+
+    def command(name: str) -> int:
+        words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / name]
+        return run_command(train.main, [str(w) for w in words])
+
+    monkeypatch.setattr(Trainer, "run", late)
+    assert command("run") == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert str(victim) in line
+    monkeypatch.setattr(Trainer, "run", whole)
+    assert command("run") == 0
+    monkeypatch.setenv("JAXCATS_CACHE", str(place / "fresh"))
+    assert command("other") == 0
+    assert (place / "run" / "predictions.csv").read_bytes() == (place / "other" / "predictions.csv").read_bytes()
+
+
+def test_what_killed_processes_left_in_the_cache_is_swept_after_a_day(pictures, own_cache):
+    scan(pictures)
+    old, fresh = own_cache / "index" / ".a.json.1.tmp", own_cache / "index" / ".b.json.2.tmp"
+    for left in (old, fresh):
+        left.write_text("half")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    scan(pictures)
+    assert not old.exists()
+    assert fresh.exists()  # its writer may be at work
