@@ -48,9 +48,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
 
 
 def one_line(message: Any) -> str:
-    """A message, or a file's name, that can't break the line it stands in, nor the terminal's encoding."""
-    text = str(message).encode("utf-8", "backslashreplace").decode()
-    return text.replace("\r", "\\r").replace("\n", "\\n")
+    """A message, or a file's name, that can't break the line it stands in, nor the terminal's encoding, nor steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(message))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

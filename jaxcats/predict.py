@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcats.command import Parser, run_command
+from jaxcats.command import Parser, one_line, run_command
 from jaxcats.errors import RunError, UserError, unwritable
 
 DESCRIPTION = (
@@ -54,16 +54,11 @@ def expand_list(content: bytes) -> list[str]:
     return [os.fsdecode(word) for word in words if word]
 
 
-def visible(text: str) -> str:
-    """A name as it can stand in a line on a screen: what can't be printed is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
 def as_csv(values: Sequence[Any]) -> str:
     """One line of CSV."""
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue()
+    csv.writer(text).writerow(values)  # with "\n" as its line end it leaves a carriage return unquoted
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def csv_row(row: Any) -> str:
@@ -90,9 +85,9 @@ def json_row(row: Any, classes: Sequence[str]) -> str:
 
 def table_row(row: Any, width: int, label_width: int) -> str:
     """A Prediction as a line to read."""
-    said = "-" if row.error is not None else visible(row.label)
-    more = visible(row.error) if row.error is not None else f"{row.probability:.4f}{'  unsure' if row.abstain else ''}"
-    return f"{visible(row.path):<{width}}  {said:<{label_width}}  {more}\n"
+    said = "-" if row.error is not None else one_line(row.label)
+    more = one_line(row.error) if row.error is not None else f"{row.probability:.4f}{'  unsure' if row.abstain else ''}"
+    return f"{one_line(row.path):<{width}}  {said:<{label_width}}  {more}\n"
 
 
 def ids(paths: Sequence[str]) -> list[int]:
@@ -101,9 +96,9 @@ def ids(paths: Sequence[str]) -> list[int]:
     for path in paths:
         number = re.fullmatch(r"[^0-9]*([0-9]{1,18})[^0-9]*", Path(path).stem, re.DOTALL)
         if not number:
-            raise UserError(f"--kaggle: {visible(path)}: expected one number in the file's name, its id.")
+            raise UserError(f"--kaggle: {one_line(path)}: expected one number in the file's name, its id.")
         if int(number[1]) in found:
-            raise UserError(f"--kaggle: {visible(path)}: has the id of {visible(found[int(number[1])])}.")
+            raise UserError(f"--kaggle: {one_line(path)}: has the id of {one_line(found[int(number[1])])}.")
         found[int(number[1])] = path
     return list(found)
 
@@ -194,8 +189,8 @@ def outputs(options: Any, classes: Sequence[str], paths: Sequence[str]) -> list[
     if options.jsonl:
         found.append((options.jsonl, "", lambda row: json_row(row, classes)))
     if not found and not options.kaggle:
-        width = min(60, max(len(visible(path)) for path in paths))
-        names = max(len(visible(c)) for c in classes)
+        width = min(60, max(len(one_line(path)) for path in paths))
+        names = max(len(one_line(c)) for c in classes)
         found.append(("-", "", lambda row: table_row(row, width, names)))
     return found
 

@@ -289,3 +289,30 @@ def test_what_killed_processes_left_in_the_cache_is_swept_after_a_day(pictures, 
     scan(pictures)
     assert not old.exists()
     assert fresh.exists()  # its writer may be at work
+
+
+# What fuzzing found (tests/test_fuzz.py), kept.
+
+
+def test_what_a_file_holds_can_neither_steer_the_terminal_nor_break_the_line(pictures, tmp_path, capfd):
+    (tmp_path / "labels.csv").write_bytes(b'p\x1b[2Jath\x00,"la\r\nbel"\n')
+    (tmp_path / "c.yaml").write_bytes(b"\x00seed: 3\n")
+    for words, shown in (
+        (["--data.root", pictures, "--data.labels", tmp_path / "labels.csv"], r"p\x1b[2Jath\x00, la\r\nbel"),
+        (["--config", tmp_path / "c.yaml"], "special characters are not allowed"),
+    ):
+        assert run_command(train.main, [str(w) for w in (*words, "--workdir", tmp_path / "run")]) == 2
+        said = capfd.readouterr().err
+        assert said.count("\n") == 1
+        assert said[:-1].isprintable()
+        assert shown in said
+
+
+def test_a_digit_altered_in_the_index_cache_is_not_believed(pictures, own_cache, capsys):
+    whole = scan(pictures).splits["train"].hashes
+    (store,) = (own_cache / "index").iterdir()
+    content = store.read_bytes()
+    digit = whole[3].encode()
+    store.write_bytes(content.replace(digit, digit[:-1] + (b"0" if digit[-1:] != b"0" else b"1")))
+    assert scan(pictures).splits["train"].hashes == whole
+    assert "checked again" in capsys.readouterr().err
