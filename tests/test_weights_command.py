@@ -72,6 +72,15 @@ def test_check_tells_the_published_file_from_another(run, tmp_path):
     assert out.endswith("not known here\n")
 
 
+def test_a_network_of_ones_own_may_share_published_weights_and_takes_no_name_away(monkeypatch):
+    monkeypatch.setattr(registry, "_BACKBONES", dict(registry._BACKBONES))
+    models.register("zmine", registry.get("efficientnet_lite0"))
+    assert registry.named_weights()["efficientnet_lite0"] == "efficientnet_lite0"
+    assert registry.sources("zmine", "efficientnet_lite0") == registry.sources("efficientnet_lite0")
+    with pytest.raises(UserError, match="are those of resnet18, not of zmine"):
+        registry.sources("zmine", "resnet18.a1_in1k")
+
+
 def test_check_refuses_what_is_not_a_number(run, tmp_path):
     path = tmp_path / "nan.safetensors"
     save_file(STATE | {"net.bn.bias": np.full(4, np.nan, np.float32)}, path)
