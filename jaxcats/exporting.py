@@ -157,8 +157,8 @@ def write_run(run: Any, found: dict[str, Any] | None, calibration: Any, *, out: 
     """
     from jaxcats.config import to_tree
     from jaxcats.outcome import USED
-    from jaxcats.train import versions
     from jaxcats.tta import preset
+    from jaxcats.versions import versions
 
     accuracy = None
     if found and "errors" in found:

@@ -1,9 +1,7 @@
 """`python -m jaxcats.train --config FILE [--KEY VALUE ...]`: trains, evaluates, and leaves everything in the run folder."""
 
 import dataclasses
-import importlib.metadata
 import os
-import platform
 import shlex
 import sys
 import time
@@ -23,6 +21,7 @@ from jaxcats.resumption import training_changes
 from jaxcats.stopping import Stopping
 from jaxcats.storage.atomic import write_json, write_text
 from jaxcats.storage.lock import hold, release
+from jaxcats.versions import versions
 
 if TYPE_CHECKING:
     from jaxcats.own import Own
@@ -33,30 +32,6 @@ OPTIONS = {
     "resume": {"action": "store_true", "help": "go on from the last checkpoint in --workdir; start if there is none"},
     "print_config": {"action": "store_true", "help": "print the resolved configuration and stop"},
 }
-VERSIONS = [
-    "jaxcats",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "tensorflow-cpu",
-    "tensorflow",
-    "numpy",
-    "pillow",
-    "safetensors",
-]
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what decides the numbers."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def open_run(config: Config, name: str | None, *, workdir: str | None, resume: bool) -> Path:
