@@ -41,26 +41,28 @@ def _write(folder: Path, hashes: Sequence[str], features: np.ndarray) -> None:
     write_bytes(folder / f"{hashlib.sha256(data).hexdigest()}.safetensors", data)
 
 
-def _read(folder: Path, wanted: set[str], width: int) -> tuple[dict[str, np.ndarray], list[str]]:
-    found: dict[str, np.ndarray] = {}
-    damaged = []
+def _read(folder: Path, rows: Mapping[str, int], features: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Fills the rows of `features` that the cache has; returns which these are, bool [N], and the files that are damaged."""
+    known, damaged = np.zeros(len(features), bool), []
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
         try:
             data = path.read_bytes()
             if hashlib.sha256(data).hexdigest() != path.stem:
                 raise ValueError("content does not match its name")
             tensors = load(data)
-            rows, features = tensors["hashes"], tensors["features"]
-            if features.shape != (len(rows), width) or rows.shape[1:] != (32,):
+            names, values = tensors["hashes"], tensors["features"]
+            if values.shape != (len(names), features.shape[1]) or names.shape[1:] != (32,):
                 raise ValueError("unexpected shapes")
         except Exception:  # whatever is wrong with a cache file, the answer is to compute it again
             damaged.append(str(path))
             with contextlib.suppress(OSError):  # a shared cache may be read-only
                 path.unlink()
             continue
-        names = (bytes(r).hex() for r in rows)
-        found |= {h: f for h, f in zip(names, features, strict=True) if h in wanted}
-    return found, damaged
+        for name, value in zip(names, values, strict=True):
+            row = rows.get(bytes(name).hex())
+            if row is not None:
+                features[row], known[row] = value, True
+    return known, damaged
 
 
 def cached_features(
@@ -86,15 +88,12 @@ def cached_features(
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir / "features" / key
     sweep(folder)
-    known, damaged = _read(folder, set(hashes), width)
     features = np.zeros((len(hashes), width), np.float32)
-    for row, h in enumerate(hashes):
-        if h in known:
-            features[row] = known[h]
-    lacking = agree(np.array([h not in known for h in hashes], bool))
-    # Equal pictures are computed once.
-    first = {h: row for row, h in reversed(list(enumerate(hashes))) if lacking[row]}
-    missing = np.asarray(sorted(first.values()), np.int64)
+    rows: dict[str, int] = {}
+    first = np.array([rows.setdefault(h, row) for row, h in enumerate(hashes)], int)  # equal pictures are computed once
+    known, damaged = _read(folder, rows, features)
+    lacking = agree(~known[first])
+    missing = np.flatnonzero(lacking & (first == np.arange(len(hashes))))
     if len(missing):
         unsaved: list[int] = []
 
@@ -105,15 +104,14 @@ def cached_features(
             except OSError as e:
                 warn(f"features are not kept: {folder} can't be written ({e.strerror})")
 
-        for rows, values in compute(missing):
-            features[rows] = values
-            unsaved += [int(r) for r in rows]
+        for computed, values in compute(missing):
+            features[computed] = values
+            unsaved += [int(r) for r in computed]
             if len(unsaved) >= SHARD_ROWS:
                 keep(unsaved)
                 unsaved = []
         if unsaved:
             keep(unsaved)
-        for row, h in enumerate(hashes):
-            if h in first:
-                features[row] = features[first[h]]
+    copies = np.flatnonzero(first != np.arange(len(hashes)))
+    features[copies] = features[first[copies]]
     return Cached(features, len(hashes) - int(lacking.sum()), len(missing), tuple(damaged))

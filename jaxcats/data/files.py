@@ -25,9 +25,10 @@ IMAGE_EXTENSIONS = frozenset(
     for name in names.split()
 )
 CACHE_VERSION = 4
+AT_ONCE = 4096  # files queued for the decoding threads: a queue of all would be larger than the index itself
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileRecord:
     """What one look at a file said; `bad` is the reason it can't be used, None for a good picture.
 
@@ -162,7 +163,8 @@ def examine(
 
         pool = ThreadPoolExecutor(workers or os.cpu_count())
         try:
-            looks = pool.map(look_at, [root / path for path in todo])
+            parts = (todo[at : at + AT_ONCE] for at in range(0, len(todo), AT_ONCE))
+            looks = (seen for part in parts for seen in pool.map(look_at, [root / path for path in part]))
             bar = tqdm(
                 looks,
                 total=len(todo),

@@ -152,7 +152,7 @@ def ece_interval(
     values, group = np.unique(np.asarray(confidence, np.float64), return_inverse=True)
     n, k, rng, found = len(group), len(values), np.random.default_rng(seed), []
     correct = np.asarray(correct, float)
-    at_once = max(1, 2_000_000 // n)  # keeps the memory small
+    at_once = max(1, 200_000 // n)  # 10 MB at a time
     for start in range(0, resamples, at_once):
         rows = min(at_once, resamples - start)
         drawn = rng.integers(0, n, (rows, n))
