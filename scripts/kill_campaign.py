@@ -99,18 +99,20 @@ class Run:
             raise SystemExit(child.communicate()[0])
         return dict(seconds)
 
-    def killed(self, wanted: str, wait: float) -> str:
-        """Kills it `wait` seconds after it comes to a stage, or past it; returns the stage it was at, "ended" if too late."""
+    def killed(self, wanted: str, wait: float) -> str | None:
+        """Kills it `wait` seconds after it comes to a stage, or past it; returns the stage it was at, None if it had ended."""
         child, deadline = self.start(), time.monotonic() + SECONDS_AT_MOST
         while STAGES.index(stage(self.folder, self.cache)) < STAGES.index(wanted) and child.poll() is None:
             if time.monotonic() > deadline:
                 raise SystemExit(f"{self.folder}: not at {wanted} after {SECONDS_AT_MOST} s")
             time.sleep(0.002)
         time.sleep(wait)
-        ended = child.poll() is not None
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-        return "ended" if ended else stage(self.folder, self.cache)
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+        said = child.communicate()[0]
+        if child.returncode not in (0, -signal.SIGKILL):
+            raise SystemExit(f"{self.folder}: exit code {child.returncode}\n{said}")
+        return stage(self.folder, self.cache) if child.returncode else None
 
     def outcome(self) -> dict[str, object]:
         """Everything that must be as it was in the undisturbed run."""
@@ -153,11 +155,13 @@ def campaign(place: Path, *, runs: int, seed: int, program: str) -> dict[str, ob
     struck, wrong = collections.Counter(), {}
     dice = random.Random(seed)
     for number in range(runs):
-        run = Run(place, f"run{number}", program)
-        stages = []
-        for _ in range(dice.choice((1, 2))):
-            at = dice.choice(STAGES)
-            stages.append(run.killed(at, dice.uniform(0, max(seconds.get(at, 0), 0.05))))
+        stages, tries = [], 0
+        while not stages:  # one that ended before its moment came was not disturbed
+            tries += 1
+            run = Run(place, f"run{number}.{tries}", program)
+            for _ in range(dice.choice((1, 2))):
+                at = dice.choice(STAGES)
+                stages += filter(None, [run.killed(at, dice.uniform(0, max(seconds.get(at, 0), 0.05)))])
         struck.update(stages)
         said = run.finish()
         found = run.outcome()

@@ -10,6 +10,7 @@ import argparse
 import io
 import struct
 import tempfile
+import textwrap
 import zlib
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def kinds(large: bool = True) -> dict[str, bytes]:
 
 def sheet(folder: Path, names: list[str], side: int = 96, columns: int = 8) -> Image.Image:
     """What the network sees of each file, with the file's name and what was noted."""
-    high = side + 44
+    high = side + 54
     out = Image.new("RGB", (columns * (side + 60), -(-len(names) // columns) * high), "grey")
     draw = ImageDraw.Draw(out)
     for number, name in enumerate(names):
@@ -164,7 +165,7 @@ def sheet(folder: Path, names: list[str], side: int = 96, columns: int = 8) -> I
         out.paste(Image.fromarray(evaluation_pixels(folder / name, Preprocess(size=side))), (x, y))
         record = look_at(folder / name)
         words = f"{name.replace('_', ' ')}\n{record.bad or record.note or ''}"
-        lines = [line[i : i + 25] for line in words.split("\n") for i in range(0, len(line), 25)]
+        lines = [part for line in words.split("\n") for part in textwrap.wrap(line, 28)]
         draw.text((x, y + side + 1), "\n".join(lines[:4]), fill="white", font_size=9)
     return out
 
