@@ -75,7 +75,8 @@ class Run:
 
     def start(self) -> subprocess.Popen:
         command = [sys.executable, "-c", self.program, "--config", self.config, "--workdir", self.folder, "--resume"]
-        env = os.environ | {"JAXCATS_CACHE": str(self.cache)}
+        # Otherwise a compiled program's key has the cache folder's path in it, and nothing is shared.
+        env = os.environ | {"JAXCATS_CACHE": str(self.cache), "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
         return subprocess.Popen([str(w) for w in command], env=env, start_new_session=True, **pipe)
 
