@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 
 import numpy as np
 import pytest
@@ -147,7 +148,8 @@ def test_rows_that_cannot_be_used_are_listed_with_their_reasons(flat, table):
     ("text", "words"),
     [
         ("", "is empty"),
-        ("path,label\n", "no row with a path and a label"),
+        ("path,label\n", r"labels\.csv: has no row that can be used; expected a path in .* and a label in each"),
+        ("\n,,\n \n", "is empty"),
         ("file,label\na.jpg,cat\n", r"has no column 'path'; it has file, label\. Say with data\.columns\.path"),
         ("path,lable\na.jpg,cat\n", "Did you mean 'lable'"),
         ("path,label,split\ncat.0.jpg,cat,dev\n", r"labels\.csv line 2: the split 'dev' is none of"),
@@ -163,6 +165,139 @@ def test_rows_that_cannot_be_used_are_listed_with_their_reasons(flat, table):
 def test_what_is_wrong_with_a_table_is_said(flat, table, text, words):
     with pytest.raises(UserError, match=words):
         scan(flat, labels=table(text))
+
+
+def test_without_a_usable_row_the_first_bad_one_is_said(flat, table):
+    table("path,label\n/elsewhere/cat.0.jpg,cat\ndog.0.jpg,\n")
+    with pytest.raises(
+        UserError, match=r"the first of 2: /elsewhere/cat\.0\.jpg \(lies outside the folder\); expected a path in "
+    ):
+        read_table(flat, "labels.csv", {})
+    table("path,label\ncat.0.jpg,cat\ncat.0.jpg,dog\n")
+    with pytest.raises(UserError, match=r"the first of 1: cat\.0\.jpg \(labels\.csv gives it two labels or splits\)"):
+        read_table(flat, "labels.csv", {})
+
+
+@pytest.mark.parametrize("blank", ["\n", "\r\n\r\n", "  \n", ";;\n"])
+def test_blank_lines_before_the_header_are_skipped(flat, table, blank):
+    table(f"{blank}path;label\ncat.0.jpg;big, cat\n\ndog.0.jpg;\n")
+    rows, bad = read_table(flat, "labels.csv", {})
+    assert [(r.path, r.label) for r in rows] == [("cat.0.jpg", "big, cat")]
+    assert bad == [("dog.0.jpg", f"has no label (line {blank.count(chr(10)) + 4})")]
+
+
+@pytest.mark.parametrize("further", ["path", "label", "split"])
+def test_a_further_column_may_be_called_like_another(flat, table, further):
+    table("path,label,split,file,kind,part\np0,l0,s0,cat.0.jpg,cat,train\np1,l1,s1,dog.0.jpg,dog,valid\n")
+    named = {"path": "file", "label": "kind", "split": "part"}
+    rows, bad = read_table(flat, "labels.csv", named, further={further})
+    assert [(r.path, r.label, r.split) for r in rows] == [("cat.0.jpg", "cat", "train"), ("dog.0.jpg", "dog", "valid")]
+    assert [dict(r.further) for r in rows] == [{further: f"{further[0]}{i}"} for i in range(2)]
+    assert not bad
+    table("path,label,split\ncat.0.jpg,cat,train\n")  # the very column that is a path, label or split already
+    (row,), _ = read_table(flat, "labels.csv", {}, further={further})
+    assert row.further == {further: getattr(row, further)}
+
+
+def test_an_empty_split_is_none_where_others_have_one(flat, table):
+    table("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog, \ncat.1.jpg,cat,valid\ncat.0.jpg,cat,\n")
+    rows, bad = read_table(flat, "labels.csv", {})
+    assert [(r.path, r.split) for r in rows] == [("cat.1.jpg", "valid")]
+    assert bad == [("dog.0.jpg", "has no split"), ("cat.0.jpg", "labels.csv gives it two labels or splits")]
+    table("path,label,split\n../cat.0.jpg,cat,train\ndog.0.jpg,dog,\n")  # a row that can't be used has one
+    with pytest.raises(UserError, match="the first of 2"):
+        read_table(flat, "labels.csv", {})
+
+
+def test_a_column_of_empty_splits_is_as_good_as_none(flat, table):
+    names = [(f"{kind}.{i}.jpg", kind) for kind in ("cat", "dog") for i in range(5)]
+    without = scan(flat, labels=table([("path", "label"), *names]), valid_fraction=0.2)
+    empty = table([("path", "label", "split"), *((*row, "") for row in names)])
+    assert found(scan(flat, labels=empty, valid_fraction=0.2)) == found(without)
+
+
+@pytest.mark.skipif(os.sep != "/", reason="there a backslash is a separator")
+def test_paths_written_on_windows(flat, table):
+    (flat / "sub").mkdir()
+    (flat / "cat.1.jpg").rename(flat / "sub/cat.1.jpg")
+    (flat / "sub/cat.2.jpg").touch()
+    (flat / "cat.2.jpg").rename(flat / r"sub\cat.2.jpg")  # a name with a backslash wins
+    (flat.parent / "out.jpg").touch()
+    given = [r".\cat.0.jpg", r"sub\cat.1.jpg", r"sub\cat.2.jpg", r"sub\gone.jpg", r"..\out.jpg", r".\sub/cat.1.jpg"]
+    rows, bad = read_table(flat, table([("path", "label"), *((path, "cat") for path in given)]), {})
+    assert [r.path for r in rows] == ["cat.0.jpg", "sub/cat.1.jpg", *given[2:]]
+    assert not bad
+
+
+def test_other_paths_are_not_looked_up(flat, table, monkeypatch):
+    table("path,label\ncat.0.jpg,cat\n")
+    looked, isfile = [], os.path.isfile
+    monkeypatch.setattr("os.path.isfile", lambda path: looked.append(str(path)) or isfile(path))
+    read_table(flat, "labels.csv", {})
+    assert not [path for path in looked if path.endswith(".jpg")]
+
+
+@pytest.fixture
+def parquet(flat):
+    """parquet(**columns): labels.parquet with the paths of a cat and a dog beside them."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def make(**columns):
+        pq.write_table(pa.table({"path": ["cat.0.jpg", "dog.0.jpg"]} | columns), flat / "labels.parquet")
+        return pa
+
+    return make
+
+
+def test_parquet_columns_that_hold_no_text_are_refused_by_name(flat, parquet):
+    pa = parquet(path=[b"cat.0.jpg", b"dog.0.jpg"], label=["cat", "dog"])
+    with pytest.raises(
+        UserError, match=r"labels\.parquet: column 'path' is of type binary, expected text or numbers; save"
+    ):
+        read_table(flat, "labels.parquet", {})
+    for values, kind in (
+        ([["cat"], ["dog"]], "list"),
+        ([{"name": "cat"}, {"name": "dog"}], "struct"),
+        (pa.array([b"cat", b"dog"], pa.large_binary()), "large_binary"),
+        (pa.array([b"cat", b"dog"], pa.binary(3)), "fixed_size_binary"),
+        (pa.array([b"cat", b"dog"]).dictionary_encode(), "binary"),
+    ):
+        parquet(label=values)
+        with pytest.raises(UserError, match=rf"column 'label' is of type {kind}\b"):
+            read_table(flat, "labels.parquet", {})
+    parquet(label=["cat", "dog"], animal=[[1], [2]])
+    assert len(read_table(flat, "labels.parquet", {})[0]) == 2
+    with pytest.raises(UserError, match="column 'animal' is of type list"):
+        read_table(flat, "labels.parquet", {}, further={"animal"})
+
+
+def test_parquet_columns_of_text_numbers_and_truths(flat, parquet):
+    pa = parquet(label=["cat", "dog"])
+    for values, labels in (
+        (pa.array(["cat", "dog"]).dictionary_encode(), ["cat", "dog"]),
+        (pa.array(["cat", "dog"], pa.large_string()), ["cat", "dog"]),
+        ([3, 7], ["3", "7"]),
+        ([0.5, 2.0], ["0.5", "2.0"]),
+        ([True, False], ["True", "False"]),
+    ):
+        parquet(label=values)
+        assert [r.label for r in read_table(flat, "labels.parquet", {})[0]] == labels
+    parquet(label=[1.0, float("nan")])
+    rows, bad = read_table(flat, "labels.parquet", {})
+    assert ([r.label for r in rows], bad) == (["1.0"], [("dog.0.jpg", "has no label (row 2)")])
+
+
+def test_parquet_cells_that_python_cannot_hold(flat, parquet):
+    pa = parquet(label=["cat", "dog"])
+    binary = pa.array([b"cat", b"K\xe4tzchen"])
+    text = pa.StringArray.from_buffers(2, *binary.buffers()[1:])  # marked as text, and never checked
+    late = pa.array([0, 2**62], pa.timestamp("us"))
+    for values in (text, pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), text), late):
+        parquet(label=values)
+        with pytest.raises(
+            UserError, match=r"labels\.parquet: column 'label' can't be read \(.*; save it as UTF-8 text"
+        ):
+            read_table(flat, "labels.parquet", {})
 
 
 def test_slips_are_said(flat):
