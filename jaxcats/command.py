@@ -4,8 +4,10 @@ import argparse
 import importlib
 import io
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxcats.errors import MAKE_ROOM, RunError, UserError, is_full, nearest
@@ -52,8 +54,23 @@ def one_line(message: Any) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(message))
 
 
+_started_by = ""
+
+
+def as_typed(name: str) -> str:
+    """How the command `name` is given by the user of this process: as a module, or by what called `main`."""
+    return f"{_started_by} {name}" if _started_by else f"python -m jaxcats.{name}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script: `jaxcats NAME ...` does what `python -m jaxcats.NAME ...` does."""
+    """The console script: `jaxcats NAME ...` does what `python -m jaxcats.NAME ...` does.
+
+    A script of your own that registers a network and calls this has every command for it: `python mine.py NAME ...`.
+    """
+    global _started_by
+    if argv is None:
+        script = sys.argv[0]
+        _started_by = "jaxcats" if Path(script).stem == "jaxcats" else f"python {shlex.quote(script)}"
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: jaxcats COMMAND ...\n")

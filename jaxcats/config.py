@@ -42,6 +42,7 @@ class DataConfig:
         valid_fraction: share of each class set aside for validation when neither a valid/ folder nor the table says it.
         test_fraction: share set aside likewise for a test split, which only evaluate --split test looks at.
         group: pictures that stay together when they are set aside: a regular expression with (?P<group>...) on the path, or a column of the table.
+        split_seed: of what is set aside: the same for every seed of the training, so that runs can be compared.
         manifest: file that records the split made by valid_fraction; empty: in the cache folder.
         on_bad_file: what to do with a picture that can't be decoded.
         workers: threads that decode; empty: one per processor.
@@ -56,6 +57,7 @@ class DataConfig:
     valid_fraction: float | None = None
     test_fraction: float | None = None
     group: str | None = None
+    split_seed: int = 0
     manifest: str | None = None
     on_bad_file: Literal["skip", "fail"] = "skip"
     workers: int | None = None
@@ -182,7 +184,7 @@ class Config:
     """Everything that decides a run.
 
     Args:
-        seed: of initial weights, order, augmentation, dropout and split.
+        seed: of initial weights, order, augmentation and dropout.
         data: The pictures
         model: The network
         phases: name -> Phase, run in order; --phases.NAME.FIELD VALUE changes one of the file's.

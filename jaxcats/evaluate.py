@@ -94,8 +94,9 @@ def pictures_of(run: Run, options: Any) -> tuple[Any, Sequence[Any]]:
         print(
             "Test pictures: neither training nor a choice has seen them. The more often you look, the less that holds."
         )
-        return index.test, [b for b in index.bad if b.path.startswith("test/")]
-    return index.splits["valid"], [b for b in index.bad if not b.path.startswith(("train/", "test/"))]
+    name = "test" if options.split == "test" else "valid"
+    pictures = index.test if name == "test" else index.splits["valid"]
+    return pictures, [b for b in index.bad if b.split in (name, "")]
 
 
 def look_for_suspects(run: Run, folder: Path) -> None:

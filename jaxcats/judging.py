@@ -132,7 +132,7 @@ def own_pictures(run: Run) -> Any:
     if found.classes != run.classes:
         theirs, ours = ", ".join(found.classes), ", ".join(run.classes)
         raise UserError(f"{root}: has the classes {theirs}; the run was trained on {ours}.")
-    if job.fingerprint(found) != run.fingerprint:
+    if not job.same_pictures(job.fingerprint(found), run.fingerprint):
         raise UserError(
             f"{root}: the pictures have changed since this run was trained, so these are not its validation pictures. "
             f"Give the folder to judge with --data."

@@ -1,5 +1,6 @@
 """The notebook's pictures: `ImageClassifierData`."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxcats.data import augment
 from jaxcats.data.files import cache_folder, list_pictures
 from jaxcats.data.index import FolderIndex, Split, scan_unlabelled
 from jaxcats.data.preprocess import Preprocess, evaluation_pixels
-from jaxcats.errors import UserError
+from jaxcats.errors import UserError, nearest
 from jaxcats.job import index_pictures
 from jaxcats.results import plots
 
@@ -57,6 +58,9 @@ class ImageClassifierData:
         group: str | None = None,
         valid_fraction: float | None = None,
         test_fraction: float | None = None,
+        split_seed: int = 0,
+        manifest: str | Path | None = None,
+        on_bad_file: Literal["skip", "fail"] = "skip",
         policy: Literal["lesson", "weights"] = "lesson",
         seed: int = 0,
         workers: int | None = None,
@@ -77,6 +81,9 @@ class ImageClassifierData:
                 path, or a column of that file.
             valid_fraction: share of each class set aside when neither a valid/ folder nor that file says it.
             test_fraction: share set aside for `learn.predict("test")`, where there is no other test folder.
+            split_seed: of what is set aside.
+            manifest: file that records what is set aside, and is read when it exists; None: in the cache folder.
+            on_bad_file: skip: what can't be used is left out and counted; fail: it is an error.
             policy: lesson: shorter side to size, centre crop; weights: as the network's weights were measured.
             seed: of everything random.
             workers: decoding threads; None: one per core.
@@ -90,10 +97,13 @@ class ImageClassifierData:
             size=size,
             policy=policy,
             labels=labels,
-            columns=Columns(**(columns or {})),
+            columns=_columns(columns or {}),
             group=group,
             valid_fraction=valid_fraction,
             test_fraction=test_fraction,
+            split_seed=split_seed,
+            manifest=str(manifest) if manifest else None,
+            on_bad_file=on_bad_file,
             workers=workers,
         )
         index = index_pictures(Config(data=d, seed=seed), cache_folder())
@@ -192,6 +202,14 @@ class ImageClassifierData:
             change = augment.make_augment(how, key=augment_key(jax.random.key(self.seed)), size=preprocess.size)
             images = jax.jit(change)(images, jnp.int32(epoch), jnp.asarray(rows, jnp.int32))
         return list(np.clip(np.round(np.asarray(images, np.float32)), 0, 255).astype(np.uint8))
+
+
+def _columns(names: Mapping[str, str]) -> Columns:
+    known = [f.name for f in dataclasses.fields(Columns)]
+    for name in names:
+        if name not in known:
+            raise UserError(f"columns: {name!r} is not one of {', '.join(known)}.{nearest(name, known)}")
+    return Columns(**names)
 
 
 def _check_preset(name: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxcats import distributed
 from jaxcats.cli import flag_value, from_file, parse
-from jaxcats.command import run_command
+from jaxcats.command import as_typed, run_command
 from jaxcats.config import Config, DistributedConfig, flat, to_yaml
 from jaxcats.errors import UserError, unwritable
 from jaxcats.judging import BEST_EPOCH, Run
@@ -217,7 +217,7 @@ def leave(
         *["model/"] * (folder / "model").is_dir(),
         *["report.html"] * config.report,
     ]
-    print(f"Results: {folder}/{', '.join(written)}; again: python -m jaxcats.evaluate --run {folder}")
+    print(f"Results: {folder}/{', '.join(written)}; again: {as_typed('evaluate')} --run {folder}")
 
 
 def summary(seconds: dict[str, float], counts: dict[str, int]) -> str:
@@ -266,7 +266,8 @@ def main(argv: Sequence[str], *, own: "Own | None" = None) -> None:
                     f"--resume: {workdir} holds no run (no config.yaml). Name a run folder, or give a --config to start."
                 )
             words += ["--config", str(saved)]
-    config, options = parse(words, prog="python -m jaxcats.train", description=DESCRIPTION, options=OPTIONS)
+    prog = "python -m jaxcats.train" if own is None else f"python {sys.argv[0]}"
+    config, options = parse(words, prog=prog, description=DESCRIPTION, options=OPTIONS)
     if options["print_config"]:
         print(to_yaml(config), end="")
         return
@@ -287,9 +288,11 @@ def main(argv: Sequence[str], *, own: "Own | None" = None) -> None:
         with stopping.listen():
             train(config, folder, started=started, stopping=stopping, own=own)
     except KeyboardInterrupt:
-        script = ["-m", "jaxcats.train"] if own is None else sys.argv[:1]
-        again = shlex.join(["python", *script, "--resume", "--workdir", str(folder)])
-        print(f"To go on from the last checkpoint: {again}", file=sys.stderr)
+        script = as_typed("train") if own is None else shlex.join(["python", *sys.argv[:1]])
+        print(
+            f"To go on from the last checkpoint: {script} --resume {shlex.join(['--workdir', str(folder)])}",
+            file=sys.stderr,
+        )
         raise
     finally:
         release(folder)

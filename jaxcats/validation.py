@@ -41,7 +41,8 @@ def validate(config: Config) -> Config:
     need(config.feature_batch >= 1, "feature_batch", config.feature_batch, "at least 1")
     need(config.checkpoint.every_steps >= 0, "checkpoint.every_steps", config.checkpoint.every_steps, "0 or more")
     need(config.checkpoint.every_epochs >= 1, "checkpoint.every_epochs", config.checkpoint.every_epochs, "at least 1")
-    need(0 <= config.seed < 2**31, "seed", config.seed, "0 to 2147483647")
+    for name, seed in (("seed", config.seed), ("data.split_seed", config.data.split_seed)):
+        need(0 <= seed < 2**31, name, seed, "0 to 2147483647")
     need(0 < config.max_error < 1, "max_error", config.max_error, "0 < x < 1")
     for name, p in config.phases.items():
         _validate_phase(p, f"phases.{name}", need)

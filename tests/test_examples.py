@@ -172,7 +172,7 @@ def test_cutout_depends_on_seed_epoch_and_picture_alone():
 
 
 def test_a_metric_of_ones_own(pictures, tmp_path, capsys):
-    learn = example("metric")["main"](pictures, "tiny", pretrained=False, workdir=tmp_path)
+    learn = example("metric")["train"](pictures, "tiny", pretrained=False, workdir=tmp_path)
     out = capsys.readouterr().out
     for row, line in zip(learn.history, out.splitlines()[1:4], strict=True):
         assert f"cost {row['metrics']['cost']:.5g}" in line
@@ -215,9 +215,13 @@ def test_a_network_of_ones_own(script, pictures, tmp_path, monkeypatch):
         *BARE,
     ]
     argv += ["--phases.head.epochs", "1", "--workdir", tmp_path / "run"]
-    code, out, _ = script("backbone", *argv)
+    code, out, _ = script("backbone", "train", *argv)
     assert code == 0
     assert "mine (random weights)" in out
+    assert f"scripts/examples/backbone.py evaluate --run {tmp_path / 'run'}\n" in out
+    code, out, _ = script("backbone", "evaluate", "--run", tmp_path / "run")
+    assert code == 0
+    assert "of 10 (" in out
 
 
 def test_a_step_of_ones_own(script, pictures):
@@ -227,6 +231,24 @@ def test_a_step_of_ones_own(script, pictures):
     assert [line.split(":")[0] for line in out.splitlines()] == [
         f"epoch {e}, {n}" for e in (0, 1) for n in ("last", "average")
     ]
+
+
+def test_the_average_of_a_step_of_ones_own(script, pictures, monkeypatch):
+    """At a rate of nearly nothing the weights stay, and so does their average: every line says the same."""
+    argv = [*SMALL, "--phases.head.epochs", "2", "--phases.head.lr", "1e-12", "--data.root", pictures]
+    _, out, _ = script("step", *argv)
+    last, average = (line.split(": ")[1] for line in out.splitlines()[:2])
+    assert last == average
+    _, out, _ = script("step", *argv[:-4], "--phases.head.lr", "1", *argv[-2:])
+    last, average = (line.split(": ")[1] for line in out.splitlines()[:2])
+    assert last != average  # three steps move the average by a seventh of the way
+
+
+def test_a_slip_in_an_example_s_arguments_is_one_line(script, tmp_path):
+    for name, *argv in (("metric", tmp_path / "none"), ("step", "--data.root", tmp_path / "none")):
+        code, _, error = script(name, *argv)
+        assert (code, error.count("\n")) == (2, 1)
+        assert "no such folder" in error
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,20 @@ def test_a_test_split_is_judged_only_when_asked_for(pictures, tmp_path, capsys):
     assert json.loads((workdir / "evaluations/test/metrics.json").read_text())["split"] == "test"
     assert (workdir / "metrics.json").read_bytes() == before
     assert run_command(evaluate.main, ["--run", str(workdir), "--split", "test", "--data", "x"]) == 2
+    for path in list(pictures.glob("*.jpg")):  # the same pictures under other names, and so in another order
+        path.rename(path.with_name(path.name.replace(".", f".x{9 - int(path.stem[-1])}", 1)))
+    assert run_command(evaluate.main, ["--run", str(workdir)]) == 0
+    assert len({r["path"] for r in csv.DictReader((workdir / "predictions.csv").open())} & judged) == 0
+    assert json.loads((workdir / "metrics.json").read_text())["errors"] == json.loads(before)["errors"]
+    assert (
+        run(*BASE, "--data.root", pictures, "--workdir", workdir, *rule, "--data.test_fraction", "0.2", "--resume") == 2
+    )
+    assert "the pictures have changed since this run was started" in capsys.readouterr().err
+    seeded = [*rule, "--data.test_fraction", "0.2", "--seed", "1", "--data.manifest", tmp_path / "split.json"]
+    for name, more in (("a", []), ("b", ["--seed", "2"])):  # one split, whatever the training's seed
+        assert run(*BASE, "--data.root", pictures, "--workdir", tmp_path / name, *seeded, *more) == 0
+    same = [{r["path"] for r in csv.DictReader((tmp_path / n / "predictions.csv").open())} for n in "ab"]
+    assert same[0] == same[1]
     changed = ["--data.test_fraction", "0.3", "--resume"]
     assert run(*BASE, "--data.root", pictures, "--workdir", workdir, *rule, *changed) == 2
     assert "data.test_fraction: 0.2 -> 0.3" in capsys.readouterr().err

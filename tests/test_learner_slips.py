@@ -15,6 +15,7 @@ from jaxcats import evaluate, train
 from jaxcats.command import run_command
 from jaxcats.config import Config, Phase, flat
 from jaxcats.core.state import tree_hash
+from jaxcats.errors import UserError
 from jaxcats.resumption import training_changes
 
 
@@ -198,3 +199,13 @@ def test_tta_of_an_earlier_evaluation_does_not_stay(learn, capsys):
     assert run_command(evaluate.main, ["--run", str(folder), "--report", "no"]) == 0
     assert "tta" not in json.loads((folder / "metrics.json").read_text())
     assert not (folder / "predictions_tta.csv").exists()
+
+
+def test_a_manifest_in_a_notebook_and_a_column_misspelt(pictures, tmp_path):
+    classes, place = pictures / "train", tmp_path / "split.json"
+    data = jc.ImageClassifierData.from_paths(classes, valid_fraction=0.2, test=None, manifest=place, on_bad_file="fail")
+    assert place.is_file()
+    again = jc.ImageClassifierData.from_paths(classes, valid_fraction=0.2, test=None, manifest=place, seed=7)
+    assert data.val_paths == again.val_paths
+    with pytest.raises(UserError, match=r"columns: 'lable' is not one of path, label, split\. Did you mean 'label'"):
+        jc.ImageClassifierData.from_paths(classes, columns={"lable": "x"})

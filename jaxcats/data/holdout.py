@@ -38,9 +38,9 @@ class Rule:
         return {"fraction": self.fraction, "seed": self.seed} | {k: v for k, v in more.items() if v is not None}
 
 
-def default_manifest(cache_dir: Path, root: Path, rule: Rule) -> Path:
-    """Where the split of a folder is kept when the user names no place."""
-    key = "|".join(map(str, ["", *rule.facts().values()]))
+def default_manifest(cache_dir: Path, root: Path, rule: Rule, labels: str = "folders") -> Path:
+    """Where the split of a folder is kept when the user names no place; other `labels` are held out afresh."""
+    key = "|".join(map(str, ["", *rule.facts().values(), *[labels] * (labels != "folders")]))
     name = hashlib.sha256(os.fsencode(root) + key.encode()).hexdigest()[:16]
     return cache_dir / "splits" / f"{root.name or 'root'}-{name}.json"
 
@@ -84,14 +84,15 @@ def hold_out(
         if side:
             chosen[unit] = side
             sides |= {content: side for content in inside if content not in saved}
-    for name, hashes in contents.items():
+    # What is shared with other classes is placed by the class that has the least to choose from.
+    for name, hashes in sorted(contents.items(), key=lambda item: len({unit_of[content] for content in item[1]})):
         distinct = set(hashes)
         _check_enough(name, hashes, {unit_of[content] for content in distinct}, rule)
         for unit, side in _place(distinct, sides, unit_of, chosen, rule).items():
             chosen[unit] = side
             sides |= dict.fromkeys(members[unit], side)
     for name, hashes in contents.items():
-        _check_sides(name, {sides[content] for content in hashes}, rule, manifest)
+        _check_sides(name, {sides[content] for content in hashes}, rule, manifest if saved else None)
     known = known | {n: chosen[unit] for unit, of_unit in names.items() for n in of_unit if n not in known}
     _warn_of_torn(groups or {}, sides)
     if (len(sides), len(known)) != before:
@@ -173,10 +174,14 @@ def _place(
     return {unit: placed.get(unit, "train") for unit in fresh}
 
 
-def _check_sides(name: str, found: set[str], rule: Rule, manifest: Path) -> None:
+def _check_sides(name: str, found: set[str], rule: Rule, manifest: Path | None) -> None:
+    """`manifest`: what an earlier split was read from, None where there was none."""
     for side in SIDES:
         if side not in found and (side != "test" or rule.test_fraction):
-            why = f"the split written in {manifest} leaves it no {side} pictures; remove that file to split afresh, or add pictures"
+            if manifest:
+                why = f"the split written in {manifest} leaves it no {side} pictures; remove that file to split afresh, or add pictures"
+            else:
+                why = f"what it shares with other classes leaves it no {side} pictures; try another split_seed, or add pictures"
             if rule.group:
                 why += ", or choose smaller groups"
             raise UserError(f"class {name}: {why}")

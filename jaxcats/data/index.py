@@ -1,5 +1,6 @@
 """The folder of pictures as a table: classes, splits, labels, and the files that can't be used."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file that can't be used (relative to the folder scanned), and why."""
+    """A file that can't be used (relative to the folder scanned), why, and of which split it would be; "" if nothing says."""
 
     path: str
     reason: str
+    split: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,11 +167,15 @@ def scan(
     _check_holding(root, found, held, valid_fraction, test_fraction, group)
     every = [path for part in found.parts.values() for paths in part for path in paths]
     good, bad, reused = reader.read(root, every, found.bad)
+    known = [name for name in found.parts if not (held and name == "train")]
+    of_split = {path: name for name in known for paths in found.parts[name] for path in paths} if bad else {}
+    bad = tuple(dataclasses.replace(b, split=of_split.get(b.path, "")) for b in bad)
     tables = {name: _usable(name, found, good, bad) for name in found.parts}
     if held:
         assert valid_fraction is not None  # _check_holding saw to it
         rule = Rule(valid_fraction, seed, test_fraction, group)
-        place = Path(manifest) if manifest else default_manifest(cache_dir, root, rule)
+        way = labels if labels == "folders" else " ".join([labels, *columns.values()])
+        place = Path(manifest) if manifest else default_manifest(cache_dir, root, rule, way)
         table = tables.pop("train")
         contents = {
             name: [good[path].sha256 for path in paths] for name, paths in zip(found.classes, table, strict=True)
@@ -204,7 +210,10 @@ def _check_holding(
         raise UserError(
             f"test_fraction: {test_fraction} given, but {root} has its own test pictures; leave test_fraction out"
         )
-    if not 0 < (valid_fraction or 0.5) + (test_fraction or 0) < 1:
+    for name, value in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction)):
+        if value is not None and not 0 < value < 1:
+            raise UserError(f"{name}: {value} is not between 0 and 1; 0.2 holds out a fifth")
+    if (valid_fraction or 0) + (test_fraction or 0) >= 1:
         raise UserError(
             f"valid_fraction, test_fraction: {valid_fraction} and {test_fraction} leave nothing to train on; expected less "
             f"than 1 together"

@@ -82,6 +82,11 @@ def _from_names(root: Path, labels: str, valid_fraction: float | None) -> Labell
     top, valid = root, None
     if (root / "train").is_dir():
         top, valid = split_folders(root, valid_fraction)
+    elif apart := valid_folder(root) or test_folder(root):
+        raise UserError(
+            f"{root}: has {apart.name}/ but no train/, so its pictures would be among those to train on; put the others in "
+            f"train/, or move {apart.name}/ away."
+        )
     elif valid_fraction is None:
         raise UserError(
             f"{root}: nothing says which pictures are for validation; set data.valid_fraction, for example 0.2, or give it "

@@ -69,7 +69,10 @@ def names() -> list[str]:
 def get(name: str) -> Backbone:
     """The backbone registered under a name; raises UserError naming the choices and the nearest."""
     if name not in _BACKBONES:
-        raise UserError(f"backbone: {unknown(name, names())}")
+        raise UserError(
+            f"backbone: {unknown(name, names())} One of your own is known to the script that registers it: let that call "
+            f"jaxcats.command.main(), and it has every command (python mine.py evaluate ...)."
+        )
     return _BACKBONES[name]
 
 

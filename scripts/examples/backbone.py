@@ -1,8 +1,9 @@
 """A network of one's own: EfficientNet-Lite0 that passes on the square roots of its features (Perronnin et al., ECCV 2010).
 
-    python scripts/examples/backbone.py --config configs/dogscats_lite0.yaml --data.root data/dogscats --model.backbone mine
+    python scripts/examples/backbone.py train --config configs/dogscats_lite0.yaml --data.root data/dogscats --model.backbone mine
+    python scripts/examples/backbone.py evaluate --run runs/NAME
 
-Takes every flag of `python -m jaxcats.train`. Any Linen module `(images [N, H, W, 3], *, train) -> [N, h, w, C]` will do: with
+Has every command of `jaxcats`, each of which knows the network. Any Linen module `(images [N, H, W, 3], *, train) -> [N, h, w, C]` will do: with
 no `source` of weights it starts from random ones (`--model.pretrained false`).
 """
 
@@ -12,8 +13,8 @@ import sys
 import jax.numpy as jnp
 
 from jaxcats import models
+from jaxcats.command import main
 from jaxcats.models.efficientnet_lite import EfficientNetLite0
-from jaxcats.train import command
 
 
 class Rooted(EfficientNetLite0):
@@ -27,4 +28,4 @@ published = models.registry.get("efficientnet_lite0")
 models.register("mine", dataclasses.replace(published, build=Rooted))
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """A metric of one's own, in a notebook's few lines: what the mistakes cost, where a dog taken for a cat costs five times as much.
 
-    python scripts/examples/metric.py data/dogscats [BACKBONE]
+    python scripts/examples/metric.py [data/dogscats [BACKBONE]]
 
 It stands in the table of epochs, in `learn.history` and, with `jaxcats.train.command(metrics=cost)`, in the run folder.
 """
@@ -10,10 +10,9 @@ import sys
 import numpy as np
 
 import jaxcats as jc
+from jaxcats.command import run_command
 
-COSTS = np.array(
-    [[0.0, 1.0], [5.0, 0.0]]
-)  # a row is what the picture shows (cats, dogs), a column what it is taken for
+COSTS = np.array([[0.0, 1.0], [5.0, 0.0]])  # [what it shows, what it is taken for], cats and dogs
 
 
 def cost(logits, labels):
@@ -24,7 +23,7 @@ def cost(logits, labels):
     return {"cost": COSTS[labels, logits.argmax(1)].sum(), "cautious cost": COSTS[labels, cautious].sum()}
 
 
-def main(folder, backbone="efficientnet_lite0", **options):
+def train(folder="data/dogscats", backbone="efficientnet_lite0", **options):
     data = jc.ImageClassifierData.from_paths(folder)
     learn = jc.Learner.pretrained(backbone, data, precompute=True, **options)
     learn.fit(0.01, 3, metrics=cost)
@@ -32,4 +31,4 @@ def main(folder, backbone="efficientnet_lite0", **options):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(run_command(lambda argv: train(*argv) and 0))

@@ -3,12 +3,11 @@
 python scripts/examples/step.py --config configs/dogscats_lite0.yaml --data.root data/dogscats
 """
 
-import sys
-
 import jax
 
 from jaxcats import inputs, job, sentence
 from jaxcats.cli import parse
+from jaxcats.command import run_command
 from jaxcats.core import scan
 from jaxcats.results.metrics import summary
 
@@ -17,7 +16,7 @@ def main(argv):
     setup = job.setup(parse(argv, prog="step.py", description="An average of the weights.")[0])
     params, stats, _ = job.initial_params(setup)
     features, _ = inputs.precompute(setup, params, stats)
-    splits, plan = setup.index.splits, job.plans(setup)[0]
+    valid, n, plan = setup.index.splits["valid"], len(setup.index.splits["train"]), job.plans(setup)[0]
     step, create = job.make_phase(setup, plan)  # jaxcats.make_train_step with a configuration's loss and optimizer
 
     def averaged(carry, batch):  # whatever maps (carry, batch) to (carry, numbers) can be driven
@@ -27,13 +26,13 @@ def main(argv):
 
     run, arrays, carry = jax.jit(scan.make_scan(averaged)), inputs.resident(setup, plan, features["train"]), None
     for epoch in range(plan.phase.epochs):
-        order = scan.epoch_order(len(splits["train"]), batch_size=plan.phase.batch_size, seed=0, epoch=epoch)
+        order = scan.epoch_order(n, batch_size=plan.phase.batch_size, seed=setup.config.seed, epoch=epoch)
         carry, _ = run(carry or (create(params, stats), params), arrays, order)
         for name, weights in (("last", carry[0].params), ("average", carry[1])):
             logits, _ = setup.model.apply_head(weights, carry[0].batch_stats, features["valid"], train=False)
-            found = summary(jax.device_get(logits), splits["valid"].labels)
+            found = summary(jax.device_get(logits), valid.labels)
             print(f"epoch {epoch}, {name}: {sentence(found['errors'], found['n'])}, log loss {found['log_loss']:.4f}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    raise SystemExit(run_command(main))

@@ -145,3 +145,71 @@ def test_groups_made_too_late_are_said(heap, capsys, tmp_path):
             (heap / f"{kind}.{i}.jpg").rename(heap / f"{kind}.{kind * (i > 0) or 'other'}.{i}.jpg")
     assert sides(scan(heap, **how)) == first  # old pictures never change sides
     assert "2 groups have pictures on several sides, for example cat: they were split before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labels", ["parent", r"(?P<label>cat|dog)s/"])
+@pytest.mark.parametrize("apart", ["test", "valid", "val"])
+def test_a_folder_set_apart_is_not_trained_on_for_want_of_a_train_folder(folder, labels, apart):
+    names = [f"{top}{kind}s/{i}.jpg" for top in ("", f"{apart}/") for kind in ("cat", "dog") for i in range(4)]
+    root = folder({name: seed for seed, name in enumerate(names)})
+    with pytest.raises(UserError, match=f"has {apart}/ but no train/"):
+        scan(root, labels=labels, valid_fraction=0.25)
+
+
+def test_each_way_of_labelling_is_held_out_for_itself(heap):
+    names = names_of(heap)
+    coarse = [(name, name[:3]) for name in names]
+    fine = [(name, name[:3] + str(int(name.split(".")[1]) % 3)) for name in names]
+    for name, rows in (("coarse.csv", coarse), ("fine.csv", fine)):
+        table(heap, rows)
+        (heap / "labels.csv").rename(heap / name)
+    assert len(scan(heap, labels="coarse.csv", valid_fraction=0.2).splits["valid"]) == 4
+    index = scan(heap, labels="fine.csv", valid_fraction=0.2)
+    assert sorted(index.splits["valid"].labels.tolist()) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_class_that_shares_its_groups_with_a_larger_one_gets_its_share(folder):
+    """Ten keepers of cats, two of whom have all six dogs; the cats, first by name, must not take both for one side."""
+    names = [f"cat.k{i // 2}.{i}.jpg" for i in range(20)] + [f"dog.k{i % 2}.{i}.jpg" for i in range(6)]
+    root = folder({name: seed for seed, name in enumerate(names)})
+    for seed in range(8):
+        index = scan(root, labels=NAME, group=r"\.(?P<group>k\d+)\.", valid_fraction=0.2, seed=seed)
+        assert set(index.splits["valid"].labels.tolist()) == {0, 1}
+        assert set(index.splits["train"].labels.tolist()) == {0, 1}
+    one = r"(?P<group>dog|cat\.k[01])\."  # all dogs in one group: no side is left for them
+    with pytest.raises(UserError, match="only one group; valid_fraction needs two"):
+        scan(root, labels=NAME, group=one, valid_fraction=0.2)
+
+
+def test_what_leaves_a_class_without_a_side_is_not_a_manifest_that_is_not_there(folder):
+    """Three classes of two groups each, in a ring: whichever side the three groups take, one class has only one."""
+    rings = {"a": "xy", "b": "yz", "c": "zx"}
+    root = folder(
+        {
+            f"{kind}.{g}.{i}.jpg": n
+            for n, (kind, g, i) in enumerate((k, g, i) for k in rings for g in rings[k] for i in (0, 1))
+        }
+    )
+    with pytest.raises(
+        UserError, match=r"what it shares with other classes leaves it no \w+ pictures; try another split_seed"
+    ):
+        scan(root, labels=r"^(?P<label>\w)\.", group=r"^\w\.(?P<group>\w)\.", valid_fraction=0.5)
+
+
+@pytest.mark.parametrize("fractions", [(0.2, -0.1), (0.2, 0.0), (1.5, None), (0.6, 0.4)])
+def test_fractions_that_are_none(heap, fractions):
+    with pytest.raises(UserError, match="fraction"):
+        scan(heap, labels=NAME, valid_fraction=fractions[0], test_fraction=fractions[1])
+
+
+def test_bad_files_know_their_split_where_the_table_says_it(heap):
+    rows = [
+        (name, name[:3], "test" if ".9." in name else "valid" if ".8." in name else "train") for name in names_of(heap)
+    ]
+    rows += [("gone.jpg", "cat", "test"), ("lost.jpg", "dog", "valid")]
+    with (heap / "l.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *rows])
+    found = {b.path: b.split for b in scan(heap, labels="l.csv").bad}
+    assert found == {"gone.jpg": "test", "lost.jpg": "valid"}
+    (heap / "dog.9.jpg").write_bytes(b"no picture")
+    assert [b.split for b in scan(heap, labels=NAME, valid_fraction=0.2).bad] == [""]  # nobody can know
