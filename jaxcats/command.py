@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxcats.errors import MAKE_ROOM, RunError, UserError, is_full, nearest
+from jaxcats.interrupts import keyboard
 
 COMMANDS = {
     "train": "train a classifier on a folder of pictures, and judge it",
@@ -31,7 +32,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal has no letters for is no reason to stop
             stream.reconfigure(errors="backslashreplace")
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        with keyboard():
+            return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:
         print(f"error: {one_line(e)}", file=sys.stderr)
         return 2

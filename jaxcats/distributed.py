@@ -3,6 +3,7 @@
 JAX does the work (jax.distributed): it finds the other processes, checks that they are alive, and ends all when one dies.
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -27,6 +28,31 @@ def _found_by_jax() -> bool:
     return any(os.environ.get(name, "1") not in ("", "0", "1") for name in _COUNTS)
 
 
+def wanted(settings: Any) -> bool:
+    """Whether the configuration or the environment names several processes; see `start`."""
+    given = (settings.coordinator, settings.num_processes, settings.process_id)
+    if all(x is None for x in given):
+        return _found_by_jax()
+    if any(x is None for x in given):
+        raise UserError(
+            "distributed: coordinator, num_processes and process_id belong together; give all three (process_id: 0 to "
+            "num_processes - 1, another one in each process), or none."
+        )
+    host, _, port = settings.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"distributed.coordinator: {settings.coordinator!r} can't be used; expected HOST:PORT, as in 10.0.0.1:1234."
+        )
+    if settings.num_processes < 1:
+        raise UserError(f"distributed.num_processes: {settings.num_processes} can't be used; expected 1 or more.")
+    if not 0 <= settings.process_id < settings.num_processes:
+        raise UserError(
+            f"distributed.process_id: {settings.process_id} can't be used; expected 0 to num_processes - 1, "
+            f"which is {settings.num_processes - 1}."
+        )
+    return True
+
+
 def start(settings: Any) -> None:
     """Joins the other processes, where the configuration or the environment names any; before JAX is first used.
 
@@ -36,24 +62,14 @@ def start(settings: Any) -> None:
     Raises:
         UserError: half of the settings, or the others can't be reached.
     """
+    if not wanted(settings):
+        return
     given = (settings.coordinator, settings.num_processes, settings.process_id)
-    if all(x is None for x in given):
-        if not _found_by_jax():
-            return
-    elif any(x is None for x in given):
-        raise UserError(
-            "distributed: coordinator, num_processes and process_id belong together; give all three (process_id: 0 to "
-            "num_processes - 1, another one in each process), or none."
-        )
-    elif not 0 <= settings.process_id < settings.num_processes:
-        raise UserError(
-            f"distributed.process_id: {settings.process_id} can't be used; expected 0 to num_processes - 1, "
-            f"which is {settings.num_processes - 1}."
-        )
     import jax
 
     try:
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT)
+        # A process that leaves with an error waits for the others no longer than they would wait for a dead one.
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError) as error:
         where = settings.coordinator or "the coordinator that the environment names"
         raise UserError(f"distributed: can't join the other processes at {where} ({_first_line(error)}).") from None
@@ -97,19 +113,49 @@ def by_first(work: Callable[[], T]) -> T | None:
     return result
 
 
+def together(work: Callable[[], T]) -> T:
+    """What `work` returns in this process; where it fails in one of them, all stop."""
+    if not many():
+        return work()
+    result = error = None
+    try:
+        result = work()
+    except Exception as caught:  # raised below, when the others know
+        error = caught
+    failed = np.flatnonzero(_of_all(np.array([error is not None])))
+    if error is not None:
+        raise error
+    if len(failed):
+        raise UserError(f"Process {failed[0]} has stopped; it says why.")
+    return cast(T, result)
+
+
 def in_turn(work: Callable[[], T]) -> T:
     """What `work` returns in this process: the first does it before the others, which find its caches filled."""
     result = by_first(work)
-    return cast(T, result) if first() else work()
+    return together(lambda: cast(T, result) if first() else work())
+
+
+def agree(what: str, value: str) -> None:
+    """UserError in every process unless all have the same `value`; otherwise they would wait for each other for ever."""
+    if not many():
+        return
+    every = _of_all(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8))
+    others = np.flatnonzero((every != every[0]).any(1))
+    if len(others):
+        raise UserError(f"{what} of process {others[0]} differ from those of process 0; all must have the same.")
+
+
+def _of_all(own: np.ndarray) -> np.ndarray:
+    """A small array of each process: [processes, ...]."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(own))
 
 
 def any_of(flags: np.ndarray) -> np.ndarray:
     """Flags, bool [N], that are set in any of the processes."""
-    if not many():
-        return flags
-    from jax.experimental.multihost_utils import process_allgather
-
-    return np.logical_or.reduce(np.asarray(process_allgather(flags)), axis=0)
+    return np.logical_or.reduce(_of_all(flags), axis=0) if many() else flags
 
 
 def hush() -> None:

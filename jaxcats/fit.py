@@ -20,7 +20,7 @@ from jaxcats.inputs import Evaluator, decoding, make_driver
 from jaxcats.job import Plan, Setup, fingerprint, make_phase, schedules
 from jaxcats.results import metrics
 from jaxcats.results.table import Table
-from jaxcats.stopping import Stopping
+from jaxcats.stopping import Stopped, Stopping
 from jaxcats.storage.log import progress_bar
 
 SMOOTHING = 0.98  # of the shown training loss, as fastai's
@@ -135,8 +135,15 @@ class Fitter:
             with self.clock(plan, "train"):
                 state = self.run_epoch(plan, progress, state, drive, order, lrs)
             seconds = time.perf_counter() - before
-            with self.clock(plan, "evaluate"):
-                logits = evaluate(state.params, state.batch_stats)
+            try:
+                with (
+                    self.clock(plan, "evaluate"),
+                    self.stopping.at_once() if self.stopping else contextlib.nullcontext(),
+                ):
+                    logits = evaluate(state.params, state.batch_stats)
+            except Stopped as stopped:  # resumed, it begins with this evaluation
+                self.save(plan, progress, state)
+                raise Stopped.saved(stopped.signum, progress.step) from None
             self.end_epoch(plan, progress, state, logits, seconds, pictures / seconds)
             if self.stopping and self.stopping.signum is not None:
                 raise self.stopping.leave(progress.step)

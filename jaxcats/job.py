@@ -20,7 +20,7 @@ from jaxcats.data import augment
 from jaxcats.data.index import FolderIndex, cache_folder
 from jaxcats.data.index import scan as scan_folder
 from jaxcats.data.preprocess import Preprocess
-from jaxcats.distributed import in_turn
+from jaxcats.distributed import agree, in_turn
 from jaxcats.errors import UserError
 from jaxcats.own import Own
 from jaxcats.resumption import training_changes
@@ -116,6 +116,7 @@ def setup(config: Config, index: FolderIndex | None = None, *, own: Own | None =
     create_model(config, 2)  # a backbone's name that doesn't exist is said before any picture is read
     index = in_turn(lambda: index_pictures(config, cache)) if index is None else index
     model, preprocess = create_model(config, len(index.classes))
+    agree("The pictures or the precision", f"{fingerprint(index)} {index.classes} {model.dtype}")
     if len(index.splits["train"]) < 2:
         raise UserError(f"{config.data.root}: has one training picture; training needs two at least.")
     own = own or Own()

@@ -24,6 +24,14 @@ RESUMABLE = {
     "report",
 }
 
+# And these may differ between processes that train together: they say where things are.
+OWN = {"data.root", "data.manifest", "data.workers", "data.rehash", "cache_dir"}
+
+
+def shared(config: Config) -> dict[str, Any]:
+    """The settings that must be the same in all processes that train together."""
+    return {k: v for k, v in flat(config).items() if k not in OWN and not k.startswith("distributed.")}
+
 
 def training_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two `flat` Configs in fields that decide the result: 'key: old -> new' each."""

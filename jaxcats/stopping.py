@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxcats import distributed
+from jaxcats.interrupts import raise_when_safe
 
 
 class Stopped(KeyboardInterrupt):
@@ -15,14 +16,19 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message or f"stopped by {'the keyboard' if signum == signal.SIGINT else 'SIGTERM'}.")
-        self.code = 128 + signum
+        self.signum, self.code = signum, 128 + signum
+
+    @classmethod
+    def saved(cls, signum: int, step: int) -> "Stopped":
+        """What to raise once the checkpoint of `step` is saved."""
+        return cls(signum, f"stopped as asked, at step {step:,}, which is saved.")
 
 
 class Stopping:
     """Turns signals into a question that the training loop asks after each step.
 
     Outside `patient` a signal raises Stopped where the process is. Of several processes each may be asked, at different
-    steps; JAX's preemption service makes all of them stop at the same one.
+    steps; JAX's preemption service makes all of them stop at the same one, and outside the steps none of them.
     """
 
     def __init__(self) -> None:
@@ -31,12 +37,12 @@ class Stopping:
         self._questions = 0
 
     @contextlib.contextmanager
-    def listen(self) -> Iterator[None]:
-        """Handles SIGINT and SIGTERM for the length of a `with` block; of several processes JAX has SIGTERM."""
+    def listen(self, *, several: bool = False) -> Iterator[None]:
+        """Handles SIGINT and SIGTERM for the length of a `with` block; of `several` processes JAX has SIGTERM."""
         if threading.current_thread() is not threading.main_thread():  # Python hands signals to the main thread alone
             yield
             return
-        signals = [signal.SIGINT, *[signal.SIGTERM] * (not distributed.many())]
+        signals = [signal.SIGINT, *[signal.SIGTERM] * (not several)]
         before = {s: signal.signal(s, self._asked) for s in signals}
         try:
             yield
@@ -45,19 +51,37 @@ class Stopping:
                 signal.signal(s, handler)
 
     def _asked(self, signum: int, frame: Any) -> None:
-        if not self._patient or self.signum is not None or (distributed.many() and signum == signal.SIGINT):
-            raise Stopped(signum)
+        wait = self._patient and self.signum is None and not (distributed.many() and signum == signal.SIGINT)
         self.signum = signum
+        if not wait:
+            raise_when_safe(Stopped(signum), frame)
+            return
         print("\nStopping after this step; once more, and it stops at once.", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
         """While epochs run: a signal waits for `asked`."""
+        self.check()
         self._patient = True
         try:
             yield
         finally:
             self._patient = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within `patient`: what takes long, and nothing is lost by breaking it off."""
+        self.check()
+        before, self._patient = self._patient, False
+        try:
+            yield
+        finally:
+            self._patient = before
+
+    def check(self) -> None:
+        """Raises Stopped where it was raised before and something, a callback say, has swallowed it."""
+        if self.signum is not None:
+            raise Stopped(self.signum)
 
     def asked(self) -> bool:
         """Whether to save and leave, after a step; every process must ask equally often."""
@@ -72,4 +96,4 @@ class Stopping:
     def leave(self, step: int) -> Stopped:
         """What to raise once the checkpoint of `step` is saved."""
         assert self.signum is not None
-        return Stopped(self.signum, f"stopped as asked, at step {step:,}, which is saved.")
+        return Stopped.saved(self.signum, step)

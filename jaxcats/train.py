@@ -1,6 +1,7 @@
 """`python -m jaxcats.train --config FILE [--KEY VALUE ...]`: trains, evaluates, and leaves everything in the run folder."""
 
 import dataclasses
+import json
 import os
 import shlex
 import sys
@@ -17,7 +18,7 @@ from jaxcats.config import Config, DistributedConfig, flat, to_yaml
 from jaxcats.errors import UserError, unwritable
 from jaxcats.judging import BEST_EPOCH, Run
 from jaxcats.outcome import CHOSE, skipped, write_results
-from jaxcats.resumption import training_changes
+from jaxcats.resumption import shared, training_changes
 from jaxcats.stopping import Stopping
 from jaxcats.storage.atomic import write_json, write_text
 from jaxcats.storage.lock import hold, release
@@ -38,7 +39,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
     """The run folder with its config.yaml; UserError when it holds another run, or one that differs where it matters."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(workdir) if workdir else Path("runs") / f"{Path(name).stem if name else 'train'}-{stamp}"
-    saved, checkpoints = folder / "config.yaml", folder / "checkpoints"
+    saved = folder / "config.yaml"
     # A process killed at its very start may have left hidden files only.
     if folder.is_dir() and not saved.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise UserError(f"--workdir {folder}: not empty, and not a run folder. Name a new folder.")
@@ -50,7 +51,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
     for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
     # Until there is a checkpoint nothing is lost by starting over, with mended settings too.
-    begun = checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
+    begun = has_checkpoint(folder)
     if begun and not resume:
         raise UserError(
             f"--workdir {folder}: there is a run in it already. Add --resume to go on with it, or name another folder."
@@ -67,6 +68,12 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
     except OSError as e:
         raise unwritable(f"--workdir {folder}:", e) from None
     return folder
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is something to go on from."""
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
 
 
 def rates(lr: Any) -> str:
@@ -133,14 +140,17 @@ def train(
 
     def initial() -> tuple[Any, Any]:
         before = time.perf_counter()
-        params, stats, weights = job.initial_params(setup)
+        params, stats, weights = distributed.together(lambda: job.initial_params(setup))
         if writes:
             write_json(workdir / "versions.json", facts | {"weights": weights})
         seconds["weights"] = time.perf_counter() - before
         return params, stats
 
+    stopping = stopping or Stopping()
+    stopping.check()
     with Trainer(setup, workdir, facts=facts, stopping=stopping) as trainer:
         fitted = trainer.run(initial)
+    stopping.check()
     at = time.perf_counter()
     valid = setup.index.splits["valid"]
     logits = Evaluator(setup.model, valid, feats=fitted.valid_features, **decoding(setup))(
@@ -272,30 +282,38 @@ def main(argv: Sequence[str], *, own: "Own | None" = None) -> None:
         print(to_yaml(config), end="")
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    stopping, folder = Stopping(), None
+    try:
+        with stopping.listen(several=distributed.wanted(config.distributed)):
+            folder = begin(config, options)
+            train(config, folder, started=started, stopping=stopping, own=own)
+    except KeyboardInterrupt:
+        if folder:
+            script = as_typed("train") if own is None else shlex.join(["python", *sys.argv[:1]])
+            what = "To go on from the last checkpoint" if has_checkpoint(folder) else "To start again"
+            print(f"{what}: {script} --resume {shlex.join(['--workdir', str(folder)])}", file=sys.stderr)
+        raise
+    finally:
+        if folder:
+            release(folder)
+
+
+def begin(config: Config, options: dict[str, Any]) -> Path:
+    """Joins other processes, if there are any, and opens the run folder."""
     distributed.start(config.distributed)
     if distributed.many() and not options["workdir"]:
         raise UserError("--workdir: name the run folder where several processes train; it must be the same for all.")
+    distributed.agree(
+        "The settings or the versions", json.dumps([shared(config), options["resume"], versions()["jax"]])
+    )
     opened = distributed.by_first(
         lambda: open_run(config, options["config"], workdir=options["workdir"], resume=options["resume"])
     )
-    folder = opened or Path(options["workdir"])
     distributed.hush()
     from jaxcats.compiling import keep_heap
 
     keep_heap()
-    stopping = Stopping()
-    try:
-        with stopping.listen():
-            train(config, folder, started=started, stopping=stopping, own=own)
-    except KeyboardInterrupt:
-        script = as_typed("train") if own is None else shlex.join(["python", *sys.argv[:1]])
-        print(
-            f"To go on from the last checkpoint: {script} --resume {shlex.join(['--workdir', str(folder)])}",
-            file=sys.stderr,
-        )
-        raise
-    finally:
-        release(folder)
+    return opened or Path(options["workdir"])
 
 
 if __name__ == "__main__":

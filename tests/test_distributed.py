@@ -56,11 +56,15 @@ def ended(*children: subprocess.Popen, seconds: float = 200) -> list[str]:
     return said
 
 
-def together(place: Path, name: str, n: int, *flags: object) -> list[subprocess.Popen]:
+def at_a_free_port(n: int) -> list[object]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.num_processes", n]
+    return ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.num_processes", n]
+
+
+def together(place: Path, name: str, n: int, *flags: object) -> list[subprocess.Popen]:
+    shared = at_a_free_port(n)
     return [start(place, name, *flags, *shared, "--distributed.process_id", i) for i in range(n)]
 
 
@@ -142,6 +146,44 @@ def test_one_that_is_asked_to_end_has_all_save_the_same_step_and_leave(place):
     same(place, "one", "many")
 
 
+def refused(*children: subprocess.Popen) -> list[str]:
+    """The errors of processes that all end with 2, and none of them with anything but its one line."""
+    said = [child.communicate(timeout=100)[0] for child in children]
+    assert [child.returncode for child in children] == [2] * len(children), said
+    return [next(line for line in words.splitlines() if line.startswith("error: ")) for words in said]
+
+
+def apart(place: Path, name: str, ours: tuple, theirs: tuple) -> list[subprocess.Popen]:
+    """Two processes with flags of their own."""
+    shared = at_a_free_port(2)
+    return [
+        start(place, name, *flags, *shared, "--distributed.process_id", i) for i, flags in enumerate((ours, theirs))
+    ]
+
+
+def test_processes_with_other_settings_are_refused_before_anything_is_made(place):
+    for line in refused(*apart(place, "many", (), ("--phases.all.lr", "0.5"))):
+        assert (
+            line
+            == "error: The settings or the versions of process 1 differ from those of process 0; all must have the same."
+        )
+    assert not (place / "many").exists()
+
+
+@pytest.mark.slow
+def test_processes_with_other_pictures_are_refused(place):
+    write_pictures(place / "fewer", train=30, valid=22)
+    for line in refused(*apart(place, "many", (), ("--data.root", place / "fewer"))):
+        assert "The pictures or the precision of process 1 differ" in line
+
+
+@pytest.mark.slow
+def test_one_that_cannot_start_stops_the_others(place):
+    first, second = refused(*apart(place, "many", (), ("--data.root", place / "nowhere")))
+    assert first == "error: Process 1 has stopped; it says why."
+    assert "no such folder" in second
+
+
 def settings(**given):
     return SimpleNamespace(**({"coordinator": None, "num_processes": None, "process_id": None} | given))
 
@@ -151,6 +193,11 @@ def test_half_of_the_settings_and_a_number_out_of_range_are_said():
         distributed.start(settings(coordinator="a:1"))
     with pytest.raises(UserError, match="process_id: 2 can't be used"):
         distributed.start(settings(coordinator="a:1", num_processes=2, process_id=2))
+    with pytest.raises(UserError, match="num_processes: 0 can't be used; expected 1 or more"):
+        distributed.start(settings(coordinator="a:1", num_processes=0, process_id=0))
+    for wrong in ("nonsense", "a:", ":1", "a:b", "a:99999"):
+        with pytest.raises(UserError, match=f"coordinator: '{wrong}' can't be used; expected HOST:PORT"):
+            distributed.start(settings(coordinator=wrong, num_processes=2, process_id=0))
 
 
 def test_alone_nothing_is_started(monkeypatch):

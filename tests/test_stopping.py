@@ -1,6 +1,7 @@
 """A run that is asked to end, a run folder that two want, and files that are links or devices."""
 
 import fcntl
+import importlib
 import json
 import os
 import signal
@@ -10,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny  # noqa: F401
 from folders import write_pictures
 
+from jaxcats import fit, job, train
+from jaxcats.command import run_command
 from jaxcats.errors import UserError
 from jaxcats.stopping import Stopped, Stopping
 from jaxcats.storage import lock
@@ -94,14 +98,71 @@ def test_a_second_signal_or_one_outside_the_steps_ends_at_once():
         with pytest.raises(Stopped) as caught:
             signal.raise_signal(signal.SIGTERM)
         assert caught.value.code == 143
-        with stopping.patient():
-            assert not stopping.asked()
+    stopping = Stopping()
+    with stopping.listen(), stopping.patient():
+        assert not stopping.asked()
+        signal.raise_signal(signal.SIGINT)
+        assert stopping.asked()
+        assert "step 7, which is saved" in str(stopping.leave(7))
+        with pytest.raises(Stopped, match="by the keyboard"):
             signal.raise_signal(signal.SIGINT)
-            assert stopping.asked()
-            assert "step 7, which is saved" in str(stopping.leave(7))
-            with pytest.raises(Stopped, match="by the keyboard"):
-                signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_where_python_would_lose_the_exception_it_comes_a_moment_later(tmp_path, monkeypatch):
+    """In a finaliser it would be swallowed; in an import it may come out as an ImportError, with the module half there."""
+
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    (tmp_path / "struck.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    stopping = Stopping()
+    with stopping.listen():
+        for strike in (lambda: Dying(), lambda: importlib.import_module("struck")):
+            with pytest.raises(Stopped):  # noqa: PT012  it is the wait that it breaks off
+                strike()
+                time.sleep(60)
+    assert sys.modules["struck"].whole
+    stopping.signum = signal.SIGTERM  # where a library has swallowed it all the same, the next safe place raises it
+    with pytest.raises(Stopped), stopping.patient():
+        pass
+
+
+def test_an_evaluation_is_broken_off_and_done_again(place, monkeypatch, capsys):
+    """The steps of its epoch are saved first, so that a long evaluation can't outlast the time that a machine leaves."""
+    words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--phases.all.epochs", "3"]
+
+    def command(name: str, *more: str) -> int:
+        return run_command(train.main, [str(w) for w in (*words, "--workdir", place / name, *more)])
+
+    whole, calls = fit.Evaluator.__call__, []
+
+    def struck(self, *weights):
+        calls.append(None)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(self, *weights)
+
+    assert command("whole") == 0
+    monkeypatch.setattr(fit.Evaluator, "__call__", struck)
+    assert command("run") == 143
+    said = capsys.readouterr().err
+    assert "stopped as asked, at step 8, which is saved." in said
+    assert "To go on from the last checkpoint: python -m jaxcats.train --resume" in said
+    monkeypatch.setattr(fit.Evaluator, "__call__", whole)
+    assert command("run", "--resume") == 0
+    assert "Resuming at step 8 (epoch 1)" in capsys.readouterr().out
+    assert (place / "run" / "predictions.csv").read_bytes() == (place / "whole" / "predictions.csv").read_bytes()
+    assert losses(place / "run") == losses(place / "whole")
+
+
+def test_before_the_first_checkpoint_it_says_so(place, monkeypatch, capsys):
+    monkeypatch.setattr(job, "initial_params", lambda setup: signal.raise_signal(signal.SIGTERM))
+    words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / "run"]
+    assert run_command(train.main, [str(w) for w in words]) == 143
+    assert f"To start again: python -m jaxcats.train --resume --workdir {place / 'run'}" in capsys.readouterr().err
 
 
 def test_a_folder_is_one_process_s_and_free_when_it_ends(tmp_path):
