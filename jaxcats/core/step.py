@@ -18,10 +18,16 @@ Metrics = dict[str, jax.Array]
 
 
 def normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[jax.Array], jax.Array]:
-    """A function from uint8 pixels [..., 3] to float32, `(x / 255 - mean) / std` per channel."""
+    """A function from uint8 pixels [..., C] to float32, `(x / 255 - mean) / std` per channel; ValueError for another C."""
     scale = jnp.asarray([1 / (255 * s) for s in std], jnp.float32)
     shift = jnp.asarray([-m / s for m, s in zip(mean, std, strict=True)], jnp.float32)
-    return lambda images: images.astype(jnp.float32) * scale + shift
+
+    def normalised(images: jax.Array) -> jax.Array:
+        if images.shape[-1] != len(mean):  # one channel would be broadcast to three without a word
+            raise ValueError(f"images have shape {images.shape}; expected {len(mean)} channels, as the mean has")
+        return images.astype(jnp.float32) * scale + shift
+
+    return normalised
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@
 Only this folder knows Linen. A network is a backbone (images to a feature map), a pooling, and a head.
 """
 
+import dataclasses
 import os
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -60,7 +61,8 @@ def create(
         num_classes: outputs of the head.
         head: "lesson" (fast.ai's: concat pool, 512 units), "linear", or "classifier" (the network as published).
         dtype: what convolutions compute in; parameters, BatchNorm and the head stay in float32.
-        channels: of the pictures, for code of your own: all that reads pictures in this package makes them RGB.
+        channels: of the pictures, for code of your own: all that reads pictures in this package makes them RGB. Published
+            weights are fitted to it, and `preprocess` has a mean and a deviation for each.
         weights: which weights it will get, as for `find_weights`: a known name brings its own `preprocess`.
 
     Raises:
@@ -76,10 +78,21 @@ def create(
     if channels < 1:
         raise UserError(f"channels is {channels}; expected 1 or more")
     source = pretrained.known_source(registry.sources(name, weights), weights)
-    preprocess = source.preprocess if source else backbone.preprocess
+    preprocess = _of_channels(source.preprocess if source else backbone.preprocess, channels)
     size = backbone.channels * (2 if head == "lesson" else 1)
     facts: dict[str, Any] = {"preprocess": preprocess, "feature_size": size, "stride": backbone.stride}
     return Model(name, num_classes, head, dtype, channels=channels, **facts)
+
+
+def _of_channels(preprocess: Preprocess, channels: int) -> Preprocess:
+    """With a mean and a deviation for each channel: one has their averages, others have the three in turn, as the weights."""
+    if channels == 3:
+        return preprocess
+    mean, std = (
+        (sum(three) / 3,) if channels == 1 else tuple(three[i % 3] for i in range(channels))
+        for three in (preprocess.mean, preprocess.std)
+    )
+    return dataclasses.replace(preprocess, mean=mean, std=std)
 
 
 @dataclass(frozen=True)

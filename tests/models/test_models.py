@@ -11,6 +11,7 @@ import seeded
 from jax import export
 
 from jaxcats import models
+from jaxcats.core.step import normalise
 from jaxcats.errors import UserError
 from jaxcats.models.conv import Conv
 
@@ -188,3 +189,18 @@ def test_import_brings_no_heavy_library():
     code = f"import sys, jaxcats.models; print(sorted(set({heavy!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("channels", "mean"), [(1, [0.449]), (3, [0.485, 0.456, 0.406]), (4, [0.485, 0.456, 0.406, 0.485])]
+)
+def test_pictures_of_another_number_of_channels_go_through_the_whole_pipeline(channels, mean):
+    model = models.create("resnet18", 2, channels=channels)
+    np.testing.assert_allclose(model.preprocess.mean, mean, atol=1e-3)
+    prepare = normalise(model.preprocess.mean, model.preprocess.std)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, channels), np.uint8)
+    params, stats = jax.eval_shape(model.init, jax.random.key(0))
+    logits, _ = jax.eval_shape(lambda p, s, x: model.apply(p, s, prepare(x), train=False), params, stats, images)
+    assert logits.shape == (2, 2)
+    with pytest.raises(ValueError, match=f"expected {channels} channels"):
+        prepare(images[..., :1] if channels > 1 else np.repeat(images, 3, -1))
