@@ -14,18 +14,20 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
+from jaxcats.command import Parser, run_command
 from jaxcats.data.holdout import Rule, hold_out
 from jaxcats.errors import UserError, nearest
 from jaxcats.storage.atomic import write_bytes, write_json
 
-MARKER = "prepared.json"
+MARKER, SPLIT = "prepared.json", "split.json"
+USED = ("train", "validation", "test")  # of the splits that TFDS may have
 HELD_OUT = {"cats_vs_dogs": 2000}
 # What the data sets' own sources say beyond what is seen here.
 KNOWN = {
@@ -43,11 +45,32 @@ def open_data(name: str, data_dir: str | None) -> Any:
     except tfds.core.DatasetNotFoundError:
         close = nearest(name.partition("/")[0], tfds.list_builders())
         raise UserError(f"{name}: TFDS has no such data set.{close}") from None
+    except (ValueError, TypeError, AssertionError) as error:  # no such configuration, or version, or way of writing it
+        raise UserError(f"{name}: TFDS can't open it ({first_line(error)}).") from None
     try:
         builder.download_and_prepare()
-    except (OSError, tfds.download.DownloadError, AssertionError) as error:
-        raise UserError(f"{name}: TFDS can't prepare it ({str(error).splitlines()[0][:200]}).") from None
+    except (OSError, tfds.download.DownloadError, AssertionError, ImportError) as error:
+        raise UserError(f"{name}: TFDS can't prepare it ({first_line(error)}).") from None
     return builder
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def folders(builder: Any, given: Sequence[str] | None) -> dict[str, str]:
+    """The folder of each TFDS split that is used, in the order of writing."""
+    known = [split for split in USED if split in builder.info.splits]
+    if "train" not in known:
+        raise UserError(f"{builder.name}: has no split train, only {', '.join(builder.info.splits)}.")
+    for split in given or known:
+        if split not in known:
+            raise UserError(f"--splits: '{split}' is not one of {', '.join(known)}.{nearest(split, known)}")
+    parts = [split for split in known if split in (given or known)]
+    if "train" not in parts:
+        raise UserError(f"--splits {' '.join(parts)}: has to have train among them.")
+    own = {"train": "train"} | ({"validation": "valid", "test": "test"} if "validation" in parts else {"test": "valid"})
+    return {split: own[split] for split in parts}
 
 
 def keys(builder: Any, label: str | None) -> tuple[str, str, list[str]]:
@@ -73,7 +96,8 @@ def examples(builder: Any, split: str, picture: str, label: str) -> Iterator[tup
     """(content, label) in TFDS's order, which is the same each time; those without a label have -1."""
     import tensorflow_datasets as tfds
 
-    read = tfds.ReadConfig(interleave_cycle_length=1)  # the order of the files
+    # In the order of the files; and read once, so a cache is only memory, and a warning of TensorFlow's where it is stopped.
+    read = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     decoders = tfds.decode.PartialDecoding({picture: True, label: True}, decoders={picture: tfds.decode.SkipDecoding()})
     data = builder.as_dataset(split=split, decoders=decoders, read_config=read, shuffle_files=False)
     for example in data.as_numpy_iterator():
@@ -91,51 +115,60 @@ def as_file(content: bytes) -> tuple[bytes, str]:
 
 
 def begin(out: Path, wanted: dict[str, Any]) -> bool:
-    """Makes or takes up the folder; True when it is finished. UserError for one that holds anything else."""
+    """Makes or takes up the folder; True when it is finished. UserError for one that holds anything else.
+
+    Other settings start over while there is no picture: some are found impossible only when all pictures are counted.
+    """
     marker = out / MARKER
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        try:
-            found = json.loads(marker.read_text(encoding="utf-8"))
-            settings, finished = found["settings"], found["complete"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{out}: holds something else; give a new or an empty folder.") from None
-        if settings != wanted:
+    inside = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
+    if all(path.match(f".{MARKER}.*.tmp") for path in inside):  # killed while it wrote the marker
+        write_json(marker, {"settings": wanted, "complete": False})
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))
+        settings, finished = found["settings"], found["complete"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{out}: holds something else; give a new or an empty folder.") from None
+    half = list(out.rglob(".*.tmp"))
+    if settings != wanted:
+        if finished or {path for path in inside if path not in half} - {marker, out / SPLIT}:
             raise UserError(f"{out}: was begun with {settings}, not {wanted}; give another folder.")
-        for left in out.rglob(".*.tmp"):
-            left.unlink()
-        return finished
-    write_json(marker, {"settings": wanted, "complete": False})
-    return False
+        # Before the marker: it must never stand beside settings that it wasn't made by.
+        (out / SPLIT).unlink(missing_ok=True)
+        write_json(marker, {"settings": wanted, "complete": False})
+    for path in half:
+        path.unlink()
+    return finished
 
 
 def prepare(args: argparse.Namespace) -> None:
+    if args.valid is not None and args.valid < 1:
+        raise UserError(f"--valid {args.valid}: one picture at least has to be held out.")
     builder = open_data(args.name, args.data_dir)
     picture, label, classes = keys(builder, args.label)
-    wanted = {"name": builder.info.full_name, "label": label, "valid": args.valid, "seed": args.seed}
+    own = folders(builder, args.splits)
+    wanted = {"name": builder.info.full_name, "label": label, "splits": list(own)}
+    wanted |= {"valid": args.valid, "seed": args.seed}
     if begin(args.out, wanted):
         print(f"{args.out}: complete already.")
         return
-    parts = args.splits or (list(builder.info.splits) or ["train"])
-    own = {"train": "train"} | ({"validation": "valid", "test": "test"} if "validation" in parts else {"test": "valid"})
-    own = {tfds_name: ours for tfds_name, ours in own.items() if tfds_name in parts}
     sides: dict[str, str] = {}
     if "valid" not in own.values():
         sides = held_out(builder, picture, label, classes, args)
     counts, formats, unlabelled = collections.Counter(), collections.Counter(), 0
     for tfds_name, ours in own.items():
-        for number, (content, y) in enumerate(
-            tqdm(examples(builder, tfds_name, picture, label), desc=tfds_name, unit="picture")
-        ):
-            if y < 0:
-                unlabelled += 1
-                continue
-            data, ending = as_file(content)
-            part = sides.get(hashlib.sha256(content).hexdigest(), ours)
-            path = args.out / part / classes[y] / f"{classes[y]}.{number:06d}{ending}"
-            if not path.exists():  # it is written whole or not at all
-                write_bytes(path, data)
-            counts[part] += 1
-            formats["as TFDS keeps it" if data is content else "as PNG"] += 1
+        # Closed at any error too, so that what is said of it has a line of its own.
+        with tqdm(examples(builder, tfds_name, picture, label), desc=tfds_name, unit="picture") as bar:
+            for number, (content, y) in enumerate(bar):
+                if y < 0:
+                    unlabelled += 1
+                    continue
+                data, ending = as_file(content)
+                part = sides.get(hashlib.sha256(content).hexdigest(), ours)
+                path = args.out / part / classes[y] / f"{classes[y]}.{number:06d}{ending}"
+                if not path.exists():  # it is written whole or not at all
+                    write_bytes(path, data)
+                counts[part] += 1
+                formats["as TFDS keeps it" if data is content else "as PNG"] += 1
     facts = {"counts": dict(counts), "written": dict(formats), "without a label, left out": unlabelled}
     told = {"citation": builder.info.citation, "homepage": builder.info.homepage, "note": KNOWN.get(builder.name, "")}
     write_json(args.out / MARKER, {"settings": wanted, "complete": True} | facts | told)
@@ -150,21 +183,22 @@ def prepare(args: argparse.Namespace) -> None:
 def held_out(builder: Any, picture: str, label: str, classes: list[str], args: argparse.Namespace) -> dict[str, str]:
     """The side of each picture's content; written down in the folder as well."""
     contents: dict[str, list[str]] = {name: [] for name in classes}
-    for content, y in tqdm(examples(builder, "train", picture, label), desc="hashing", unit="picture"):
-        if y >= 0:
-            contents[classes[y]].append(hashlib.sha256(content).hexdigest())
+    with tqdm(examples(builder, "train", picture, label), desc="hashing", unit="picture") as bar:
+        for content, y in bar:
+            if y >= 0:
+                contents[classes[y]].append(hashlib.sha256(content).hexdigest())
     contents = {name: hashes for name, hashes in contents.items() if hashes}
     total = sum(map(len, contents.values()))
-    number = args.valid or HELD_OUT.get(builder.name, total // 5)
+    number = HELD_OUT.get(builder.name, total // 5) if args.valid is None else args.valid
     if not 0 < number < total:
         raise UserError(f"--valid {number}: can't be held out of {total:,} pictures.")
     rule = Rule(number / total, args.seed)
-    return hold_out(contents, rule=rule, manifest=args.out / "split.json", given=True)
+    return hold_out(contents, rule=rule, manifest=args.out / SPLIT, given=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    p = Parser(prog="prepare_data.py", description=__doc__)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("name", help="as TFDS calls it: cats_vs_dogs, oxford_iiit_pet, imagenette/320px, ...")
     p.add_argument("--out", type=Path, required=True, help="a new folder, or one that this command began")
     p.add_argument("--valid", type=int, help="pictures to hold out, where the data set has one split")
@@ -174,11 +208,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--data_dir", help="where TFDS keeps its files")
     try:
         prepare(p.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped by the keyboard; the same command goes on.") from None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))
