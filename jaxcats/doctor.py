@@ -1,25 +1,30 @@
 """`python -m jaxcats.doctor FOLDER`: what is wrong with a folder of pictures, and what to do; no file is changed."""
 
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcats.command import Parser, one_line, run_command
+from jaxcats.command import Parser, as_typed, one_line, run_command
+from jaxcats.errors import UserError, unwritable
 
 DESCRIPTION = (
-    "Examines a folder of pictures. Exit code 0: nothing grave; 1: bad files, leaks, label conflicts or empty classes."
+    "Examines a folder of pictures. Exit code 0: nothing grave; 1: bad files, leaks, label conflicts, or too few "
+    "pictures or classes."
 )
-SHOWN = 5
+SHOWN = 5  # items of a finding, and files of an item
 # Of features of EfficientNet-Lite0; see README for what it finds.
 COSINE = 0.95
 # kind: (grave, what it means and what to do), the gravest first
 KINDS = {
     "unreadable": (True, "They can't be decoded and are skipped. Mend or remove them."),
-    "leak": (True, "The same file in two splits: the result flatters. Remove one of the two."),
+    "leak": (True, "The same file in two splits, or in one and a folder to test on: the result flatters. Remove one of the two."),
     "label conflict": (True, "The same file under two classes: one label is wrong. Keep the right one."),
     "class without pictures": (True, "Add pictures, or remove the class everywhere."),
+    "one class only": (True, "A classifier needs two at least. Add another, or give the folder that the class folders are in."),
     "look alike in two splits": (True, "Perhaps the same scene: the result flatters. Look at both; keep them in one split."),
     "look alike": (False, "Look at both; they may be one picture twice, or have two labels."),
     "the same twice": (False, "The same file twice counts twice. Remove one."),
@@ -30,6 +35,7 @@ KINDS = {
     "long and narrow": (False, "More than 5 times as long as wide: the centre crop loses most of it."),
     "blank": (False, "One even colour: nothing to learn from. Remove them."),
     "unequal classes": (False, "Look at the recall of the small classes; the share of right answers hides it."),
+    "picture without a picture's ending": (False, "Training does not see them. Rename them, as .jpg for example."),
     "no picture": (False, "Training leaves them alone."),
     "left by an operating system": (False, "Training leaves them alone."),
     "hidden": (False, "Training leaves hidden names alone."),
@@ -97,35 +103,55 @@ def lines(report: dict[str, Any], most: int = SHOWN) -> list[str]:
 
 def in_words(item: dict[str, Any]) -> str:
     """One item on one line."""
-    return " = ".join(item["paths"]) + (f": {item['detail']}" if item["detail"] else "")
+    paths = item["paths"]
+    more = f" and {len(paths) - SHOWN:,} more" if len(paths) > SHOWN else ""
+    return " = ".join(paths[:SHOWN]) + more + (f": {item['detail']}" if item["detail"] else "")
+
+
+def read_options(argv: Sequence[str]) -> Any:
+    """The command's flags; UserError for an output that can't be written, or would replace a picture."""
+    parser = Parser(prog="python -m jaxcats.doctor", description=DESCRIPTION)
+    folder = "any folder of pictures: with train/ and valid/, with class folders, or flat"
+    page = "write a page with the pictures in question (without a name: doctor.html)"
+    backbone = "also compare features of this pretrained network, for example efficientnet_lite0"
+    parser.add_argument("folder", nargs="?", help=folder)  # which it is only for a better answer to --html FOLDER
+    parser.add_argument("--json", metavar="FILE", help="write every finding here")
+    parser.add_argument("--html", nargs="?", const="doctor.html", metavar="FILE", help=page)
+    parser.add_argument("--backbone", help=backbone)
+    options = parser.parse_args(argv)
+    outputs = {"json": options.json, "html": options.html}
+    if options.folder is None:
+        for name, file in outputs.items():
+            if file and os.path.isdir(file):
+                way_out = f"give the folder first: {as_typed('doctor')} {shlex.quote(file)} --{name}"
+                raise UserError(f"--{name} {file}: is a folder, taken for the file to write; {way_out}")
+        parser.error("the following arguments are required: folder")
+    from jaxcats.data.examine import starts_like_a_picture
+    from jaxcats.predict import check_targets
+
+    check_targets(outputs, [options.folder])
+    for name, file in outputs.items():
+        if file and starts_like_a_picture(file):
+            raise UserError(f"--{name} {file}: is a picture; name another file to write.")
+    return options
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit code."""
-    parser = Parser(prog="python -m jaxcats.doctor", description=DESCRIPTION)
-    parser.add_argument("folder", help="any folder of pictures: with train/ and valid/, with class folders, or flat")
-    parser.add_argument("--json", help="write every finding here")
-    parser.add_argument(
-        "--html",
-        nargs="?",
-        const="doctor.html",
-        metavar="FILE",
-        help="write a page with the pictures in question (without a name: doctor.html)",
-    )
-    parser.add_argument(
-        "--backbone", help="also compare features of this pretrained network, for example efficientnet_lite0"
-    )
-    options = parser.parse_args(argv)
+    options = read_options(argv)
     from jaxcats.storage.atomic import write_json
 
     report = diagnose(Path(options.folder), backbone=options.backbone)
     print("\n".join(lines(report)))
-    if options.json:
-        write_json(Path(options.json), report)
-    if options.html:
-        from jaxcats.results.diagnosis import write_diagnosis
+    try:
+        if file := options.json:
+            write_json(Path(file), report)
+        if file := options.html:
+            from jaxcats.results.diagnosis import write_diagnosis
 
-        write_diagnosis(Path(options.html), report)
+            write_diagnosis(Path(file), report)
+    except OSError as e:
+        raise unwritable(f"{file}:", e) from None
     written = [name for name in (options.json, options.html) if name]
     print(f"\nWritten: {', '.join(written)}" if written else "\n--json FILE or --html FILE lists everything.")
     return int(any(f["grave"] for f in report["findings"]))

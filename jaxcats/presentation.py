@@ -196,7 +196,10 @@ def _facts(run: Any) -> dict[str, str]:
     weights = {f"weights {k}": v for k, v in kept.get("weights", {}).items() if v is not None}
     model = _read(run.folder / "model" / "model.json", dict)
     hashes = {f"model/{name}": facts.get("sha256", "") for name, facts in model.get("files", {}).items()}
-    rest = {"pictures (hash of contents and labels)": run.fingerprint.partition("-")[0], "backend": kept.get("backend", "")}
+    rest = {
+        "pictures (hash of contents and labels)": run.fingerprint.partition("-")[0],
+        "backend": kept.get("backend", ""),
+    }
     return {k: str(v) for k, v in (kept.get("versions", {}) | weights | rest | hashes).items() if v}
 
 

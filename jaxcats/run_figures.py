@@ -1,6 +1,5 @@
 """The figures of a judged run: curves of its training, how far its probabilities can be trusted, what it gets wrong."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -62,10 +61,11 @@ class Judged:
 
 def training_rows(run: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl; none where the run has none."""
+    from jaxcats.storage.log import RunLog
+
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError):
+        return RunLog.rows(run / "metrics.jsonl")
+    except OSError:
         return []
 
 

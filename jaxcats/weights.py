@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcats.command import Parser, run_command
-from jaxcats.errors import UserError, nearest
+from jaxcats.errors import UserError, nearest, unwritable
 
 DESCRIPTION = "Pretrained weights: what is known, fetching them ahead, checking and converting files."
 ACTIONS = {
@@ -42,7 +42,7 @@ def _list(parser: Parser, argv: Sequence[str]) -> None:
         source = next(s for s in record.sources if s.name == name)
         path = pretrained.present(source.location, backbone=backbone)
         count, size = ("?", "?") if not (n := record.parameters) else (f"{n / 1e6:.1f} M", f"{4 * n / 1e6:.0f} MB")
-        top1, at = f"{source.top1:.1f} %" if source.top1 else "?", f"{source.preprocess.size} px"
+        top1, at = f"{source.top1:.2f} %" if source.top1 else "?", f"{source.preprocess.size} px"
         rows.append((name, count, size, top1, at, source.licence or "?", "yes" if path else "no", source.location))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
@@ -62,7 +62,8 @@ def _fetch(parser: Parser, argv: Sequence[str]) -> None:
         from jaxcats.models import pretrained
 
         file = pretrained.find(source, what if not source else None, backbone=backbone)
-        print(f"{what}: {file.path} ({file.path.stat().st_size / 1e6:.1f} MB, sha256 {file.sha256})")
+        known = "" if _vouched(file, source) else "; its hash is not known here"
+        print(f"{what}: {file.path} ({file.path.stat().st_size / 1e6:.1f} MB, sha256 {file.sha256}{known})")
     print("Offline, it is found there; elsewhere, copy the file and give it: --model.weights FILE")
 
 
@@ -70,6 +71,7 @@ def _check(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("what", help="a name that list gives, or a file")
     parser.add_argument("--backbone", help="the network it should fit (a name says so itself)")
     options = parser.parse_args(argv)
+    import jax.numpy as jnp
     import numpy as np
 
     from jaxcats import models
@@ -77,22 +79,28 @@ def _check(parser: Parser, argv: Sequence[str]) -> None:
 
     backbone, source = _meant(options.what, path=True)
     backbone = options.backbone or backbone
-    path = None if source or options.what.startswith(("hf:", "package:")) else pretrained.local(options.what)
+    location = source[0].location if source else options.what
+    if location.startswith("hf:"):
+        if not pretrained.present(location, backbone=backbone):
+            raise UserError(f"{options.what}: is not here; get it with: jaxcats weights fetch {options.what}")
+    elif not location.startswith("package:"):
+        pretrained.local(location)
     if not backbone:
         raise UserError(f"--backbone: is required for a file; one of {', '.join(registry.names())}.")
-    if not (path or pretrained.present(source[0].location if source else options.what, backbone=backbone)):
-        raise UserError(f"{options.what}: is not here; get it with: jaxcats weights fetch {options.what}")
     record = registry.get(backbone)
     file = pretrained.find(source or record.sources, None if source else options.what, backbone=backbone)
-    models.load_pretrained(models.create(backbone, 2, head="linear"), file)
     tensors = pretrained.read_tensors(file.path)
-    bad = [name for name, array in tensors.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+    # With a classifier, in full or in part, all of it is held against the published network of so many classes.
+    classifier = [tensors[name] for leaf in ("weight", "bias") if (name := f"{record.classifier}.{leaf}") in tensors]
+    classes = max(1, *classifier[0].shape[:1]) if classifier else 0
+    model = models.create(backbone, classes or 2, head="classifier" if classes else "linear")
+    models.load_pretrained(model, file)
+    floats = {name: array for name, array in tensors.items() if jnp.issubdtype(array.dtype, jnp.floating)}
+    bad = [name for name, array in floats.items() if not np.isfinite(array).all()]
     if bad:
         raise UserError(f"{file.path}: holds what is not a number, in {', '.join(bad[:5])}; fetch it again")
-    classes = tensors.get(f"{record.classifier}.bias")
-    head = f"a classifier of {len(classes):,} classes" if classes is not None else "no classifier"
-    known = [s for s in record.sources if s.sha256 == file.sha256]
-    how = "that of the published file" if known else "the hub's own" if _from_hub(file) else "not known here"
+    head = f"a classifier of {classes:,} classes" if classes else "no classifier"
+    how = _vouched(file, record.sources) or "its hash is not known here"
     print(f"{file.path}: fits {backbone}; {len(tensors)} tensors, {head}; sha256 {file.sha256}, {how}")
 
 
@@ -106,14 +114,26 @@ def _convert(parser: Parser, argv: Sequence[str]) -> None:
     from jaxcats.models import pretrained
     from jaxcats.storage import atomic
 
-    source, target = Path(options.source), Path(options.target)
+    source, target = Path(options.source), Path(options.target).expanduser()
     if target.suffix.lower() != ".safetensors":
         raise UserError(f"{target}: expected a file that ends in .safetensors")
     if target.exists():
         raise UserError(f"{target}: exists already; give another name, or remove it first")
     path = pretrained.local(source)
     tensors = {name: np.asarray(array, order="C") for name, array in pretrained.read_tensors(path).items()}
-    atomic.write_bytes(target, save(tensors, metadata={"format": "pt"}))
+    for name, array in tensors.items():
+        if name == "__metadata__":
+            raise UserError(f"{path}: '{name}' is a name that a .safetensors file keeps for itself")
+        try:
+            save({name: array[..., :0] if array.ndim else array})  # it knows its kinds of numbers
+        except Exception:
+            raise UserError(
+                f"{path}: '{name}' is of a kind ({array.dtype}) that a .safetensors file can't hold"
+            ) from None
+    try:
+        atomic.write_bytes(target, save(tensors, metadata={"format": "pt"}))
+    except OSError as error:
+        raise unwritable(str(target), error) from None
     print(f"Written: {target} ({len(tensors)} tensors, {target.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -126,7 +146,7 @@ def _meant(what: str, *, path: bool = False) -> tuple[str, Sequence[Any]]:
         return named[what], [s for s in registry.get(named[what]).sources if s.name == what]
     if what in registry.names() and registry.get(what).sources:
         return what, registry.get(what).sources[:1]
-    if what.startswith(("hf:", "package:")) or (path and (Path(what).suffix in (".pth", ".pt") or Path(what).exists())):
+    if what.startswith(("hf:", "package:")) or (path and _is_file(what)):
         return "", ()
     choices = [*named, *registry.names()]
     raise UserError(
@@ -135,10 +155,20 @@ def _meant(what: str, *, path: bool = False) -> tuple[str, Sequence[Any]]:
     )
 
 
-def _from_hub(file: Any) -> bool:
+def _is_file(what: str) -> bool:
+    from jaxcats.models import pretrained
+
+    return Path(what).suffix.lower() in pretrained.EXTENSIONS or Path(what).expanduser().exists()
+
+
+def _vouched(file: Any, sources: Sequence[Any]) -> str:
+    """Whose hash a weight file has; empty where nobody's is known."""
     from jaxcats.models import hub
 
-    return file.source.startswith("hf:") and hub.expected_sha256(file.path) == file.sha256
+    if file.sha256 in [source.sha256 for source in sources]:
+        return "that of the published file"
+    own = file.source.startswith("hf:") and hub.expected_sha256(file.path) == file.sha256
+    return "the hub's own" if own else ""
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import struct
 import tempfile
 import textwrap
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,10 @@ def plain(width: int = 96, height: int = 64) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def see_through() -> Image.Image:
+def see_through(width: int = 96, height: int = 64) -> Image.Image:
     """The same, with the white field black and transparent."""
-    picture = plain().convert("RGBA")
-    picture.paste((0, 0, 0, 0), (48, 32, 96, 64))
+    picture = plain(width, height).convert("RGBA")
+    picture.paste((0, 0, 0, 0), (width // 2, height // 2, width, height))
     return picture
 
 
@@ -74,6 +75,30 @@ def swapped_profile() -> bytes:
     return bytes(content).replace(name, "swap".encode("utf-16-be"))
 
 
+def linear_grey_profile() -> bytes:
+    """An ICC profile of greys that are proportional to light (Pillow makes none for greys)."""
+    white = struct.pack(">3i", 63190, 65536, 54061)
+    tags = {
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", 12) + b"linear grey\0" + bytes(78),
+        b"wtpt": b"XYZ \0\0\0\0" + white,
+        b"kTRC": b"curv\0\0\0\0" + struct.pack(">IH", 1, 256),  # a gamma of 1.0
+        b"cprt": b"text\0\0\0\0none\0",
+    }
+    table, data, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, value in tags.items():
+        table += name + struct.pack(">II", start + len(data), len(value))
+        data += value + bytes(-len(value) % 4)
+    head = bytes(4) + b"\2\x40\0\0" + b"mntrGRAYXYZ " + struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28)
+    return (struct.pack(">I", start + len(data)) + head + white).ljust(128, b"\0") + table + data
+
+
+def linear(grey: Image.Image) -> Image.Image:
+    """8-bit greys (with alpha or without) in proportion to the light that they stand for."""
+    light = [v / 255 / 12.92 if v < 11 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in range(256)]
+    table = [round(255 * v) for v in light]
+    return grey.point(table + list(range(256)) * (grey.mode == "LA"))
+
+
 def encoded(picture: Image.Image, kind: str, *, orientation: int | None = None, **options) -> bytes:
     if orientation:
         exif = Image.Exif()
@@ -90,51 +115,96 @@ def lying(orientation: int) -> Image.Image:
     return plain().transpose(Image.Transpose(undo[orientation])) if orientation > 1 else plain()
 
 
-def deep(kind: str) -> Image.Image:
-    grey = np.asarray(plain().convert("L"))
-    return Image.fromarray(grey.astype(np.uint16) * 257 if kind == "16" else (grey / 255).astype(np.float32))
+def deep(kind: str, width: int = 96, height: int = 64) -> Image.Image:
+    """Greys of 16 bits or as floats; of the kind "infinite" one is."""
+    grey = np.asarray(plain(width, height).convert("L"))
+    if kind == "16":
+        return Image.fromarray(grey.astype(np.uint16) * 257)
+    values = (grey / 255).astype(np.float32)
+    if kind == "infinite":
+        values[0, 0] = np.inf
+    return Image.fromarray(values)
+
+
+def swap(picture: Image.Image) -> Image.Image:
+    """What looks as it should by the profile of `swapped_profile`."""
+    red, green, *others = picture.split()
+    return Image.merge(picture.mode, (green, red, *others))
+
+
+def large_kinds() -> dict[str, Callable[[], bytes]]:
+    """File name -> what makes its content: pictures of 40 megapixels."""
+    size, turned, jpeg = (7744, 5184), Image.Transpose.ROTATE_90, {"kind": "JPEG", "quality": 80}
+    profile = {"icc_profile": swapped_profile()}
+    makers: dict[str, Callable[[], bytes]] = {
+        ".jpg": lambda: encoded(plain(*size), **jpeg),
+        "_turned.jpg": lambda: encoded(plain(*size).transpose(turned), **jpeg, orientation=6),
+        "_profile.jpg": lambda: encoded(swap(plain(*size)), **jpeg, **profile),
+        "_profile_turned.jpg": lambda: encoded(swap(plain(*size)).transpose(turned), **jpeg, **profile, orientation=6),
+        "_cmyk.jpg": lambda: encoded(plain(*size).convert("CMYK"), **jpeg),
+        "_alpha.png": lambda: encoded(see_through(*size), "PNG", compress_level=1),
+        "_16_grey.png": lambda: encoded(deep("16", *size), "PNG", compress_level=1),
+    }
+    return {f"megapixels_40{name}": maker for name, maker in makers.items()}
+
+
+def several_frames() -> dict[str, bytes]:
+    """The picture and two others, as films and pages, whole and cut within the second."""
+    rgb = plain()
+    pages = {"save_all": True, "append_images": [Image.new("RGB", rgb.size, name) for name in ("black", "purple")]}
+    gif, tiff = encoded(rgb, "GIF", **pages, duration=100), encoded(rgb, "TIFF", **pages)
+    start = b"\x21\xf9\x04"  # of each frame of a GIF
+    second = gif.index(start, gif.index(start) + 1)
+    return {
+        "png_moving.png": encoded(rgb, "PNG", **pages, duration=100),
+        "webp_moving.webp": encoded(rgb, "WEBP", lossless=True, **pages, duration=100),
+        "gif_moving.gif": gif,
+        "gif_moving_cut.gif": gif[: second + 12],
+        "tiff_pages.tif": tiff,
+        "tiff_pages_cut.tif": tiff[: len(tiff) // 2],
+    }
 
 
 def kinds(large: bool = True) -> dict[str, bytes]:
     """File name -> content."""
     rgb, grey, alpha = plain(), plain().convert("L"), see_through()
-    others = [Image.new("RGB", (96, 64), colour) for colour in ("black", "purple")]
-    movie = {"save_all": True, "append_images": others, "duration": 100}
-    swapped = Image.merge("RGB", [rgb.split()[i] for i in (1, 0, 2)])
+    greys = {"icc_profile": linear_grey_profile()}
+    black = np.asarray(deep("16")) % 65535  # the white field, to be the transparent value
     found = {
         "jpeg.jpg": encoded(rgb, "JPEG", quality=95),
         "jpeg_progressive.jpg": encoded(rgb, "JPEG", quality=95, progressive=True),
         "jpeg_grey.jpg": encoded(grey, "JPEG"),
         "jpeg_cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG", quality=95),
         "jpeg_ycck.jpg": ycck(),
-        "jpeg_profile.jpg": encoded(swapped, "JPEG", quality=95, subsampling=0, icc_profile=swapped_profile()),
+        "jpeg_profile.jpg": encoded(swap(rgb), "JPEG", quality=95, subsampling=0, icc_profile=swapped_profile()),
+        "jpeg_grey_profile.jpg": encoded(linear(grey), "JPEG", quality=95, **greys),
         "jpeg_broken_profile.jpg": encoded(rgb, "JPEG", quality=95, icc_profile=b"no profile at all"),
         "png.png": encoded(rgb, "PNG"),
         "png_palette.png": encoded(rgb.quantize(8), "PNG"),
         "png_palette_see_through.png": encoded(alpha.quantize(8), "PNG"),
         "png_grey_alpha.png": encoded(alpha.convert("LA"), "PNG"),
         "png_alpha.png": encoded(alpha, "PNG"),
-        "png_alpha_profile.png": encoded(Image.merge("RGBA", [alpha.split()[i] for i in (1, 0, 2, 3)]), "PNG", icc_profile=swapped_profile()),
+        "png_alpha_profile.png": encoded(swap(alpha), "PNG", icc_profile=swapped_profile()),
+        "png_grey_alpha_profile.png": encoded(linear(alpha.convert("LA")), "PNG", **greys),
         "png_16_grey.png": encoded(deep("16"), "PNG"),
+        "png_16_grey_see_through.png": encoded(Image.fromarray(black), "PNG", transparency=0),
         "png_16_rgb.png": png16(),
         "png_1_bit.png": encoded(grey.point([255 * (v > 128) for v in range(256)]).convert("1"), "PNG"),
-        "png_moving.png": encoded(rgb, "PNG", **movie),
         "gif.gif": encoded(rgb, "GIF"),
-        "gif_moving.gif": encoded(rgb, "GIF", **movie),
         "webp.webp": encoded(rgb, "WEBP", quality=90),
         "webp_alpha.webp": encoded(alpha, "WEBP", lossless=True),
-        "webp_moving.webp": encoded(rgb, "WEBP", lossless=True, **movie),
         "avif.avif": encoded(rgb, "AVIF", quality=90),
         "bmp.bmp": encoded(rgb, "BMP"),
         "tiff_lzw.tif": encoded(rgb, "TIFF", compression="tiff_lzw"),
-        "tiff_pages.tif": encoded(rgb, "TIFF", save_all=True, append_images=others),
         "tiff_16_grey.tif": encoded(deep("16"), "TIFF"),
         "tiff_float.tif": encoded(deep("float"), "TIFF"),
+        "tiff_float_infinite.tif": encoded(deep("infinite"), "TIFF"),
         "tiff_cmyk.tif": encoded(rgb.convert("CMYK"), "TIFF"),
         "jpeg2000.jp2": encoded(rgb, "JPEG2000"),
         "ppm.ppm": encoded(rgb, "PPM"),
         "png_called.jpg": encoded(rgb, "PNG"),
         "jpeg_called.png": encoded(rgb, "JPEG", quality=95),
+        **several_frames(),
         **{f"exif_{o}.jpg": encoded(lying(o), "JPEG", quality=95, orientation=o) for o in range(1, 9)},
         "strip_wide.png": encoded(plain(6000, 2), "PNG"),
         "strip_one_pixel_high.png": encoded(plain(600, 2).crop((0, 0, 600, 1)), "PNG"),
@@ -147,10 +217,7 @@ def kinds(large: bool = True) -> dict[str, bytes]:
         register_heif_opener()
         found["heic.heic"] = encoded(rgb, "HEIF", quality=90)
     if large:
-        found["megapixels_40.jpg"] = encoded(plain(7744, 5184), "JPEG", quality=80)
-        found["megapixels_40_turned.jpg"] = encoded(
-            plain(7744, 5184).transpose(Image.Transpose.ROTATE_90), "JPEG", quality=80, orientation=6
-        )
+        found |= {name: maker() for name, maker in large_kinds().items()}
     return found
 
 

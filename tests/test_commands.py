@@ -276,9 +276,9 @@ def test_no_network_gives_the_three_ways_out_and_nothing_else(pictures, tmp_path
             env=env,
             timeout=120,
         )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr  # it may be there tomorrow
     assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.startswith("stopped: ")
     said(done.stderr, "resnet34", "model.weights", "efficientnet_lite0", "model.pretrained: false")
 
 

@@ -1,14 +1,21 @@
 """doctor: two hundred planted faults are found, none is invented, and no file changes."""
 
 import json
+import os
+import shutil
+import time
 
+import jax
 import numpy as np
 import pytest
-from PIL import Image
+import tiny  # noqa: F401
+from PIL import Image, ImageOps
 
-from jaxcats import doctor
+from jaxcats import doctor, models
 from jaxcats.command import run_command
-from jaxcats.data.examine import place
+from jaxcats.data.duplicates import alike_features, group_of, near_links
+from jaxcats.data.examine import Layout
+from jaxcats.data.files import list_pictures
 from jaxcats.data.findings import findings, summary
 from jaxcats.data.index import scan
 
@@ -29,7 +36,7 @@ def healthy(root, n=32):
 
 
 def plant(root):
-    """Thirteen kinds of fault, EACH times; returns kind -> sets of names that belong to each."""
+    """Sixteen kinds of fault, EACH times; returns kind -> sets of names that belong to each."""
     planted = {}
 
     def note(kind, *names):
@@ -69,7 +76,22 @@ def plant(root):
         note("long and narrow", f"train/cats/long{i}.jpg")
         Image.new("RGB", (80, 80), (10 * i, 200, 90)).save(cats / f"blank{i}.jpg")
         note("blank", f"train/cats/blank{i}.jpg")
-        (cats / f"notes{i}.txt").write_text("x")
+        framed = [picture(new + k) for k in (6, 7)]
+        deep = Image.fromarray(np.random.default_rng(new).integers(0, 2**16, (64, 64), dtype=np.uint16))
+        name = f"odd{i}.{('tif', 'gif', 'png')[i % 3]}"
+        (deep if i % 3 == 2 else framed[0]).save(
+            root / "valid/cats" / name, **({} if i % 3 == 2 else {"save_all": True, "append_images": framed[1:]})
+        )
+        note("unusual picture", f"valid/cats/{name}")
+        picture(new + 8).save(cats / f"flipped{i}.png")
+        damaged = bytearray((cats / f"flipped{i}.png").read_bytes())
+        damaged[200 + i] ^= 0xFF
+        (cats / f"flipped{i}.png").write_bytes(damaged)
+        note("unreadable", f"train/cats/flipped{i}.png")
+        name = (f"noext{i}", f"photo{i}.jpg.bak", f"jpegas{i}.txt")[i % 3]
+        picture(new + 9).save(cats / name, format=("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")[i % 6])
+        note("picture without a picture's ending", f"train/cats/{name}")
+        (cats / f"notes{i}.txt").write_text(("x", "BMW and others", "")[i % 3])
         note("no picture", f"train/cats/notes{i}.txt")
     for kind, name in (("left by an operating system", "train/Thumbs.db"), ("hidden", "train/cats/.hidden.jpg")):
         (root / name).write_bytes(b"x")
@@ -119,16 +141,288 @@ def test_classes_that_are_missing_or_unequal(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "where"),
-    [("train/cats/a/b.jpg", ("train", "cats")), ("val/dogs/1.jpg", ("valid", "dogs")), ("cats/1.jpg", ("", "cats")), ("1.jpg", ("", ""))],
-)  # fmt: skip
+    [
+        ("train/cats/a/b.jpg", ("train", "cats")),
+        ("val/dogs/1.jpg", ("valid", "dogs")),
+        ("train/1.jpg", ("train", "")),
+        ("test/dogs/1.jpg", ("test", "dogs")),
+        ("test/test/1.jpg", ("test", "")),
+        ("test1/1.jpg", ("test1/", "")),
+        ("cats/1.jpg", ("", "")),
+        ("1.jpg", ("", "")),
+    ],
+)
 def test_where_a_picture_stands(path, where):
-    assert place(path) == where
+    assert Layout({"train": "train", "val": "valid", "test": "test"}, ("cats", "dogs")).place(path) == where
+
+
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [("cats/a/1.jpg", ("train", "cats")), ("test/1.jpg", ("test", "")), ("1.jpg", ("train", ""))],
+)
+def test_where_a_picture_stands_in_a_folder_still_to_be_divided(path, where):
+    assert Layout({"test": "test"}, ("cats", "dogs")).place(path) == where
+
+
+def kinds(root):
+    return {f["kind"]: f["items"] for f in doctor.diagnose(root, progress=False)["findings"]}
+
+
+def copied(old, new):
+    new.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(old, new)
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "detail"),
+    [
+        ("test/1.jpg", "leak", ""),
+        ("test/test/1.jpg", "leak", ""),
+        (
+            "test1/1.jpg",
+            "leak",
+            "test1/1.jpg is outside train, valid and test: training does not see it, but a test on it would flatter",
+        ),
+        ("1.jpg", "the same twice", "1.jpg is outside train, valid and test: training does not see it"),
+        (
+            "sample/cats/1.jpg",
+            "the same twice",
+            "sample/cats/1.jpg is outside train, valid and test: training does not see it",
+        ),
+    ],
+)
+def test_a_copy_without_a_label_is_no_conflict(tmp_path, where, kind, detail):
+    root = healthy(tmp_path, 4)
+    copied(root / "train/cats/0.jpg", root / where)
+    paths = sorted([where, "train/cats/0.jpg"])
+    assert kinds(root) == {kind: [{"paths": paths, "detail": detail}]}
+
+
+def test_a_labelled_test_folder_is_looked_at(tmp_path):
+    root = healthy(tmp_path, 4)
+    for i in range(3):
+        copied(root / f"train/cats/{i}.jpg", root / f"test/dogs/{i}.jpg")
+    (root / "test/cats").mkdir()
+    found = kinds(root)
+    assert {kind: len(items) for kind, items in found.items()} == {
+        "leak": 3,
+        "label conflict": 3,
+        "class without pictures": 1,
+    }
+    assert found["class without pictures"][0]["paths"] == ["test/cats"]
+
+
+def test_a_valid_folder_without_classes_lacks_them(tmp_path):
+    root = healthy(tmp_path, 2)
+    shutil.rmtree(root / "valid")
+    (root / "valid").mkdir()
+    paths = [item["paths"] for item in kinds(root)["class without pictures"]]
+    assert paths == [["valid/cats"], ["valid/dogs"]]
+
+
+def test_leaks_through_linked_folders_are_found(tmp_path):
+    whole, part = healthy(tmp_path / "a", 2), healthy(tmp_path / "b", 2)
+    shutil.rmtree(whole / "valid")
+    (whole / "valid").symlink_to("train")
+    assert {kind: len(items) for kind, items in kinds(whole).items()} == {"leak": 4}
+    shutil.rmtree(part / "valid/cats")
+    (part / "valid/cats").symlink_to("../train/cats")
+    (part / "valid/cats/notes.txt").write_text("x")
+    found = kinds(part)
+    assert {kind: len(items) for kind, items in found.items()} == {"leak": 2, "no picture": 2}
+    assert found["leak"][0]["paths"] == ["train/cats/0.jpg", "valid/cats/0.jpg"]
+
+
+def test_loops_of_links_end(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        folder.mkdir()
+        picture(0).save(folder / "1.jpg")
+    (a / "b").symlink_to(b)
+    (b / "a").symlink_to(a)
+    (a / "up").symlink_to(tmp_path)
+    assert list_pictures(tmp_path, tmp_path) == ["a/1.jpg", "a/b/1.jpg", "b/1.jpg", "b/a/1.jpg"]
+    assert list_pictures(a, tmp_path) == ["a/1.jpg", "a/b/1.jpg"]
+
+
+def test_folders_that_all_link_to_each_other_are_refused(tmp_path, capsys):
+    names = [f"{n:02}" for n in range(12)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    for name in names:
+        for other in names:
+            (tmp_path / name / other).symlink_to(f"../{other}")
+    assert run_command(doctor.main, [str(tmp_path)]) == 2
+    assert "links lead to the same folders over and over" in capsys.readouterr().err
+
+
+def test_an_empty_folder_is_a_user_error(tmp_path, capsys):
+    (tmp_path / "train/cats").mkdir(parents=True)
+    assert run_command(doctor.main, [str(tmp_path)]) == 2
+    assert "no pictures found at any depth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parts", [("train", "valid"), ("train",), ("",)])
+def test_one_class_only(tmp_path, parts):
+    for k, part in enumerate(parts):
+        (tmp_path / part / "cats").mkdir(parents=True)
+        for i in range(3):
+            picture(10 * k + i).save(tmp_path / part / f"cats/{i}.jpg")
+    found = kinds(tmp_path)
+    assert list(found) == ["one class only"]
+    assert found["one class only"][0]["paths"] == [f"{part}/cats".lstrip("/") for part in parts]
+    assert run_command(doctor.main, [str(tmp_path)]) == 1
+
+
+def test_a_tiff_that_is_turned_as_it_is_decoded(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(1).save(tmp_path / "a.tif", exif=exif)
+    assert kinds(tmp_path) == {"turned by EXIF": [{"paths": ["a.tif"], "detail": "orientation 6"}]}
+
+
+def test_only_pictures_without_an_ending(tmp_path):
+    picture(1).save(tmp_path / "noext", format="JPEG")
+    picture(1).save(tmp_path / "camera.nef", format="TIFF")
+    found = kinds(tmp_path)
+    assert found.keys() == {"picture without a picture's ending", "no picture"}
+    assert found["picture without a picture's ending"] == [{"paths": ["noext"], "detail": ""}]
+
+
+def test_odd_files_never_stop_the_page(tmp_path, capsys):
+    root = healthy(tmp_path / "pictures", 2)
+    os.mkfifo(root / "train/cats/pipe.jpg")
+    (root / "train/cats/gone.jpg").symlink_to("nowhere.jpg")
+    (root / "train/cats/folder.jpg").mkdir()
+    frames = [picture(70), picture(71)]
+    frames[0].save(root / "train/cats/frames.tif", save_all=True, append_images=frames[1:])
+    page = tmp_path / "page.html"
+    assert run_command(doctor.main, [str(root), "--html", str(page)]) == 1
+    assert "pipe.jpg: not an ordinary file" in capsys.readouterr().out
+    assert page.read_text().count("<img") == 1  # the first of two frames
+
+
+def test_an_output_never_replaces_a_picture_and_is_checked_first(tmp_path, capsys, monkeypatch):
+    root = healthy(tmp_path / "pictures", 2)
+    photo = root / "train/cats/0.jpg"
+    (tmp_path / "link.json").symlink_to(photo)
+    copied(photo, tmp_path / "photo.txt")
+    os.mkfifo(tmp_path / "pipe")
+    before = photo.read_bytes()
+    monkeypatch.setattr(doctor, "diagnose", None)  # never reached
+    for flag in ("--json", "--html"):
+        for target in (photo, *(tmp_path / name for name in ("link.json", "photo.txt", "pipe", "none/d.json", "."))):
+            assert run_command(doctor.main, [str(root), flag, str(target)]) == 2
+            assert f"{flag} {target}: " in capsys.readouterr().err
+    assert photo.read_bytes() == (tmp_path / "photo.txt").read_bytes() == before
+    both = str(tmp_path / "x")
+    assert run_command(doctor.main, [str(root), "--json", both, "--html", both]) == 2
+    assert "given already" in capsys.readouterr().err
+
+
+def test_a_folder_taken_for_the_page_is_said(tmp_path, capsys):
+    assert run_command(doctor.main, ["--html", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"--html {tmp_path}: is a folder" in said
+    assert f"python -m jaxcats.doctor {tmp_path} --html" in said
+    assert run_command(doctor.main, []) == 2
+    assert "folder: is required" in capsys.readouterr().err
+
+
+def test_pictures_of_two_classes_that_look_alike(tmp_path):
+    root = healthy(tmp_path, 4)
+    picture(0).resize((60, 50)).save(root / "train/dogs/small.jpg")
+    item = kinds(root)["look alike"][0]
+    assert item["paths"] == ["train/cats/0.jpg", "train/dogs/small.jpg"]
+    assert item["detail"].endswith("in the classes cats, dogs: perhaps a label is wrong")
+
+
+def test_many_alike_pictures_are_one_finding(tmp_path):
+    frame = picture(5)
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        picture(len(name) + ord(name[0])).save(tmp_path / name / "other.jpg")
+    for i in range(40):
+        frame.putpixel((i, 40), (i, i, i))
+        frame.save(tmp_path / f"cats/{i:02}.png")
+        copied(tmp_path / f"cats/{i:02}.png", tmp_path / f"cats/{i:02}again.png")
+    report = doctor.diagnose(tmp_path, progress=False)
+    found = {f["kind"]: f["items"] for f in report["findings"]}
+    assert len(found["the same twice"]) == 40
+    assert [len(item["paths"]) for item in found["look alike"]] == [40]
+    said = next(line for line in doctor.lines(report) if "and 35 more" in line)
+    assert "cats/00.png = cats/00again.png" not in said
+    assert said.endswith(found["look alike"][0]["detail"])
+
+
+def test_ten_thousand_alike_pictures_are_linked_not_paired():
+    rng = np.random.default_rng(0)
+    thumbs = rng.integers(0, 255, (1, 32, 32), np.uint8).repeat(10_000, 0)
+    thumbs[:, 0, 0] = np.arange(10_000) % 200
+    thumbs[-2:] = rng.integers(0, 255, (1, 32, 32), np.uint8)
+    hashes = np.zeros(10_000, np.uint64)
+    started = time.perf_counter()
+    assert len(near_links(hashes, thumbs)) == 9_998
+    assert time.perf_counter() - started < 60
+    features = np.ones((3000, 4), np.float32)
+    features[-2:] = (1, -1, 1, -1)
+    assert [(i, j) for i, j, _ in alike_features(features, cosine=0.99)][-2:] == [(0, 2997), (2998, 2999)]
+
+
+def test_links_join_what_pairs_would():
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(12, 1, 6)) + 0.1 * rng.normal(size=(12, 5, 6))
+    features = rng.permutation(features.reshape(60, 6)).astype(np.float32)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    reached = unit @ unit.T >= 0.97
+    for _ in range(60):
+        reached = reached @ reached
+    links = alike_features(features, cosine=0.97, block=16)
+    of = np.array(group_of(60, [link[:2] for link in links]))
+    np.testing.assert_array_equal(of[:, None] == of, reached)
+    assert len(links) == 60 - len(set(of.tolist()))
 
 
 def test_a_flat_folder_without_labels(tmp_path):
     for i in range(4):
         picture(i).save(tmp_path / f"{i}.png")
     assert doctor.diagnose(tmp_path, progress=False)["findings"] == []
+
+
+def test_features_find_a_pair_that_the_hash_does_not_see(tmp_path, monkeypatch):
+    """A pooled feature hardly cares where in the picture something is; six colours are told apart even at random."""
+    rng = np.random.default_rng(5)
+
+    def weights(leaf):
+        return np.asarray(rng.normal(size=leaf.shape) if len(leaf.shape) > 1 else np.ones(leaf.shape), leaf.dtype)
+
+    monkeypatch.setattr(models, "load_pretrained", lambda model: jax.tree.map(weights, models.shapes(model)))
+    monkeypatch.setattr(doctor, "COSINE", 0.99)
+    colours = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)]
+    pixels = [np.asarray(picture(i, (64, 64)).convert("L"))[..., None] * np.uint8(c) for i, c in enumerate(colours)]
+    for i, each in enumerate(pixels):
+        Image.fromarray(each).save(tmp_path / f"{i}.png")
+    Image.fromarray(np.roll(pixels[0], (32, 32), (0, 1))).save(tmp_path / "moved.png")
+    assert kinds(tmp_path) == {}
+    items = doctor.diagnose(tmp_path, backbone="tiny", progress=False)["findings"][0]["items"]
+    assert [item["paths"] for item in items] == [["0.png", "moved.png"]]
+    assert items[0]["detail"].startswith("cosine of features 0.99")
+
+
+@pytest.mark.slow
+def test_features_find_mirrored_photos(tmp_path, photos):
+    for label in ("cats", "dogs"):
+        (tmp_path / label).mkdir()
+        for i, path in enumerate(sorted((photos / "valid" / label).iterdir())[:8]):
+            shutil.copy(path, tmp_path / label / f"{i}.jpg")
+            with Image.open(path) as photo:
+                ImageOps.mirror(photo).save(tmp_path / label / f"{i}mirrored.jpg", quality=90)
+    assert kinds(tmp_path) == {}
+    found = doctor.diagnose(tmp_path, backbone="efficientnet_lite0", progress=False)["findings"]
+    assert [f["kind"] for f in found] == ["look alike"]
+    pairs = [item["paths"] for item in found[0]["items"]]
+    assert len(pairs) >= 4  # of 16: not every photo is above the bound, which is set so that none is false
+    assert all(b == a.replace(".jpg", "mirrored.jpg") for a, b in pairs)
 
 
 def test_missing_folder_is_a_user_error(tmp_path, capsys):

@@ -6,11 +6,14 @@ tests/storage/test_artifact_mutations.py.
 
 import contextlib
 import dataclasses
+import hashlib
 import io
+import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from jaxcats import command
 from jaxcats.cli import from_file
 from jaxcats.config import Config, to_yaml
 from jaxcats.data.features import cached_features
-from jaxcats.data.index import scan
+from jaxcats.data.index import Split, scan
 from jaxcats.data.table import read_table
 from jaxcats.errors import UserError
 from jaxcats.models.torch_file import load_torch_file
@@ -57,8 +60,9 @@ def damages(good: bytes, *, words: tuple[bytes, ...]):
     return st.one_of(st.lists(edit, min_size=1, max_size=4).map(apply), st.binary(max_size=400))
 
 
-def fuzz(good: bytes, words: tuple[bytes, ...], look: Callable[[bytes], str]) -> dict[str, int]:
-    """How often each of `look`'s answers came, over the seconds asked for."""
+def fuzz(good: bytes, words: tuple[bytes, ...], look: Callable[[bytes], str], *, more: Any = None) -> dict[str, int]:
+    """How often each of `look`'s answers came, over the seconds asked for; `more` is a strategy of other bytes."""
+    inputs = st.one_of(damages(good, words=words), *([] if more is None else [more]))
     counts: dict[str, int] = {}
     phases = [Phase.explicit, Phase.generate, Phase.shrink]
     how = settings(
@@ -71,7 +75,7 @@ def fuzz(good: bytes, words: tuple[bytes, ...], look: Callable[[bytes], str]) ->
         counts[said] = counts.get(said, 0) + 1
 
     while time.monotonic() < end:
-        seed(turn)(how(given(damages(good, words=words))(check)))()
+        seed(turn)(how(given(inputs)(check)))()
         turn += 1
     print(f"{sum(counts.values()):,} inputs: {counts}")
     return counts
@@ -125,7 +129,12 @@ def test_descriptions_of_artefacts(tmp_path):
 
 
 @pytest.mark.slow
-def test_feature_caches(tmp_path):
+@pytest.mark.parametrize("forged", [False, True])
+def test_feature_caches(tmp_path, forged):
+    """`forged`: damaged ones under the name that says they are whole, which only their types and shapes can belie.
+
+    Their values are then believed; the shapes must be right, and nothing raised.
+    """
     hashes = [f"{i:064x}" for i in range(6)]
     truth = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
 
@@ -141,35 +150,96 @@ def test_feature_caches(tmp_path):
     def look(data: bytes) -> str:
         for other in shard.parent.glob("*.safetensors"):
             other.unlink()
-        shard.write_bytes(data)
+        name = hashlib.sha256(data).hexdigest() if forged else shard.stem
+        shard.with_name(f"{name}.safetensors").write_bytes(data)
         found = ask()
-        assert (found.features == truth).all()
-        return "reused" if found.reused == 6 else "computed"
+        assert found.features.shape == truth.shape
+        assert found.features.dtype == np.float32
+        assert (found.features == truth).all() or (forged and found.reused)
+        assert found.reused + found.computed == 6
+        return "whole" if data == good else f"{found.reused} reused, {len(found.damaged)} damaged"
 
-    counts = fuzz(good, (b'"F32"', b"[6,5]", b"\xff" * 8, b"\x00" * 8), look)
-    assert counts["computed"] > 10
+    words = (b'"F32"', b'"F64"', b'"BF16"', b'"U8"', b"[6,5]", b"[5,6]", b"[]", b"-1", b"\xff" * 8, b"\x00" * 8)
+    counts = fuzz(good, words, look)
+    assert counts["0 reused, 1 damaged"] > 10
+    assert ("6 reused, 0 damaged" in counts) == forged
 
 
 @pytest.mark.slow
-def test_index_caches(tmp_path, own_cache):
+@pytest.mark.parametrize("forged", [False, True])
+def test_index_caches(tmp_path, own_cache, forged):
+    """`forged`: damaged JSON below the hash that says it is whole.
+
+    What it says of a picture is then believed where it is possible at all; there is nothing else to hold it against.
+    """
     root = write_pictures(tmp_path / "photos", train=8, valid=4)
     whole = scan(root, progress=False)
     (store,) = (own_cache / "index").iterdir()
-    good = store.read_bytes()
+    body = store.read_bytes().partition(b"\n")[2] if forged else store.read_bytes()
 
     def look(data: bytes) -> str:
-        store.write_bytes(data)
+        store.write_bytes(hashlib.sha256(data).hexdigest().encode() + b"\n" + data if forged else data)
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            found = scan(root, progress=False)
+            try:
+                found = scan(root, progress=False)
+            except UserError as e:
+                return refused(e)
         assert said.getvalue().count("\n") <= 1
         for name, split in whole.splits.items():
-            assert found.splits[name].paths == split.paths
-            assert found.splits[name].hashes == split.hashes
-            assert (found.splits[name].labels == split.labels).all()
-        return "believed" if found.reused else "looked again"
+            sound(split, found.splits[name], forged and found.reused > 0)
+        assert len(found.bad) + sum(map(len, found.splits.values())) == 12
+        facts = [*found.notes, *map(dataclasses.astuple, found.bad)]
+        json.dumps(facts, ensure_ascii=False).encode("utf-8", "surrogateescape")  # a report can hold them
+        return "whole" if data == body else "believed" if found.reused else "looked again"
 
-    counts = fuzz(good, (b"null", b"1", b'"bad"', b"[]"), look)
+    words = (
+        b"null",
+        b"1",
+        b'"bad"',
+        b"[]",
+        b"true",
+        b"-1.5",
+        b"1e999",
+        b'"\\ud800"',
+        b'"\\n"',
+        b"[" * 9999,
+        b"9" * 5000,
+    )
+    counts = fuzz(body, words, look, more=altered_fields(body) if forged else None)
     assert counts["looked again"] > 10
+    assert counts.keys() & {"believed", "refused"} == ({"believed", "refused"} if forged else set())
+
+
+def altered_fields(body: bytes):
+    """The JSON of an index in which some pictures' facts are others, of any type."""
+    names = list(json.loads(body)["files"])
+    leaf = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters(), max_size=9))
+    value = st.one_of(leaf, st.lists(leaf, max_size=2), st.dictionaries(st.text(max_size=3), leaf, max_size=2))
+    said = st.sampled_from(["\ud800", "two\nlines", "\x1b[31m", "x" * 5000])
+    edit = st.one_of(
+        st.tuples(st.sampled_from(names), st.integers(0, 8), value),
+        st.tuples(st.sampled_from(names), st.integers(5, 8), said),
+    )
+
+    def apply(edits: list[tuple[str, int, object]]) -> bytes:
+        tree = json.loads(body)
+        for name, at, other in edits:
+            tree["files"][name][at] = other
+        return json.dumps(tree).encode()
+
+    several = st.lists(edit, min_size=1, max_size=3)
+    every = st.text(max_size=9).map(lambda said: [(name, 7, said) for name in names])
+    return st.one_of(several, several, several, every).map(apply)
+
+
+def sound(whole: Split, found: Split, believed: bool) -> None:
+    """The same pictures as in `whole`; of an index that was believed, some of them, with a hash and their own label."""
+    if not believed:
+        assert found.paths == whole.paths
+        assert found.hashes == whole.hashes
+    labels = dict(zip(whole.paths, whole.labels, strict=True))
+    assert [labels[path] for path in found.paths] == found.labels.tolist()
+    assert all(len(bytes.fromhex(h)) == 32 for h in found.hashes)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`jaxcats weights` as a user meets it, weights by name, and pictures of other sizes and channels."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -21,6 +22,23 @@ import seeded
 
 GOLDEN = Path(__file__).parent / "golden"
 STATE = seeded.seeded_state(seeded.TINY_SHAPES)
+# As timm's and torchvision's tables have them: name, millions of parameters, top-1, licence.
+PUBLISHED = """
+resnet18.tv_in1k 11.7 69.76 BSD-3-Clause
+resnet18.a1_in1k 11.7 71.49 Apache-2.0
+resnet34.tv_in1k 21.8 73.31 BSD-3-Clause
+resnet34.a1_in1k 21.8 76.42 Apache-2.0
+resnet50.tv_in1k 25.6 76.13 BSD-3-Clause
+resnet50.tv2_in1k 25.6 80.85 BSD-3-Clause
+resnet50.a1_in1k 25.6 80.38 Apache-2.0
+resnet101.tv_in1k 44.5 77.38 BSD-3-Clause
+resnet101.tv2_in1k 44.5 81.89 BSD-3-Clause
+resnet101.a1_in1k 44.5 81.50 Apache-2.0
+resnet152.tv_in1k 60.2 78.32 BSD-3-Clause
+resnet152.tv2_in1k 60.2 82.29 BSD-3-Clause
+resnet152.a1_in1k 60.2 81.97 Apache-2.0
+efficientnet_lite0 4.7 75.10 Apache-2.0
+"""
 
 
 @pytest.fixture
@@ -37,13 +55,15 @@ def run(capsys):
 def test_list_names_each_with_its_facts(run):
     code, out, _ = run("list")
     assert code == 0
-    rows = {line.split("  ")[0]: line for line in out.splitlines()}
-    for name, backbone in registry.named_weights().items():
-        (source,) = [s for s in registry.get(backbone).sources if s.name == name]
-        for fact in (f"{source.top1:.1f} %", source.licence, source.location):
-            assert fact in rows[name]
-    assert " 25.6 M      102 MB  80.4 %  224 px  Apache-2.0 " in rows["resnet50.a1_in1k"]
-    assert "  yes " in rows["efficientnet_lite0"]
+    rows = {line.split("  ")[0]: re.split("  +", line) for line in out.splitlines()}
+    assert rows.keys() >= registry.named_weights().keys()
+    for line in PUBLISHED.strip().splitlines():
+        name, parameters, top1, licence = line.split()
+        assert rows[name][1] == f"{parameters} M"
+        assert rows[name][3] == f"{top1} %"
+        assert rows[name][5] == licence
+    assert rows["resnet50.a1_in1k"][7] == "hf:timm/resnet50.a1_in1k/model.safetensors"
+    assert rows["efficientnet_lite0"][6] == "yes"
 
 
 def test_the_listed_parameters_are_the_networks():
@@ -69,7 +89,7 @@ def test_check_tells_the_published_file_from_another(run, tmp_path):
     code, out, _ = run("check", copy, "--backbone", seeded.register_tiny())
     assert code == 0
     assert f"{copy}: fits {seeded.TINY}; 8 tensors, a classifier of 3 classes; sha256 " in out
-    assert out.endswith("not known here\n")
+    assert out.endswith(", its hash is not known here\n")
 
 
 def test_a_network_of_ones_own_may_share_published_weights_and_takes_no_name_away(monkeypatch):
@@ -79,6 +99,69 @@ def test_a_network_of_ones_own_may_share_published_weights_and_takes_no_name_awa
     assert registry.sources("zmine", "efficientnet_lite0") == registry.sources("efficientnet_lite0")
     with pytest.raises(UserError, match="are those of resnet18, not of zmine"):
         registry.sources("zmine", "resnet18.a1_in1k")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"out.bias": np.zeros(4, np.float32)}, "misfit: out.bias has shape (4,) instead of (3,)"),
+        ({"out.bias": np.float32(0)}, "misfit: out.bias has shape () instead of (3,)"),
+        ({"out.bias": None}, "missing: out.bias"),
+        ({"out.weight": None}, "missing: out.weight"),
+        ({"net.bn.bias": np.full(4, 1e300)}, "net.bn.bias is float64, with values that are infinite in float32"),
+        ({"net.bn.running_var": -np.ones(4, np.float32)}, "net.bn.running_var is a variance, and negative somewhere"),
+        ({"net.bn.bias": np.full(4, "x")}, "net.bn.bias is <U1, not a floating-point number"),
+        ({"net.bn.bias": np.zeros(4, "M8[s]")}, "net.bn.bias is datetime64[s], not a floating-point number"),
+        ({"net.bn.bias": np.zeros(4, [("a", "f4")])}, "net.bn.bias is [('a', '<f4')], not a floating-point number"),
+    ],
+)
+def test_check_refuses_what_would_not_load(run, tmp_path, recwarn, change, words):
+    path = tmp_path / "bad.npz"
+    np.savez(path, **{name: array for name, array in (STATE | change).items() if array is not None})
+    code, _, err = run("check", path, "--backbone", seeded.register_tiny())
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+def test_check_of_a_backbone_alone(run, tmp_path):
+    path = tmp_path / "bare.npz"
+    np.savez(path, **{name: array for name, array in STATE.items() if not name.startswith("out.")})
+    code, out, _ = run("check", path, "--backbone", seeded.register_tiny())
+    assert code == 0
+    assert "; 5 tensors, no classifier; sha256 " in out
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"a": np.array(["x", "yz"])}, "'a' is of a kind (<U2) that a .safetensors file can't hold"),
+        ({"b": np.zeros(2, np.complex256)}, "'b' is of a kind (complex256) that"),
+        ({"b": np.zeros(2, np.longdouble)}, "'b' is of a kind (float128) that"),
+        ({"ok": np.zeros(2), "c": np.zeros(2, "M8[s]")}, "'c' is of a kind (datetime64[s]) that"),
+        ({"d": np.zeros(2, [("a", "f4")])}, "'d' is of a kind ([('a', '<f4')]) that"),
+        ({"__metadata__": np.zeros(2)}, "'__metadata__' is a name that a .safetensors file keeps for itself"),
+        ({}, "in.npz: holds no tensors"),
+    ],
+)
+def test_what_a_file_can_not_hold_is_not_converted(run, tmp_path, arrays, words):
+    np.savez(tmp_path / "in.npz", **arrays)
+    code, _, err = run("convert", tmp_path / "in.npz", tmp_path / "out.safetensors")
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npz"]
+
+
+def test_a_target_may_begin_at_home_and_is_named_where_it_can_not_be_written(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, _ = run("convert", GOLDEN / "tiny_zip.pth", "~/out.safetensors")
+    assert (code, (tmp_path / "out.safetensors").is_file()) == (0, True)
+    assert out.startswith(f"Written: {tmp_path}/out.safetensors (")
+    code, _, err = run("convert", GOLDEN / "tiny_zip.pth", tmp_path / "out.safetensors/a.safetensors")
+    assert code == 2
+    assert err.startswith(f"error: {tmp_path}/out.safetensors/a.safetensors can't be written (")
 
 
 def test_check_refuses_what_is_not_a_number(run, tmp_path):
@@ -132,6 +215,9 @@ def test_a_data_parallel_file_is_the_same_network(tmp_path):
         (["fetch", "resnet50.a1_in"], "resnet50.a1_in: not known. Did you mean 'resnet50.a1_in1k'?"),
         (["fetch", "hf:timm"], "expected hf:OWNER/REPO/FILE"),
         (["check", "absent.pth"], "weight file absent.pth does not exist"),
+        (["check", "absent.safetensors"], "weight file absent.safetensors does not exist"),
+        (["check", "hf:a"], "expected hf:OWNER/REPO/FILE"),
+        (["check", "hf:a", "--backbone", "resnet18"], "expected hf:OWNER/REPO/FILE"),
         (["check", GOLDEN / "tiny_zip.pth"], "--backbone: is required for a file; one of efficientnet_lite0"),
         (["check", GOLDEN / "tiny_zip.pth", "--backbone", "resnet"], "backbone: unknown value 'resnet'"),
         (["check", GOLDEN / "tiny_zip.pth", "--backbone", "resnet18"], "as resnet18: not the weights of this network."),

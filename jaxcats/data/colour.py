@@ -1,13 +1,14 @@
 """Colours by a picture's own ICC profile, as sRGB."""
 
 import io
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from PIL import Image, ImageCms
 
 # What a profile's colour space is called in Pillow, and the modes that can be converted by it.
-_MODES = {"RGB": ("RGB", "RGBA"), "CMYK": ("CMYK",), "GRAY": ("L",)}
+_MODES = {"RGB": ("RGB", "RGBA"), "CMYK": ("CMYK",), "GRAY": ("L", "LA")}
 
 
 @cache
@@ -15,31 +16,53 @@ def _srgb() -> Any:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
-def in_srgb(image: Image.Image) -> tuple[Image.Image, str]:
-    """A decoded picture with its colours converted to sRGB, and what was done, "" for nothing.
+def see_through(image: Image.Image) -> bool:
+    """Whether a picture has transparency, as a channel or as one colour that stands for it."""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
-    Pictures without a profile, with sRGB's own, and with one that is broken or of another kind than the picture stay as
-    they are, bit for bit. Alpha is kept.
+
+def deep_grey(image: Image.Image) -> bool:
+    """Whether a picture has greys of more than 8 bits."""
+    return image.mode.startswith(("I", "F"))
+
+
+def to_srgb(image: Image.Image) -> tuple[Callable[[Image.Image], Image.Image] | None, str]:
+    """How the colours of a decoded picture, or of any part of it, become sRGB, and what to say of it, "" for nothing.
+
+    None for pictures that stay as they are, bit for bit: those without a profile, with sRGB's own, and with one that is
+    broken or of another kind than the picture. Alpha is kept: what has any comes out RGBA, the rest RGB.
     """
     content = image.info.get("icc_profile")
     if not content:
-        return image, ""
+        return None, ""
+    mode = _converted_as(image)
     try:
         profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(content))
         name = " ".join(ImageCms.getProfileDescription(profile).split())
-        modes = _MODES.get(profile.profile.xcolor_space.strip(), ())
+        space = profile.profile.xcolor_space.strip()
         if "sRGB" in name:
-            return image, ""
-        plain = image.convert("RGBA" if "transparency" in image.info else "RGB") if image.mode == "P" else image
-        if plain.mode not in modes:
-            return image, "colour profile of another kind left out"
-        colours = plain.convert("RGB") if plain.mode == "RGBA" else plain
-        converted = ImageCms.profileToProfile(colours, profile, _srgb(), outputMode="RGB")
-        assert converted is not None  # None is for conversions in place
+            return None, ""
+        if deep_grey(image) and space == "GRAY":
+            return None, "colour profile not applied to deep greys"
+        if mode not in _MODES.get(space, ()):
+            return None, "colour profile of another kind left out"
+        colours = mode.removesuffix("A")
+        transform = ImageCms.buildTransform(profile, _srgb(), colours, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return image, "broken colour profile left out"
-    if plain.mode == "RGBA":
-        converted.putalpha(plain.getchannel("A"))
-    elif "transparency" in plain.info:
-        converted.info["transparency"] = plain.info["transparency"]
-    return converted, f"colours converted from {name}"
+        return None, "broken colour profile left out"
+
+    def convert(part: Image.Image) -> Image.Image:
+        # Transparency becomes a channel first: as one colour it would be looked for among the converted ones.
+        whole = part if part.mode == mode else part.convert(mode)
+        converted = transform.apply(whole if mode == colours else whole.convert(colours))
+        if mode != colours:
+            converted.putalpha(whole.getchannel("A"))
+        return converted
+
+    return convert, f"colours converted from {name}"
+
+
+def _converted_as(image: Image.Image) -> str:
+    """The mode that says the same as the picture's own without a palette or a colour that stands for transparency."""
+    mode = "RGB" if image.mode == "P" else image.mode
+    return mode + "A" * (mode in ("L", "RGB") and "transparency" in image.info)

@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from safetensors.numpy import load, save
 from jaxcats.data.files import warn
 from jaxcats.storage.atomic import sweep, write_bytes, write_json
 
-SHARD_ROWS = 4096  # what a killed process can lose
+SHARD_ROWS = 4096
+SAVE_SECONDS = 60.0  # what a killed process can lose
 
 
 @dataclass(frozen=True)
@@ -34,26 +37,88 @@ class Cached:
     damaged: tuple[str, ...]
 
 
-def _write(folder: Path, hashes: Sequence[str], features: np.ndarray) -> None:
+def _write(folder: Path, hashes: Sequence[str], features: np.ndarray) -> Path:
     rows = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
     data = save({"hashes": np.ascontiguousarray(rows), "features": np.ascontiguousarray(features)})
     # The name is the content's hash: a file cut short or altered later no longer matches it.
-    write_bytes(folder / f"{hashlib.sha256(data).hexdigest()}.safetensors", data)
+    path = folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
+    write_bytes(path, data)
+    return path
+
+
+class _Shards:
+    """Writes rows of features as they come: whole shards, and every minute the one begun, which replaces itself.
+
+    So every process that computes these rows leaves the same files, however long it took.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], hashes: Sequence[str], features: np.ndarray):
+        self.folder, self.facts, self.hashes, self.features = folder, facts, hashes, features
+        self._rows: list[int] = []  # of the shard begun
+        self._begun: Path | None = None  # where it is
+        self._due = monotonic() + SAVE_SECONDS
+        self._warned = False
+
+    def add(self, rows: np.ndarray) -> None:
+        """These rows of `features` are there."""
+        self._rows += rows.tolist()
+        if len(self._rows) >= SHARD_ROWS:
+            self.save()  # interrupted from here on, it is saved once more, under the same name
+            self._rows, self._begun = [], None
+        elif monotonic() > self._due:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the shard begun; where that fails, one warning in all."""
+        if not self._rows:
+            return
+        self._due = monotonic() + SAVE_SECONDS
+        try:
+            path = _write(self.folder, [self.hashes[r] for r in self._rows], self.features[self._rows])
+            before, self._begun = self._begun, path
+            if before not in (None, path):
+                before.unlink(missing_ok=True)
+            write_json(self.folder / "facts.json", dict(self.facts))
+        except OSError as e:
+            if not self._warned:
+                warn(f"features are not kept: {self.folder} can't be written ({e.strerror})")
+            self._warned = True
+
+
+def _tensors(path: Path, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes uint8 [M, 32], features float32 [M, width]) of a file; ValueError where it is damaged."""
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != path.stem:
+        raise ValueError("content does not match its name")
+    try:
+        tensors = load(data)
+        names, values = tensors["hashes"], tensors["features"]
+    except MemoryError:
+        raise
+    except Exception as e:  # what the library raises where the content was never a shard
+        raise ValueError("not a shard") from e
+    if (names.dtype, values.dtype) != (np.uint8, np.float32) or names.ndim != 2:
+        raise ValueError("unexpected types")
+    if names.shape[1] != 32 or values.shape != (len(names), width):
+        raise ValueError("unexpected shapes")
+    return names, values
 
 
 def _read(folder: Path, rows: Mapping[str, int], features: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Fills the rows of `features` that the cache has; returns which these are, bool [N], and the files that are damaged."""
-    known, damaged = np.zeros(len(features), bool), []
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+    """Fills the rows of `features` that the cache has; returns which these are, bool [N], and the files that are damaged.
+
+    Those are removed. A file that can't be read (no permission, a disk's error) may be whole, and is only passed over.
+    """
+    known, damaged, unread = np.zeros(len(features), bool), [], dict[str, str]()
+    for path in sorted(folder.glob("*.safetensors")) if os.path.isdir(folder) else []:
         try:
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != path.stem:
-                raise ValueError("content does not match its name")
-            tensors = load(data)
-            names, values = tensors["hashes"], tensors["features"]
-            if values.shape != (len(names), features.shape[1]) or names.shape[1:] != (32,):
-                raise ValueError("unexpected shapes")
-        except Exception:  # whatever is wrong with a cache file, the answer is to compute it again
+            names, values = _tensors(path, features.shape[1])
+        except FileNotFoundError:  # another process has replaced it meanwhile
+            continue
+        except OSError as e:
+            unread[str(path)] = str(e.strerror)
+            continue
+        except ValueError:
             damaged.append(str(path))
             with contextlib.suppress(OSError):  # a shared cache may be read-only
                 path.unlink()
@@ -62,6 +127,10 @@ def _read(folder: Path, rows: Mapping[str, int], features: np.ndarray) -> tuple[
             row = rows.get(bytes(name).hex())
             if row is not None:
                 features[row], known[row] = value, True
+    if unread:
+        path, reason = next(iter(unread.items()))
+        more = f", and {len(unread) - 1:,} more files" if len(unread) > 1 else ""
+        warn(f"{path}: can't be read ({reason}){more}: these features are computed again")
     return known, damaged
 
 
@@ -95,23 +164,13 @@ def cached_features(
     lacking = agree(~known[first])
     missing = np.flatnonzero(lacking & (first == np.arange(len(hashes))))
     if len(missing):
-        unsaved: list[int] = []
-
-        def keep(rows: list[int]) -> None:
-            try:
-                _write(folder, [hashes[r] for r in rows], features[rows])
-                write_json(folder / "facts.json", dict(facts))
-            except OSError as e:
-                warn(f"features are not kept: {folder} can't be written ({e.strerror})")
-
-        for computed, values in compute(missing):
-            features[computed] = values
-            unsaved += [int(r) for r in computed]
-            if len(unsaved) >= SHARD_ROWS:
-                keep(unsaved)
-                unsaved = []
-        if unsaved:
-            keep(unsaved)
+        shards = _Shards(folder, facts, hashes, features)
+        try:
+            for computed, values in compute(missing):
+                features[computed] = values
+                shards.add(computed)
+        finally:  # being asked to end (Ctrl-C, SIGTERM) loses nothing that is computed
+            shards.save()
     copies = np.flatnonzero(first != np.arange(len(hashes)))
     features[copies] = features[first[copies]]
     return Cached(features, len(hashes) - int(lacking.sum()), len(missing), tuple(damaged))

@@ -4,17 +4,19 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import PIL
 
-from jaxcats.data.preprocess import PictureError, bad_reason, open_picture, remarks, upright
+from jaxcats.data.preprocess import PictureError, bad_reason, open_picture, upright_with_remarks
 from jaxcats.errors import UserError
 from jaxcats.storage.atomic import sweep, write_bytes
 
@@ -24,7 +26,8 @@ IMAGE_EXTENSIONS = frozenset(
     for names in ("jpg jpeg jpe jfif png bmp gif webp tif tiff", "ppm pgm pbm pnm jp2 avif heic heif")
     for name in names.split()
 )
-CACHE_VERSION = 4
+CACHE_VERSION = 5
+SAVE_SECONDS = 60.0  # what a killed process can lose
 AT_ONCE = 4096  # files queued for the decoding threads: a queue of all would be larger than the index itself
 
 
@@ -57,26 +60,52 @@ def cache_folder() -> Path:
 def list_pictures(folder: Path, root: Path) -> list[str]:
     """Picture files at any depth below `folder`, sorted, as paths relative to `root`; hidden names are left out.
 
-    A folder that is reached twice (through links) is entered once, so that loops end.
+    Links to folders are followed as `walk` follows them.
     """
-    found, seen = [], set()
+    return sorted(
+        Path(here, name).relative_to(root).as_posix()
+        for here, names in walk(folder, root)
+        for name in names
+        if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+    )
+
+
+def walk(folder: Path, root: Path, *, hidden: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) at any depth below `folder`, a folder of `root`; hidden ones only if asked.
+
+    Links to folders are followed, except to one that the path has passed already, so that loops end. UserError where
+    folders link to each other in so many ways that it would go on for ever all the same.
+    """
+    steps = folder.relative_to(root).parts
+    above = {_identity(Path(root, *steps[:n])) for n in range(len(steps))}
+    line, entered = [], set()
+    once = again = 0  # names met in first visits of folders, and in later ones
 
     def refuse(error: OSError) -> None:
+        if any(part.startswith(".") for part in Path(error.filename).relative_to(root).parts):
+            return
         raise UserError(f"{error.filename}: this folder can't be read ({error.strerror}); allow it, or move it away")
 
     for here, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
+        this = _identity(here)
+        while line and line[-1][0] != os.path.dirname(here):
+            line.pop()
+        if this in above or any(this == passed for _, passed in line):
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(here, name).relative_to(root).as_posix()
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
-        ]
-    return sorted(found)
+        line.append((here, this))
+        met = 1 + len(folders) + len(names)
+        once, again = (once, again + met) if this in entered else (once + met, again)
+        entered.add(this)
+        if again > 10 * once + 10_000:
+            raise UserError(f"{here}: links lead to the same folders over and over; remove those between folders")
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
+        yield here, names
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def look_at(path: Path) -> FileRecord:
@@ -126,8 +155,8 @@ def belied(kind: str, suffix: str) -> str:
 
 def _decode(content: bytes, suffix: str) -> dict[str, Any]:
     with open_picture(content) as image:
-        picture = upright(image)
-        said = [*remarks(image), *filter(None, [belied(str(image.format), suffix)])]
+        picture, said = upright_with_remarks(image, content)
+        said += filter(None, [belied(str(image.format), suffix)])
         return {
             "width": picture.width,
             "height": picture.height,
@@ -150,6 +179,7 @@ def examine(
 
     A file is looked at again when its size or its modification time (nanoseconds) differs from what is cached, or
     always with `rehash`. The cache is one file per root, the SHA-256 of its JSON and the JSON; damaged or unwritable, it costs a warning, not the run.
+    What was looked at before an exception (Ctrl-C, SIGTERM) is kept in it; before a SIGKILL, what was a minute before.
     """
     key = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
     store = cache_dir / "index" / f"{root.name or 'root'}-{key}.json"
@@ -173,10 +203,18 @@ def examine(
                 disable=None if progress else True,
                 delay=1.0,
             )
-            records.update(zip(todo, bar, strict=True))
+            due = monotonic() + SAVE_SECONDS
+            for path, record in zip(todo, bar, strict=True):
+                records[path] = record
+                if (now := monotonic()) > due:
+                    _save_records(store, root, known | records)
+                    end = monotonic()
+                    due = end + max(SAVE_SECONDS, 9 * (end - now))  # of millions it takes long: a tenth of the time
         finally:
-            pool.shutdown(cancel_futures=True)  # so that Ctrl-C doesn't wait for the rest
-        _save_records(store, root, known | records)
+            # Without waiting for what the threads are at, which a second Ctrl-C would end before anything is saved.
+            pool.shutdown(wait=False, cancel_futures=True)
+            if len(records) > reused:
+                _save_records(store, root, known | records)
     return [records[path] for path in paths], reused
 
 
@@ -193,6 +231,10 @@ def _same(path: Path, record: FileRecord) -> bool:
     return (status.st_size, status.st_mtime_ns) == (record.size, record.mtime_ns)
 
 
+# Types of a FileRecord's values: of a good picture, and of a bad one.
+_FIELDS = [[int, int, str, int, int, str, str, bad, str] for bad in (type(None), str)]
+
+
 def _load_records(store: Path) -> dict[str, FileRecord]:
     try:
         checked, _, text = store.read_bytes().partition(b"\n")
@@ -202,13 +244,14 @@ def _load_records(store: Path) -> dict[str, FileRecord]:
         # Another Pillow may decode what this one can't, and the reverse.
         if (saved["version"], saved["pillow"]) != (CACHE_VERSION, PIL.__version__):
             return {}
-        records = {path: FileRecord(*values) for path, values in saved["files"].items()}
-        if not all(len(record.sha256) == 64 for record in records.values()):
-            raise ValueError("fields out of range")
-        return records
+        for values in saved["files"].values():
+            if list(map(type, values)) not in _FIELDS or not re.fullmatch("[0-9a-f]{64}", values[2]):
+                raise ValueError("fields out of range")
+            f"{values[7]}{values[8]}".encode("utf-8", "surrogateescape")  # ValueError where no report could hold it
+        return {path: FileRecord(*values) for path, values in saved["files"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         warn(f"the index cache {store} can't be used ({type(error).__name__}): every picture is checked again")
         return {}
 

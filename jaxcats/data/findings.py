@@ -35,11 +35,13 @@ def findings(index: FolderIndex) -> list[dict[str, Any]]:
     for name, split in _every(index).items():
         for path, label, content in zip(split.paths, split.labels.tolist(), split.hashes, strict=True):
             where[content].append((name, index.classes[label], path))
-    same = [copies for copies in where.values() if len(copies) > 1]
-    conflicts = [c for c in same if len({label for _, label, _ in c}) > 1]
-    leaks = [c for c in same if {"train", "valid"} <= {split for split, _, _ in c}]
-    tests = [c for c in same if {"test"} < {split for split, _, _ in c}]
-    rest = [c for c in same if c not in leaks and c not in conflicts and c not in tests]
+    conflicts, leaks, tests, rest = [], [], [], []
+    for copies in (c for c in where.values() if len(c) > 1):
+        splits = {split for split, _, _ in copies}
+        into = [conflicts] * (len({label for _, label, _ in copies}) > 1)
+        into += [leaks] * ({"train", "valid"} <= splits) + [tests] * ({"test"} < splits)
+        for group in into or [rest]:
+            group.append(copies)
     found = [
         _finding(
             "the same picture in train and valid",

@@ -287,7 +287,8 @@ def _usable(split: str, found: Labelled, good: Mapping[str, FileRecord], bad: Se
     table = [[path for path in paths if path in good] for paths in members]
     for name, paths, usable in zip(found.classes, members, table, strict=True):
         if paths and not usable:
-            reasons = [file for file in bad if file.path in set(paths)][:3]
+            own = set(paths)
+            reasons = [file for file in bad if file.path in own][:3]
             raise UserError(
                 f"{found.places[split]}{name}: none of its {len(paths):,} pictures can be used: {_listed(reasons)}; "
                 "mend them, add others, or remove the folder if it is no class"

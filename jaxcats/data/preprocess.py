@@ -13,11 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from jaxcats.data.colour import in_srgb
+from jaxcats.data.colour import deep_grey, see_through, to_srgb
+from jaxcats.data.rgb import to_rgb
 from jaxcats.errors import UserError
 
 # Part of every key under which pixels or features made from them are cached: raise it when evaluation_pixels changes.
-TRANSFORM_VERSION = 2
+TRANSFORM_VERSION = 3
 
 # A longer side beyond this many times the shorter one is not resized whole (a 1 x 65,535 strip would take gigabytes).
 STRIP_RATIO = 32
@@ -155,7 +156,7 @@ def open_upright(source: "str | os.PathLike[str] | bytes | Image.Image") -> Imag
     Raises PictureError with the reason.
     """
     if isinstance(source, Image.Image):
-        return upright(source)
+        return upright(source, ours=False)
     with open_picture(source) as image:
         return upright(image)
 
@@ -174,50 +175,56 @@ def bad_reason(error: Exception) -> str:
     return first_line or type(error).__name__
 
 
-def remarks(image: Image.Image) -> list[str]:
-    """What is unusual about a decoded picture, and what becomes of it; [] for nothing."""
-    frames, mode = getattr(image, "n_frames", 1), image.mode
-    said = [f"first of {frames:,} frames"] * (frames > 1 and image.format != "MPO")  # of which the others are previews
-    if mode.startswith(("I", "F")):
+def upright_with_remarks(image: Image.Image, content: bytes) -> tuple[Image.Image, list[str]]:
+    """`upright`, and what is unusual about the picture and what becomes of it; [] for nothing.
+
+    Args:
+        image: as `open_picture(content)` gives it; it may be changed.
+        content: the file's, which the frames are counted in.
+    """
+    picture, colours = _upright(image, ours=True)
+    said = [_said_of_frames(image, content)]
+    if deep_grey(image):
         said.append("more than 8 bits a pixel, scaled")
-    elif mode == "CMYK":
+    elif image.mode == "CMYK":
         said.append("CMYK, made RGB")
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if see_through(image):
         said.append("transparency laid on white")
-    return [*said, *filter(None, [in_srgb(image)[1]])]
+    return picture, [remark for remark in (*said, colours) if remark]
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """An opened Pillow image decoded, turned by its EXIF orientation and made RGB."""
+def _said_of_frames(image: Image.Image, content: bytes) -> str:
+    if image.format == "MPO":  # the others are previews
+        return ""
+    if image.format not in ("GIF", "TIFF"):
+        frames = getattr(image, "n_frames", 1)
+    else:
+        # Counting moves from frame to frame, and would leave a picture at the damaged one: hence a second opening.
+        with _open(content) as again:
+            try:
+                frames = getattr(again, "n_frames", 1)
+            except MemoryError:
+                raise
+            except Exception:  # of as many kinds as in open_picture
+                return "first of several frames, later ones damaged"
+    return f"first of {frames:,} frames" if frames > 1 else ""
+
+
+def upright(image: Image.Image, *, ours: bool = True) -> Image.Image:
+    """An opened Pillow image decoded, turned by its EXIF orientation and made RGB.
+
+    It may be changed where it is `ours`, which a large one with a colour profile takes half the memory for.
+    """
+    return _upright(image, ours=ours)[0]
+
+
+def _upright(image: Image.Image, *, ours: bool) -> tuple[Image.Image, str]:
     # Loading comes first: a PNG's EXIF may follow its pixels, and Pillow turns TIFF upright itself as it loads.
     image.load()
     orientation = exif_orientation(image)
     turned = image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
-    return _to_rgb(in_srgb(turned)[0])
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    if mode == "RGB" and "transparency" not in image.info:
-        return image
-    if mode.startswith(("I", "F")):
-        return Image.fromarray(_grey_to_8_bits(np.asarray(image))).convert("RGB")
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        # Premultiplied and palette alpha have no direct way to RGBA in Pillow.
-        straight = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
-        picture = image.convert(straight).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return image.convert("RGB")
-
-
-def _grey_to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Deep greys on 0..255: 16 bits scaled by 257, floats from 0..1, anything beyond by its own range."""
-    top = 65535.0 if np.issubdtype(values.dtype, np.integer) else 1.0
-    values = np.nan_to_num(values.astype(np.float64))
-    low, high = float(values.min()), float(values.max())
-    if low < 0 or high > top:
-        values, top = values - low, max(high - low, 1e-12)
-    return np.round(values * (255.0 / top)).astype(np.uint8)
+    colours, said = to_srgb(turned)
+    return to_rgb(turned, colours, ours=ours or turned is not image), said
 
 
 def evaluation_pixels(source: "str | os.PathLike[str] | bytes | Image.Image", preprocess: Preprocess) -> np.ndarray:

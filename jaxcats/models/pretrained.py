@@ -1,6 +1,7 @@
 """Pretrained weights: where they are, whether they are the right ones, and how torch's names map to ours."""
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from flax import traverse_util
 
 from jaxcats.data.preprocess import Preprocess
 from jaxcats.errors import UserError, nearest
-from jaxcats.models import hub
+from jaxcats.models import hub, transfer
 from jaxcats.models.torch_file import load_torch_file
 
 EXTENSIONS = (".safetensors", ".pth", ".pt", ".npz")
@@ -75,6 +76,7 @@ def find(sources: Sequence[WeightSource], source: str | os.PathLike | None = Non
 
     Raises:
         UserError: not found or not right, with the way out.
+        RunError: what may be otherwise later: no network, no room, a hub that is out of order.
     """
     meant = known_source(sources, source)
     if source is None and meant is None:
@@ -119,9 +121,11 @@ def local(path: str | os.PathLike, *, names: Sequence[str] = ()) -> Path:
 
 
 def present(location: str, *, backbone: str) -> Path | None:
-    """The file of a location if it is on this machine; nothing is fetched."""
+    """The file of a location if it is on this machine; nothing is fetched. Raises UserError for what is no name of a hub's."""
+    if location.startswith("hf:"):
+        return hub.cached(location[3:])
     try:
-        return hub.cached(location[3:]) if location.startswith("hf:") else _locate(location, backbone=backbone)
+        return _locate(location, backbone=backbone)
     except UserError:
         return None
 
@@ -154,28 +158,30 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
     Raises UserError naming the file and the reason.
     """
-    suffix = path.suffix.lower()
-    if suffix in (".pth", ".pt"):
-        return _unwrapped(load_torch_file(path))
-    try:
-        if suffix == ".safetensors":
-            # bfloat16 is known to NumPy by its name since jax has imported ml_dtypes.
-            return _unwrapped(safetensors.numpy.load_file(path))
-        if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return _unwrapped({name: archive[name] for name in archive.files})
-    except MemoryError:
-        raise UserError(f"{path}: does not fit in memory") from None
-    except Exception as error:  # either library raises many kinds for a damaged file
-        raise UserError(f"{path}: not a readable {suffix} file ({hub.reason(error)})") from None
-    raise UserError(f"weight file {path}: unknown extension {suffix!r}; expected {', '.join(EXTENSIONS)}")
-
-
-def _unwrapped(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without the "module." that torch's DataParallel puts before every name."""
+    tensors = _read(path)
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
     if all(name.startswith("module.") for name in tensors):
         return {name.removeprefix("module."): array for name, array in tensors.items()}
     return tensors
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    suffix = path.suffix.lower()
+    if suffix in (".pth", ".pt"):
+        return load_torch_file(path)
+    try:
+        if suffix == ".safetensors":
+            # bfloat16 is known to NumPy by its name since jax has imported ml_dtypes.
+            return safetensors.numpy.load_file(path)
+        if suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+    except MemoryError:
+        raise UserError(f"{path}: does not fit in memory") from None
+    except Exception as error:  # either library raises many kinds for a damaged file
+        raise UserError(f"{path}: not a readable {suffix} file ({transfer.reason(error)})") from None
+    raise UserError(f"weight file {path}: unknown extension {suffix!r}; expected {', '.join(EXTENSIONS)}")
 
 
 # --- names ---
@@ -253,14 +259,11 @@ def from_state_dict(tensors: dict[str, np.ndarray], shapes: list[dict], *, origi
             if name not in tensors:
                 continue
             leaf: Any = leaves[path]
-            array = from_torch_layout(tensors[name])
-            if array.shape != leaf.shape:
-                shape = to_torch_layout(np.empty(leaf.shape, "V0")).shape
-                misfits.append(f"{name} has shape {tensors[name].shape} instead of {shape}")
-            elif not jnp.issubdtype(array.dtype, jnp.floating):
-                misfits.append(f"{name} is {array.dtype}, not a floating-point number")
+            array, misfit = _fitted(from_torch_layout(tensors[name]), leaf.shape, variance=path[-1] == "var")
+            if misfit:
+                misfits.append(f"{name} {misfit}")
             else:
-                filled[path] = np.array(array, np.float32, order="C")
+                filled[path] = array
         trees.append(traverse_util.unflatten_dict(filled))
     problems = {
         "missing": sorted(expected - given),
@@ -268,6 +271,39 @@ def from_state_dict(tensors: dict[str, np.ndarray], shapes: list[dict], *, origi
         "misfit": sorted(misfits),
     }
     if any(problems.values()):
-        listed = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in problems.items() if found)
-        raise UserError(f"{origin}: not the weights of this network. {listed}")
+        brief = not expected & given
+        listed = "; ".join(f"{kind}: {_listed(found, brief=brief)}" for kind, found in problems.items() if found)
+        raise UserError(f"{origin}: not the weights of this network. {listed}{_prefix(given, expected)}")
     return jax.device_put(trees)
+
+
+def _fitted(array: np.ndarray, shape: tuple[int, ...], *, variance: bool) -> tuple[np.ndarray, str]:
+    """(the array in float32, what is wrong with it); shapes are said as torch has them."""
+    if array.shape != shape:
+        has, wanted = (to_torch_layout(np.empty(s, "V0")).shape for s in (array.shape, shape))
+        return array, f"has shape {has} instead of {wanted}"
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array, f"is {array.dtype}, not a floating-point number"
+    with np.errstate(over="ignore"):
+        single = np.array(array, np.float32, order="C")
+    if array.dtype.itemsize > 4 and (np.isinf(single) & ~np.isinf(array)).any():
+        return array, f"is {array.dtype}, with values that are infinite in float32"
+    if variance and (single < 0).any():
+        return array, "is a variance, and negative somewhere"
+    return single, ""
+
+
+def _listed(names: list[str], *, brief: bool) -> str:
+    """All of them, or a count and the first five, where another network's would fill the screen."""
+    return f"{len(names)} ({', '.join(names[:5])}, ...)" if brief and len(names) > 20 else ", ".join(names)
+
+
+def _prefix(given: set[str], expected: set[str]) -> str:
+    """The end of an error: what stands before every name and nowhere else, as in a Lightning checkpoint."""
+    modules = zip(*(name.split(".")[:-1] for name in given), strict=False)
+    prefix = ""
+    for same in itertools.takewhile(lambda same: len(set(same)) == 1, modules):
+        prefix += f"{same[0]}."
+        if expected & {name.removeprefix(prefix) for name in given}:
+            return f". Every name begins with '{prefix}': write the file without it"
+    return ""

@@ -6,8 +6,11 @@ Only this module knows Orbax.
 import contextlib
 import errno
 import functools
+import hashlib
+import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxcats.core import mesh
 from jaxcats.core.state import copy, tree_hash
+from jaxcats.distributed import by_first
 from jaxcats.errors import MAKE_ROOM, RunError, UserError, is_full, unwritable
 
 # Orbax narrates every save at INFO and WARNING, and prints at ERROR what it raises as well.
@@ -57,19 +61,25 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as e:
             raise unwritable(f"{self.folder}:", e) from None
-        except ValueError as e:  # a damaged JSON file in one of the checkpoints
+        except (ValueError, RecursionError) as e:  # a damaged JSON file in one of the checkpoints
             raise UserError(
                 f"{self.folder}: can't be opened ({_reason(e)}). Remove the damaged checkpoint, or train again."
             ) from e
+        self._best: dict[str, Any] | None = None  # {"step", "badness"} of the best so far
+        if not read_only and self.steps():  # a reader may be beside a run that removes some meanwhile
+            self._take_up()
 
     def save(self, state: Any, meta: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
         """Starts saving a TrainState and JSON-able facts; returns when the arrays are copied, so the state may be donated."""
         saved = copy(state)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(saved), meta=ocp.args.JsonSave(dict(meta) | {"arrays": tree_hash(saved)})
-        )
+        judged = dict(metrics) if metrics else None
+        if judged and (self._best is None or badness(judged) <= self._best["badness"]):  # of equals the later, as Orbax
+            self._best = {"step": int(meta["step"]), "badness": badness(judged)}
+        facts = {"meta": dict(meta), "metrics": judged, "best": self._best, "arrays": tree_hash(saved)}
+        sealed = ocp.args.JsonSave({"facts": facts, "sha256": _json_hash(facts)})
+        args = ocp.args.Composite(state=ocp.args.StandardSave(saved), meta=sealed)
         with self._saving():
-            self._manager.save(int(meta["step"]), args=args, metrics=dict(metrics) if metrics else None, force=True)
+            self._manager.save(int(meta["step"]), args=args, metrics=judged, force=True)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -83,8 +93,8 @@ class Checkpoints:
         if which == "last":
             return steps[-1]
         if which == "best":
-            best = self._manager.best_step()
-            return steps[-1] if best is None else best
+            best = self._best_so_far(steps)
+            return best["step"] if best else steps[-1]
         if which not in map(str, steps):
             raise UserError(
                 f"--checkpoint {which}: not there; choose last, best or one of {', '.join(map(str, steps))}."
@@ -92,11 +102,38 @@ class Checkpoints:
         return int(which)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON facts saved at `step`."""
-        return {k: v for k, v in self._meta(step).items() if k != "arrays"}
+        """The JSON facts saved at `step`; verified by their hash."""
+        return self._facts(step)["meta"]
 
-    def _meta(self, step: int) -> dict[str, Any]:
-        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+    def _facts(self, step: int) -> dict[str, Any]:
+        """{"meta", "metrics", "best": {"step", "badness"} so far, "arrays": hash of the state}, as they were saved."""
+        found = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        if not isinstance(found, dict) or _json_hash(found.get("facts")) != found.get("sha256"):
+            raise self._damaged(step, "its facts are not those that were saved")
+        return found["facts"]
+
+    def _best_so_far(self, steps: list[int]) -> dict[str, Any] | None:
+        facts = self._facts(steps[-1])
+        best = facts["best"]
+        if best and best["step"] not in steps:  # somebody removed it
+            best = {"step": steps[-1], "badness": badness(facts["metrics"])} if facts["metrics"] else None
+        return best
+
+    def _take_up(self) -> None:
+        """Goes on with what is there: the latest and the best. What a killed process was removing is removed.
+
+        UserError where the numbers by which Orbax chooses the best, and removes others, are not those saved.
+        """
+        steps = self.steps()
+        self._best = self._best_so_far(steps)
+        keep = {steps[-1]} | ({self._best["step"]} if self._best else set())
+        left = [p for p in self.folder.iterdir() if p.name.isdigit() and int(p.name) not in keep]
+        if left:
+            by_first(lambda: [shutil.rmtree(path) for path in left])
+            self._manager.reload()
+        for step in keep:
+            if _json_hash(self._manager.metrics(step)) != _json_hash(self._facts(step)["metrics"]):
+                raise self._damaged(step, "its metrics are not those that were saved")
 
     def restore(self, step: int, target: Any) -> Any:
         """The state saved at `step`, with the structure and shapes of `target`, on the first device, or whole on each of several; verified by its hash."""
@@ -104,7 +141,7 @@ class Checkpoints:
         here = mesh.replicated() if mesh.several() else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
         state = self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
-        if tree_hash(state) != self._meta(step)["arrays"]:
+        if tree_hash(state) != self._facts(step)["arrays"]:
             raise self._damaged(step, "its arrays are not those that were saved")
         return state
 
@@ -158,9 +195,15 @@ def _hush_abandoned() -> None:
             before(said)
 
     sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    theirs = ("orbax", "tensorstore")
+    logging.getLogger("asyncio").addFilter(lambda record: not any(name in record.getMessage() for name in theirs))
 
 
 def _reason(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0].partition("See full")[0].strip()[:200]
+
+
+def _json_hash(tree: Any) -> str:
+    """SHA-256 of what a tree is once it has been through JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(tree)), sort_keys=True).encode()).hexdigest()

@@ -28,14 +28,14 @@ class RunLog:
         self._folder, self._board = folder, _Board(folder / "tensorboard", purge_step=purge)
 
     @staticmethod
-    def rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-        """The rows up to a step; a last line cut short by a killed process is passed over."""
+    def rows(path: Path, last_step: float = float("inf")) -> list[dict[str, Any]]:
+        """The rows up to a step; damaged lines, and a last one cut short by a killed process, are passed over."""
         found = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_bytes().split(b"\n"):
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
+                    row = json.loads(line.decode("utf-8"))
+                except (ValueError, RecursionError):  # no text, no JSON, or a value too large or too deep
                     continue
                 step = row.get("step") if isinstance(row, dict) else None
                 if isinstance(step, int) and step <= last_step:

@@ -1,9 +1,12 @@
 """The feature cache: what is computed again and what isn't, and what damage costs."""
 
 import hashlib
+import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from jaxcats.core.state import tree_hash
 from jaxcats.data import features
@@ -108,7 +111,27 @@ def another_width(path):
     features._write(path.parent, hashes("a", "b", "c"), np.zeros((3, WIDTH + 1), np.float32))
 
 
-@pytest.mark.parametrize("damage", [flip, cut, garbage, empty, another_width])
+def forged(**tensors):
+    """Damage: these tensors, under the name that they should have."""
+
+    def damage(path):
+        data = save(tensors)
+        path.unlink()
+        path.with_name(f"{hashlib.sha256(data).hexdigest()}.safetensors").write_bytes(data)
+
+    return damage
+
+
+FORGED = [
+    forged(a=np.zeros(3)),
+    forged(hashes=np.zeros((3, 32), np.uint8), features=np.zeros((3, WIDTH), np.int32)),
+    forged(hashes=np.zeros((3, 32), np.float32), features=np.zeros((3, WIDTH), np.float32)),
+    forged(hashes=np.zeros((), np.uint8), features=np.zeros((), np.float32)),
+    forged(hashes=np.zeros((3, 32, 1), np.uint8), features=np.zeros((3, WIDTH), np.float32)),
+]
+
+
+@pytest.mark.parametrize("damage", [flip, cut, garbage, empty, another_width, *FORGED])
 def test_a_damaged_shard_is_named_and_computed_again(damage, get, tmp_path):
     names = hashes("a", "b", "c")
     get(names)
@@ -120,14 +143,46 @@ def test_a_damaged_shard_is_named_and_computed_again(damage, get, tmp_path):
     assert len(get.asked) == 2
 
 
-def test_a_shard_that_cannot_be_read_or_removed_is_computed_again(get, tmp_path):
+def test_shards_that_cannot_be_read_are_passed_over_and_stay(get, tmp_path, capsys):
+    """Without permission, or from a disk that fails for a moment: they may be whole."""
     names = hashes("a", "b")
+    get(names[:1])
     get(names)
-    path = shards(tmp_path)[0]
-    path.unlink()
-    path.mkdir()  # what no permission is to others: reading it and removing it both fail, for root as well
+    paths = shards(tmp_path)
+    for path in paths:
+        path.rename(path.with_suffix(".kept"))
+        path.mkdir()  # what no permission is to others: reading it fails, for root as well
     got = get(names)
-    assert (got.reused, got.computed, got.damaged) == (0, 2, (str(path),))
+    assert (got.reused, got.computed, got.damaged) == (0, 2, ())
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{paths[0]}: can't be read (Is a directory), and 1 more files" in said
+    for path in paths:
+        path.rmdir()
+        path.with_suffix(".kept").rename(path)
+    assert get(names).reused == 2
+
+
+def test_too_little_memory_to_read_a_shard_removes_nothing(get, tmp_path, monkeypatch):
+    get(hashes("a"))
+
+    def fail(data):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "load", fail)
+        with pytest.raises(MemoryError):
+            get(hashes("a"))
+    assert get(hashes("a")).reused == 1
+
+
+def test_a_shard_that_another_process_has_replaced_meanwhile_is_no_damage(get, tmp_path, monkeypatch, capsys):
+    get(hashes("a"))
+    gone = shards(tmp_path)[0].with_name("0" * 64 + ".safetensors")
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*glob(self, pattern), gone])
+    got = get(hashes("a"))
+    assert (got.reused, got.damaged, capsys.readouterr().err) == (1, (), "")
 
 
 def test_damage_in_one_shard_costs_only_its_rows(get, tmp_path):
@@ -166,14 +221,62 @@ def test_every_fact_changes_the_key(other, get):
     assert get(hashes("a"), facts=dict(reversed(FACTS.items()))).computed == 0  # the order of the facts is none
 
 
-def test_killed_in_the_middle_the_finished_shards_stay(get, monkeypatch):
+def test_asked_to_end_in_the_middle_all_that_is_computed_stays(get, monkeypatch):
     monkeypatch.setattr(features, "SHARD_ROWS", 4)
     names = hashes(*"abcdefghij")
     with pytest.raises(KeyboardInterrupt):
         get(names, dies_after=6)
     got = get(names)
-    assert (got.reused, got.computed) == (4, 6)
-    assert get.asked[1] == [4, 5, 6, 7, 8, 9]
+    assert (got.reused, got.computed) == (6, 4)
+    assert get.asked[1] == [6, 7, 8, 9]
+
+
+def test_asked_to_end_while_it_saves_the_finished_shards_stay(get, monkeypatch, tmp_path):
+    monkeypatch.setattr(features, "SHARD_ROWS", 4)
+    names, write, calls = hashes(*"abcdefghij"), features.write_bytes, itertools.count()
+
+    def interrupted(path, data):
+        if next(calls) == 1:  # once: the `finally` saves what was not
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "write_bytes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            get(names)
+    assert get(names).reused == 8
+    assert [p.name for p in tmp_path.rglob("*") if p.name.endswith("tmp")] == []
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(-1.0, 6), (60.0, 4)])
+def test_killed_in_the_middle_what_was_saved_by_the_clock_stays(seconds, kept, get, monkeypatch, tmp_path):
+    monkeypatch.setattr(features, "SHARD_ROWS", 4)
+    monkeypatch.setattr(features, "SAVE_SECONDS", seconds)
+    names, add = hashes(*"abcdefghij"), features._Shards.add
+
+    def killed(self, rows):
+        add(self, rows)
+        if 5 in rows:
+            self._rows = []  # so that the `finally`, which no killed process comes to, saves nothing
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features._Shards, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            get(names)
+    assert get(names).reused == kept
+
+
+def test_the_clock_leaves_no_other_files(get, monkeypatch, tmp_path):
+    """Several processes compute the same: each saves at other moments, and one set of shards is left."""
+    monkeypatch.setattr(features, "SHARD_ROWS", 4)
+    names = hashes(*"abcdefghij")
+    get(names, cache_dir=tmp_path / "a")
+    monkeypatch.setattr(features, "SAVE_SECONDS", -1.0)
+    get(names, cache_dir=tmp_path / "b")
+    left = [[path.name for path in shards(tmp_path / name)] for name in "ab"]
+    assert left[0] == left[1]
+    assert len(left[0]) == 3
 
 
 def test_a_half_written_shard_is_not_read(get, tmp_path):

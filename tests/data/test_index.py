@@ -1,16 +1,22 @@
 import hashlib
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from jaxcats.data import files, index
 from jaxcats.data.index import cache_folder, scan, scan_labelled, scan_unlabelled
 from jaxcats.errors import UserError
+from jaxcats.stopping import Stopped
 
 
 def saved_caches(kind="index"):
@@ -137,6 +143,58 @@ def test_removed_files_leave_the_cache(two_classes, encoded):
     }
 
 
+def test_what_was_looked_at_before_it_was_asked_to_end_is_kept(two_classes, monkeypatch):
+    look = files.look_at
+
+    def until_the_fifth(path):
+        if path.name == "dog1.jpg":
+            raise Stopped(signal.SIGTERM)
+        return look(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "look_at", until_the_fifth)
+        with pytest.raises(Stopped):
+            scan(two_classes, workers=1)
+    assert scan(two_classes).reused == 4
+
+
+def test_being_asked_again_while_it_saves_leaves_the_cache_as_it_was(two_classes, folder, monkeypatch):
+    scan(two_classes)
+    folder({"train/cats/new.jpg": 50})
+    with monkeypatch.context() as patch:
+
+        def asked_again(source, target):
+            raise Stopped(signal.SIGTERM)
+
+        patch.setattr(os, "replace", asked_again)
+        with pytest.raises(Stopped):
+            scan(two_classes)
+    assert [path.suffix for path in (cache_folder() / "index").iterdir()] == [".json"]
+    assert scan(two_classes).reused == 8
+
+
+def test_while_it_looks_the_cache_is_saved_every_minute(tmp_path, monkeypatch):
+    """What a killed process leaves; saving takes a tenth of the time at most."""
+    paths, saved, save = [f"{i}.jpg" for i in range(400)], [], files._save_records
+    for path in paths:
+        (tmp_path / path).touch()
+    time = iter(range(0, 10_000, 7))  # seconds go by between any two looks at the clock
+    monkeypatch.setattr(files, "monotonic", lambda: next(time))
+    monkeypatch.setattr(files, "look_at", lambda path: files.FileRecord(0, path.stat().st_mtime_ns, "0" * 64, 8, 8))
+
+    def noted(store, root, records):
+        save(store, root, records)
+        saved.append(len(files._load_records(store)))
+
+    monkeypatch.setattr(files, "_save_records", noted)
+    files.examine(tmp_path, paths, cache_dir=tmp_path / "cache", progress=False)
+    assert saved == sorted(saved)
+    assert saved[-1] == 400
+    assert len(saved) > 35
+    assert saved[0] * 7 <= 70
+    assert max(b - a for a, b in itertools.pairwise(saved)) * 7 <= 77
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", '{"version": 1}', "null", "\x00"])
 def test_a_damaged_cache_is_rebuilt_and_said_so(two_classes, damage, capsys):
     scan(two_classes)
@@ -150,11 +208,27 @@ def test_a_damaged_cache_is_rebuilt_and_said_so(two_classes, damage, capsys):
     assert scan(two_classes).reused == 8
 
 
-def test_a_cache_with_wrong_fields_is_rebuilt(two_classes, capsys):
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 2, "short hash"],
+        [1, 2, "x" * 64, 8, 8, "RGB", "JPEG", None, ""],
+        [1, 2, "a" * 64, 8, 8, "RGB", "JPEG", 3, ""],
+        [1, 2, "a" * 64, 8, 8, "RGB", "JPEG", None, ["x"]],
+        [1, 2.5, "a" * 64, 8, 8, "RGB", "JPEG", None, ""],
+        [1, 2, "a" * 64, None, 8, "RGB", "JPEG", None, ""],
+        [1, 2, "a" * 64, 8, 8, "RGB", "JPEG", None, "", ""],
+        [1, 2, "a" * 64, 8, 8, "RGB", "JPEG", None, "\ud800"],
+        [1, 2, "a" * 64, 8, 8, "RGB", "JPEG", "\ud800", ""],
+        {"size": 1},
+        None,
+    ],
+)
+def test_a_cache_with_wrong_fields_is_rebuilt(two_classes, values, capsys):
     scan(two_classes)
     (cache,) = saved_caches()
     value = json.loads(cache.read_text().splitlines()[1])
-    value["files"]["train/cats/cat0.jpg"] = [1, 2, "short hash"]
+    value["files"]["train/cats/cat0.jpg"] = values
     text = json.dumps(value)
     cache.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
     assert scan(two_classes).reused == 0
@@ -265,6 +339,17 @@ def test_a_class_without_usable_pictures(two_classes):
         path.write_bytes(b"x")
     with pytest.raises(UserError, match=r"train/dogs: none of its 3 pictures can be used: .*dog0\.jpg \(not a picture"):
         scan(two_classes)
+
+
+def test_a_large_class_without_usable_pictures_is_said_at_once():
+    """Of 30,000 files in one class: not 30,000 times 30,000 steps."""
+    paths = [f"train/dogs/{i}.jpg" for i in range(30_000)]
+    bad = [index.BadFile(path, "empty") for path in paths]
+    found = SimpleNamespace(parts={"train": [paths]}, classes=("dogs",), places={"train": "train/"})
+    started = time.process_time()
+    with pytest.raises(UserError, match=r"none of its 30,000 pictures can be used: train/dogs/0\.jpg \(empty\)"):
+        index._usable("train", found, {}, bad)
+    assert time.process_time() - started < 5
 
 
 def test_every_file_bad(two_classes):

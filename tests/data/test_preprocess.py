@@ -102,6 +102,7 @@ def saved(picture: Image.Image, kind: str, **options) -> bytes:
         pytest.param(saved(picture_of("RGB", RED), "PNG", transparency=RED), WHITE, id="rgb-key"),
         pytest.param(saved(picture_of("L", 90), "PNG", transparency=90), WHITE, id="grey-key"),
         pytest.param(saved(picture_of("I;16", 257 * 100), "PNG"), (100, 100, 100), id="grey-16-png"),
+        pytest.param(saved(picture_of("I;16", 257 * 100), "PNG", transparency=257 * 100), WHITE, id="grey-16-key"),
         pytest.param(saved(picture_of("I;16", 257 * 100), "TIFF"), (100, 100, 100), id="grey-16-tiff"),
         pytest.param(b"P5 8 8 65535\n" + b"\x64\x64" * 64, (100, 100, 100), id="grey-16-pgm"),
         pytest.param(saved(picture_of("F", 0.2), "TIFF"), (51, 51, 51), id="float"),
@@ -134,6 +135,36 @@ def test_16_bit_greys_keep_their_order():
     pixels = np.asarray(open_upright(saved(Image.fromarray(ramp), "PNG")))[..., 0]
     assert (pixels.min(), pixels.max()) == (0, 255)
     assert len(np.unique(pixels)) == 256
+
+
+def test_16_bit_greys_are_rounded_257ths_in_every_band_and_mode():
+    every = np.resize(np.arange(65536), (700, 901))  # three bands
+    expected = np.round(every * (255.0 / 65535.0)).astype(np.uint8)
+    for stored in (every.astype(np.uint16), every.astype(np.int32)):
+        pixels = np.asarray(open_upright(Image.fromarray(stored)))
+        np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, 2))
+
+
+def test_greys_beyond_their_range_are_scaled_by_it_over_all_bands():
+    stored = np.linspace(-100, 300, 700 * 901).reshape(700, 901)
+    for values in (stored.astype(np.float32), (1000 * stored).astype(np.int32)):
+        low, high = float(values.min()), float(values.max())
+        expected = np.round((values.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
+        np.testing.assert_array_equal(np.asarray(open_upright(Image.fromarray(values)))[..., 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.2, np.inf, 1.0, -np.inf, 0.0], [51, 255, 255, 0, 0]),
+        ([0.2, np.inf, 0.4, np.nan, -np.inf], [51, 102, 102, 0, 0]),
+        ([-100.0, np.inf, 155.0, -np.inf, 0.0], [0, 255, 255, 0, 100]),
+        ([np.inf, -np.inf, np.inf, np.inf, np.inf], [0, 0, 0, 0, 0]),
+    ],
+)
+def test_infinite_greys_are_the_ends_of_the_finite_ones(values, expected):
+    content = saved(Image.fromarray(np.array([values], np.float32)), "TIFF")
+    assert np.asarray(open_upright(content))[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (40_000, 1), (2, 30_000)])

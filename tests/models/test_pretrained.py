@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -114,9 +115,30 @@ def test_a_real_network_needs_each_of_its_tensors(name, tmp_path):
     model = models.create(name, 2)
     with pytest.raises(UserError) as caught:
         models.load_pretrained(model, written(tmp_path, {"x": np.zeros(1, np.float32)}))
-    missing = str(caught.value).partition("missing: ")[2].partition(";")[0].split(", ")
-    assert len(missing) == len(seeded.torch_shapes(model))
-    assert "unexpected: x" in str(caught.value)
+    first = sorted(seeded.torch_shapes(model))[:5]
+    assert f"missing: {len(seeded.torch_shapes(model))} ({', '.join(first)}, ...); unexpected: x" in str(caught.value)
+    state = {name: np.zeros(shape, np.float32) for name, shape in seeded.torch_shapes(model).items()}
+    left_out = state.popitem()[0]
+    with pytest.raises(UserError, match=rf"not the weights of this network\. missing: {re.escape(left_out)}$"):
+        models.load_pretrained(model, written(tmp_path, state))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.net."])
+def test_a_prefix_before_every_name_is_named(tiny, tmp_path, prefix):
+    state = {f"{prefix}{name}": array for name, array in STATE.items()}
+    with pytest.raises(UserError) as caught:
+        models.load_pretrained(tiny, written(tmp_path, state))
+    assert str(caught.value).endswith(f". Every name begins with '{prefix}': write the file without it")
+    assert f"unexpected: {prefix}net.bn.bias, {prefix}net.bn.running_mean" in str(caught.value)
+    del state[f"{prefix}out.weight"], state[f"{prefix}out.bias"]  # all begin with "model.net." now
+    with pytest.raises(UserError, match=f"begins with '{prefix}'"):
+        models.load_pretrained(tiny, written(tmp_path, state))
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_a_file_without_tensors_is_none(tiny, tmp_path, kind):
+    with pytest.raises(UserError, match="holds no tensors"):
+        models.load_pretrained(tiny, written(tmp_path, {}, kind))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +289,7 @@ def find_in_process(*sources: str | None, home: Path, **environment: str) -> lis
         for source in json.loads(sys.argv[1]):
             try:
                 print(models.find_weights("resnet18", source).sha256)
-            except errors.UserError as error:
+            except (errors.UserError, errors.RunError) as error:
                 print(error)"""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     kept |= {"HF_HOME": str(home), "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}

@@ -4,23 +4,34 @@ The hub's client reads its environment when imported, so fetching happens in pro
 """
 
 import contextlib
+import fcntl
 import hashlib
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from jaxcats import models
+from jaxcats.errors import UserError
+from jaxcats.models import hub as hub_module
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILE = (GOLDEN / "tiny_zip.pth").read_bytes()
 SHA = hashlib.sha256(FILE).hexdigest()
+HALF = len(FILE) // 2
 COMMIT = "c0ffee" * 6 + "c0ff"
 WAYS_OUT = "give a local file (`model.weights: PATH`), use the offline backbone"
 
@@ -34,7 +45,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.seen()
         kind, token = self.kind(), self.headers.get("Authorization")
         if kind == "silent":
-            time.sleep(4)
+            self.server.released.wait(15)
         refusal = {
             "missing": (401, {"X-Error-Code": "RepoNotFound"}),
             "no-file": (404, {"X-Error-Code": "EntryNotFound"}),
@@ -53,33 +64,47 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.answer(200, {"ETag": '"welcome"', "Content-Type": "text/html"})
         else:
             size = 10**15 if kind == "huge" else len(FILE)
-            self.answer(
-                302, {"Location": f"{self.server.store}/{kind}", "X-Linked-Size": size, "X-Linked-ETag": f'"{SHA}"'}
-            )
+            facts = {"Location": f"{self.server.store}/{kind}", "X-Linked-Size": size, "X-Linked-ETag": f'"{SHA}"'}
+            if kind == "xet":  # offered, and out of reach
+                facts |= {"X-Xet-Hash": "ab" * 32, "Link": f'<{self.server.url}/xet-auth>; rel="xet-auth"'}
+            self.answer(302, facts)
 
     def do_GET(self):
         self.seen()
         kind, begin = self.kind(), int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        if "/resolve/" in self.path:
+            return self.answer(302, {"Location": f"{self.server.store}/{kind}"})
         count = sum(1 for method, path, _ in self.server.log if method == "GET" and path == self.path)
-        body, first = FILE[begin:], count == 1
+        first, refusal = count == 1, {"store-out-of-order": 500, "store-without": 404, "xet-auth": 500}.get(kind)
         if kind == "busy-then-good" and first:
             return self.answer(429, {"Retry-After": "0"})
-        if kind == "store-out-of-order":
-            return self.answer(500, {})
-        if kind == "other-bytes":
-            body = bytes(len(FILE))
-        if kind == "short":
-            body = body[:100]
-        length = 0 if kind == "breaks-always" else len(body) // 2 if "breaks" in kind or "hangs" in kind else len(body)
-        length = length if first or "always" in kind else len(body)
+        if refusal:
+            return self.answer(refusal, {})
+        begin = 0 if kind in ("breaks-and-knows-no-range", "short") else begin
+        body = bytes(len(FILE))[begin:] if kind == "other-bytes" else FILE[begin:]
+        body = body[:100] if kind == "short" else body
+        broken = kind.startswith(("breaks", "resets", "hangs")) and (first or "always" in kind)
+        length = 0 if broken and not first else len(body) // 2 if broken or kind == "drips" else len(body)
         headers = {"Content-Range": f"bytes {begin}-{len(FILE) - 1}/{len(FILE)}"} if begin else {}
         self.answer(206 if begin else 200, headers, size=len(body))
         self.wfile.write(body[:length])
-        self.wfile.flush()
-        if "hangs" in kind and length < len(body):
-            self.server.hanging.set()
-            self.server.released.wait(8)
-        self.close_connection = length < len(body)
+        if kind == "drips":
+            while length < len(body) - 1 and not self.server.released.wait(0.2):
+                self.wfile.write(body[length : length + 1])
+                length += 1
+            return self.wfile.write(body[length:])
+        if broken:
+            self.break_off(kind)
+
+    def break_off(self, kind: str):
+        self.close_connection = True
+        if kind.startswith("hangs"):
+            self.server.released.wait(60)
+        if kind.startswith("resets"):
+            while struct.unpack("i", fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))[0]:
+                time.sleep(0.01)  # until the other side has it all
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
 
     def kind(self) -> str:
         """Of /owner/KIND/resolve/main/FILE at the hub, and of /KIND at the store."""
@@ -94,17 +119,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status: int, headers: dict, size: int = 0):
         self.send_response(status)
-        for name, value in (
-            {"X-Repo-Commit": COMMIT} if status in (200, 302) and self.kind() != "portal" else {}
-        ).items():
-            self.send_header(name, value)
-        for name, value in headers.items():
+        if status in (200, 302) and self.kind() != "portal":
+            headers = {"X-Repo-Commit": COMMIT, **headers}
+        for name, value in {**headers, "Content-Length": size}.items():
             self.send_header(name, str(value))
-        self.send_header("Content-Length", str(size))
         self.end_headers()
 
     def handle(self):
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             super().handle()
 
     def log_message(self, *_):
@@ -116,8 +138,7 @@ def serving():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
     server.url = server.store = f"http://127.0.0.1:{server.server_port}"
-    server.log, server.proxied = [], []
-    server.hanging, server.released = threading.Event(), threading.Event()
+    server.log, server.proxied, server.released = [], [], threading.Event()
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.released.set()
@@ -133,159 +154,368 @@ def hub():
         yield server
 
 
+class Fault(NamedTuple):
+    """What goes wrong: with which repository and variables, what is said, the exit code, what the cache is left with."""
+
+    repository: str
+    says: str
+    code: int = 1
+    left: str = ""  # or "part", or "file"
+    environment: Mapping[str, str] = {}
+
+
+PROXIED = "http://hub.invalid"  # a name that only a proxy could know
+REFUSES = "refuses it (403): a proxy or filter may stand between, or the repository wants a login (HF_TOKEN)"
+FAULTS = {
+    "no network": Fault(
+        "good",
+        f"reached ([Errno 111] Connection refused, via HF_ENDPOINT): {WAYS_OUT}",
+        1,
+        "",
+        {"HF_ENDPOINT": "{closed}"},
+    ),
+    "offline switch": Fault(
+        "good", f"(offline mode: HF_HUB_OFFLINE is set): {WAYS_OUT}", 2, "", {"HF_HUB_OFFLINE": "1"}
+    ),
+    "wrong mirror": Fault("portal", "{hub} answers, but not as the hub does: check HF_ENDPOINT, or give", 2),
+    "proxy down": Fault(
+        "good",
+        f"can't be reached ([Errno 111] Connection refused, via HF_ENDPOINT and HTTP_PROXY): {WAYS_OUT}",
+        1,
+        "",
+        {"HF_ENDPOINT": PROXIED, "HTTP_PROXY": "{closed}"},
+    ),
+    "proxy login": Fault(
+        "proxy-login",
+        "the proxy asks for a login: put it in HTTPS_PROXY, as in http://NAME:WORD@HOST:PORT",
+        2,
+        "",
+        {"HF_ENDPOINT": PROXIED, "HTTP_PROXY": "http://{hub}"},
+    ),
+    "no such repository": Fault(
+        "missing", f"the hub has no owner/missing for you to read; check the name, or {WAYS_OUT}", 2
+    ),
+    "no such file": Fault(
+        "no-file", f"the hub has no file tiny.pth in owner/no-file; check the name, or {WAYS_OUT}", 2
+    ),
+    "gated, no token": Fault(
+        "gated", "the hub asks for a login to read owner/gated; run `hf auth login` or set HF_TOKEN", 2
+    ),
+    "gated, wrong token": Fault(
+        "gated",
+        "the hub does not accept your token for owner/gated; run `hf auth login` again, or set HF_TOKEN anew",
+        2,
+        "",
+        {"HF_TOKEN": "wrong"},
+    ),
+    "gated, not accepted": Fault(
+        "gated",
+        "the hub does not let you read owner/gated; accept its terms on its page, or use a token (HF_TOKEN) that may",
+        2,
+        "",
+        {"HF_TOKEN": "stranger"},
+    ),
+    "403": Fault("forbidden", f"{{hub}} {REFUSES}; or {WAYS_OUT}", 2),
+    "429": Fault(
+        "busy", "{hub} refuses more requests for now (429): try again in 17 s (after a login the hub allows more"
+    ),
+    "429 once": Fault("busy-then-good", SHA, 0, "file"),
+    "500 of the hub": Fault("out-of-order", f"{{hub}} is out of order (HTTP 500): try again later, or {WAYS_OUT}"),
+    "500 of the store": Fault(
+        "store-out-of-order", f"{{store}} is out of order (HTTP 500): try again later, or {WAYS_OUT}"
+    ),
+    "404 of the store": Fault(
+        "store-without", f"{{store}} has not got what the hub announced (404): try again later, or {WAYS_OUT}"
+    ),
+    "slow to answer": Fault("silent", f"can't be reached (timed out, via HF_ENDPOINT): {WAYS_OUT}"),
+    "Xet out of reach": Fault("xet", SHA, 0, "file"),
+    "breaks off once": Fault("breaks-once", SHA, 0, "file"),
+    "breaks off, no Range": Fault("breaks-and-knows-no-range", SHA, 0, "file"),
+    "reset once": Fault("resets-once", SHA, 0, "file"),
+    "hangs once": Fault("hangs-once", SHA, 0, "file"),
+    "never recovers": Fault(
+        "breaks-always",
+        "the download from {store} broke off (peer closed connection without sending complete message body (received 0 "
+        f"bytes, expected {len(FILE) - HALF})); what came is kept: run the same again to go on from there, or give",
+        1,
+        "part",
+    ),
+    "hangs for ever": Fault(
+        "hangs-always",
+        "the download from {store} broke off (timed out); what came is kept: run the same again to go on from there",
+        1,
+        "part",
+    ),
+    "killed, and given again": Fault("hangs-once", SHA, 0, "file"),
+    "short body": Fault(
+        "short", f"broke off (100 of {len(FILE):,} bytes came from {{store}}); what came is kept", 1, "part"
+    ),
+    "wrong hash": Fault(
+        "other-bytes",
+        f"what came is not what the hub announced (sha256 {hashlib.sha256(bytes(len(FILE))).hexdigest()}, expected "
+        f"{SHA}); it is removed: try again, check HF_ENDPOINT and proxies, or {WAYS_OUT}",
+    ),
+    "full disk": Fault(
+        "full-disk", "no room for it (0.0 MB) in {cache}; free some, or set HF_HOME to a folder on another"
+    ),
+    "too large for the disk": Fault(
+        "huge", "no room for it (1000000000.0 MB) in {cache}; free some, or set HF_HOME to"
+    ),
+    "read-only cache": Fault(
+        "good",
+        "/proc/never can't be written (No such file or directory); set HF_HOME to a folder of your own, or give",
+        2,
+        "",
+        {"HF_HOME": "/proc/never"},
+    ),
+}
+ELSEWHERE = ("hangs for ever", "killed, and given again")  # in tests of their own, since they take long
+LATE = ("HF_TOKEN", "HTTP_PROXY")  # the variables that are read at every request
+
 FETCH = """if True:
-    import concurrent.futures, errno, json, os, sys
+    import concurrent.futures, json, os, sys
     import huggingface_hub
-    from huggingface_hub import file_download
     from jaxcats import errors, models
-    download = file_download.http_get
+    from jaxcats.models import transfer
+    transfer.SAY_EVERY = 0
 
-    def full_disk(url, temp_file, **how):
-        if url.endswith("/full-disk"):
-            temp_file.write(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return download(url, temp_file, **how)
-
-    file_download.http_get = full_disk
-    file_download.constants.DOWNLOAD_CHUNK_SIZE = 1000  # what has come is counted in these, 10 MB otherwise
-
-    def fetch(kind):
+    def fetch(repository):
         try:
-            return models.find_weights("resnet18", f"hf:owner/{kind}/tiny.pth").sha256
+            return 0, models.find_weights("resnet18", f"hf:owner/{repository}/tiny.pth").sha256
         except errors.UserError as error:
-            return str(error)
+            return 2, str(error)
+        except errors.RunError as error:
+            return 1, str(error)
 
-    said = []
-    for environment, kinds in json.loads(sys.argv[1]):
+    said = {}
+    for environment, repositories in json.loads(sys.argv[1]):
         huggingface_hub.close_session()
         os.environ.update(environment)
-        with concurrent.futures.ThreadPoolExecutor(20) as pool:
-            said.append(dict(zip(kinds, pool.map(fetch, kinds))))
+        with concurrent.futures.ThreadPoolExecutor(30) as pool:
+            said |= zip(repositories, pool.map(fetch, repositories.values()))
     print(json.dumps(said))"""
 
 
-def start(steps: list[tuple[dict, list[str]]], home: Path, **environment: str) -> subprocess.Popen:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
-    kept |= {"HF_HOME": str(home), "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", **environment}
+def kept(home: Path, **environment: str) -> dict[str, str]:
+    """The environment of a process, less what it says of the hub and proxies."""
+    rest = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
+    return rest | {"HF_HOME": str(home), "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5", **environment}
+
+
+def start(steps: list[tuple[dict, dict[str, str]]], home: Path, **environment: str) -> subprocess.Popen:
+    """Find these weights (any name: repository), a step after the other, each with more variables."""
     command = [sys.executable, "-c", FETCH, json.dumps(steps)]
-    return subprocess.Popen(command, env=kept, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=kept(home, **environment), stdout=pipe, stderr=pipe, text=True)
 
 
-def fetch(steps: list[tuple[dict, list[str]]], home: Path, **environment: str) -> tuple[list[dict[str, str]], str]:
-    """What find_weights says for each kind of repository, a dict per step, and what went to stderr."""
-    with start(steps, home, **environment) as process:
-        out, err = process.communicate(timeout=90)
+def end(process: subprocess.Popen) -> tuple[dict[str, tuple[int, str]], str]:
+    """(exit code, words) by name, and what went to stderr."""
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    return json.loads(out), err
+    return {name: tuple(answer) for name, answer in json.loads(out).items()}, err
 
 
-def assert_only_whole_files(home: Path, repositories: set[str]):
-    """The cache has the file of these repositories, right to the last byte, and nothing else: no part of another."""
-    blobs = [path for path in (home / "hub").glob("models--*/blobs/*") if path.is_file()]
-    assert all(path.read_bytes() == FILE for path in blobs)
-    assert {path.parts[-3].removeprefix("models--owner--") for path in blobs} == repositories
-    pointers = [path for path in (home / "hub").glob("models--*/snapshots/*/*") if path.exists()]
-    assert {path.parts[-4].removeprefix("models--owner--") for path in pointers} == repositories
+def fetch(repository: str, home: Path, **environment: str) -> tuple[int, str]:
+    """What one process says."""
+    return end(start([({}, {"it": repository})], home, **environment))[0]["it"]
 
 
-QUICK = {  # what a user is told, by what went wrong
-    "gated": "hf:owner/gated/tiny.pth: the hub asks for a login to read owner/gated; run `hf auth login` or set HF_TOKEN",
-    "forbidden": "the hub asks for a login to read owner/forbidden",
-    "missing": f"the hub has no owner/missing for you to read; check the name, or {WAYS_OUT}",
-    "no-file": f"the hub has no file tiny.pth in owner/no-file; check the name, or {WAYS_OUT}",
-    "busy": "refuses more requests for now (429): try again in 17 s (after a login it allows more: HF_TOKEN), or give",
-    "out-of-order": f"is out of order (HTTP 500): try again later, or {WAYS_OUT}",
-    "store-out-of-order": "is out of order (HTTP 500): try again later",
-    "portal": "answers, but not as the hub does: check HF_ENDPOINT",
-    "silent": "is not in the cache and the Hugging Face hub can't be reached (",
-    "other-bytes": f"what came is not what the hub announced (sha256 {hashlib.sha256(bytes(len(FILE))).hexdigest()}, ",
-    "short": "the download broke off (Consistency check failed",
-    "huge": "no room for it (1000000000.0 MB) in ",
-    "full-disk": "no room for it (",
-}
-RECOVER = ["good", "busy-then-good", "breaks-once", "hangs-once"]
+def answers(hub, home: Path, faults: Mapping[str, Fault], **environment: str) -> tuple[dict[str, tuple[int, str]], str]:
+    """What is said to each of the faults; a process per set of variables that are read at import."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        places = {"hub": hub.url[7:], "closed": f"http://127.0.0.1:{server.getsockname()[1]}"}
+    groups: dict[str, list] = {}
+    for name, fault in faults.items():
+        variables = {key: value.format(**places) for key, value in fault.environment.items()}
+        early = {"HF_ENDPOINT": hub.url, **{k: v for k, v in variables.items() if k not in LATE}}
+        late = {k: v for k, v in variables.items() if k in LATE}
+        steps = groups.setdefault(json.dumps(early), [])
+        if not steps or steps[-1][0] != late:
+            steps.append((late, {}))
+        steps[-1][1][name] = fault.repository
+    started = []
+    for i, (early, steps) in enumerate(groups.items()):
+        variables = json.loads(early)
+        place = home if list(variables) == ["HF_ENDPOINT"] and variables["HF_ENDPOINT"] == hub.url else home / str(i)
+        started.append(start(steps, place, **{**environment, **variables}))
+    ended = [end(process) for process in started]
+    return {name: said for group, _ in ended for name, said in group.items()}, "".join(err for _, err in ended)
 
 
-def test_every_fault_is_one_line_with_a_way_out_and_leaves_nothing(hub, tmp_path):
-    (said, again), err = fetch(
-        [({}, [*QUICK, *RECOVER]), ({}, ["other-bytes", "full-disk"])],
-        tmp_path,
-        HF_ENDPOINT=hub.url,
-        TQDM_POSITION="-1",  # the bar is drawn where there is no terminal, too
-    )
-    for kind, words in QUICK.items():
-        assert words in said[kind], (kind, said[kind])
-        assert "\n" not in said[kind]
-    assert {kind: said[kind] for kind in RECOVER} == dict.fromkeys(RECOVER, SHA)
-    assert again == {kind: said[kind] for kind in again}  # not taken for fetched the second time
-    assert_only_whole_files(tmp_path, set(RECOVER))
-    assert f"Fetching tiny.pth of owner/good (0.0 MB) from {hub.url[7:]}" in err
-    assert "100%" in err
-    ranges = {path[1:]: headers["range"] for _, path, headers in hub.files.log if "range" in headers}
-    assert ranges == dict.fromkeys(["breaks-once", "hangs-once"], f"bytes={len(FILE) // 2 // 1000 * 1000}-")
+def wrong(said: Mapping[str, tuple[int, str]], hub, home: Path) -> dict[str, tuple[int, str]]:
+    """The answers that are not those of the table, or not one line."""
+    places = {"hub": hub.url[7:], "store": hub.files.url[7:], "cache": str(home / "hub")}
+    right = {name: FAULTS[name].says.format(**places) in words for name, (_, words) in said.items()}
+    return {
+        name: (code, words)
+        for name, (code, words) in said.items()
+        if not right[name] or code != FAULTS[name].code or "\n" in words
+    }
+
+
+def left(home: Path) -> dict[str, str]:
+    """What the cache has of each repository that it has something of: the file, right to the last byte, or a part."""
+    found = {}
+    for path in (home / "hub").glob("models--*/blobs/*"):
+        repository = path.parts[-3].removeprefix("models--owner--")
+        assert repository not in found, "there is more than one blob"
+        found[repository] = {SHA: "file", f"{SHA}.part": "part"}[path.name]
+        assert path.read_bytes() == (FILE if path.name == SHA else FILE[: path.stat().st_size])
+    pointers = {path.parts[-4] for path in (home / "hub").glob("models--*/snapshots/*/*") if path.exists()}
+    assert pointers == {f"models--owner--{repository}" for repository, what in found.items() if what == "file"}
+    return found
+
+
+def ranges(hub) -> dict[str, list[str]]:
+    """The Range of each request to the store that had one, by repository."""
+    found: dict[str, list[str]] = {}
+    for method, path, headers in hub.files.log:
+        if method == "GET" and "range" in headers:
+            found.setdefault(path[1:], []).append(headers["range"])
+    return found
+
+
+def test_every_fault_is_one_line_with_a_way_out_and_leaves_what_the_table_says(hub, tmp_path):
+    faults = {"good": Fault("good", SHA, 0, "file"), **FAULTS}
+    faults = {name: fault for name, fault in faults.items() if name not in ELSEWHERE}
+    full = tmp_path / "hub/models--owner--full-disk/blobs" / f"{SHA}.part"
+    full.parent.mkdir(parents=True)
+    full.symlink_to("/dev/full")
+    said, err = answers(hub, tmp_path, faults)
+    assert said.pop("good") == (0, SHA)
+    assert wrong(said, hub, tmp_path) == {}
+    assert left(tmp_path) == {fault.repository: fault.left for fault in faults.values() if fault.left}
+    asked, half = ranges(hub), [f"bytes={HALF}-"]
+    for kind in ("breaks-once", "resets-once", "hangs-once", "breaks-and-knows-no-range"):
+        assert asked[kind] == half
+    assert asked["breaks-always"] == half * 5
+    assert not any("xet-auth" in path for _, path, _ in hub.log)
+    assert f"Fetching tiny.pth of owner/good (0.0 MB) from {hub.url[7:]}\n" in err
+    assert "tiny.pth: 0.0 of 0.0 MB\n" in err
+    assert "tiny.pth: broke off ([Errno 104] Connection reset by peer); going on from 0.0 MB\n" in err
+    # What was refused is not taken for fetched the second time, and what came is not asked for again.
+    again = {name: faults[name] for name in ("wrong hash", "breaks off once", "never recovers")}
+    before = len(hub.files.log)
+    said, err = answers(hub, tmp_path, again)
+    assert wrong(said, hub, tmp_path) == {}
+    assert {path for _, path, _ in hub.files.log[before:]} == {"/other-bytes", "/breaks-always"}
+    assert ranges(hub)["breaks-always"][5] == half[0]
+
+
+@pytest.mark.slow
+def test_a_server_that_always_hangs_is_given_up(hub, tmp_path):
+    begin = time.monotonic()
+    said, _ = answers(hub, tmp_path, {"hangs for ever": FAULTS["hangs for ever"]}, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert time.monotonic() - begin < 60
+    assert wrong(said, hub, tmp_path) == {}
+    assert left(tmp_path) == {"hangs-always": "part"}
+
+
+def wait_for_half(home: Path, repository: str, process: subprocess.Popen):
+    part = home / f"hub/models--owner--{repository}/blobs/{SHA}.part"
+    until = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size >= HALF):
+        assert time.monotonic() < until
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_killed_download_is_gone_on_with_by_the_next_process(hub, tmp_path):
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+    with start([({}, {"it": "hangs-once"})], tmp_path, **environment) as process:
+        wait_for_half(tmp_path, "hangs-once", process)
+        process.send_signal(signal.SIGKILL)
+    assert left(tmp_path) == {"hangs-once": "part"}
+    code, words = fetch("hangs-once", tmp_path, HF_HUB_OFFLINE="1", **environment)
+    assert (code, "offline mode: HF_HUB_OFFLINE is set" in words) == (2, True)  # a part is not taken for the file
+    said = {"killed, and given again": fetch("hangs-once", tmp_path, **environment)}
+    assert wrong(said, hub, tmp_path) == {}
+    assert ranges(hub)["hangs-once"] == [f"bytes={HALF}-"]
+    assert left(tmp_path) == {"hangs-once": "file"}
+
+
+@pytest.mark.slow
+def test_two_processes_fetch_a_file_once(hub, tmp_path):
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+    with start([({}, {"it": "hangs-once"})], tmp_path, **environment) as first:
+        wait_for_half(tmp_path, "hangs-once", first)
+        with start([({}, {"it": "hangs-once"})], tmp_path, **environment) as second:
+            line = second.stderr.readline()
+            assert line.startswith("Waiting for another process that fetches tiny.pth (its lock: ")
+            hub.files.released.set()
+            assert [end(process)[0]["it"] for process in (first, second)] == [(0, SHA), (0, SHA)]
+    assert [headers.get("range") for _, _, headers in hub.files.log] == [None, f"bytes={HALF}-"]
+    assert left(tmp_path) == {"hangs-once": "file"}
+
+
+def test_a_bar_moves_on_a_slow_line_and_has_the_files_name(hub, tmp_path):
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    command = [sys.executable, "-m", "jaxcats.weights", "fetch", "hf:owner/drips/tiny.pth"]
+    environment = kept(tmp_path, HF_ENDPOINT=hub.url)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        seen = b""
+        while b"50%" not in seen:
+            seen += os.read(ours, 1000)  # fails at the end of the process
+        hub.files.released.set()
+        with contextlib.suppress(OSError):
+            while more := os.read(ours, 1000):
+                seen += more
+        assert process.wait(60) == 0
+    os.close(ours)
+    assert b"\rtiny.pth:  50%|" in seen
+    assert b"100%" in seen
+    assert hub.files.url.encode() not in seen
 
 
 def test_the_command_fetches_ahead_and_says_what_is_not_there(hub, tmp_path):
-    argv = ["fetch", "hf:owner/good/tiny.pth", "hf:owner/missing/tiny.pth"]
-    command = [sys.executable, "-m", "jaxcats.weights", *argv]
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "no_proxy": "*"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    def run(*repositories: str) -> subprocess.CompletedProcess:
+        argv = [f"hf:owner/{repository}/tiny.pth" for repository in repositories]
+        command = [sys.executable, "-m", "jaxcats.weights", "fetch", *argv]
+        environment = kept(tmp_path, HF_ENDPOINT=hub.url)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+    done = run("good", "missing")
     assert done.returncode == 2
     assert done.stdout.startswith(f"hf:owner/good/tiny.pth: {tmp_path}")
     assert f"sha256 {SHA})" in done.stdout
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: hf:owner/missing/tiny.pth: the hub has no owner/missing for you to read")
-    assert "Traceback" not in done.stderr
-    assert_only_whole_files(tmp_path, {"good"})
+    assert left(tmp_path) == {"good": "file"}
+    later = run("busy")
+    assert (later.returncode, later.stderr.count("\n")) == (1, 1)
+    assert later.stderr.startswith("stopped: hf:owner/busy/tiny.pth: ")
 
 
 def test_a_token_opens_a_gated_repository_and_stays_with_the_hub(hub, tmp_path):
-    steps = [({"HF_TOKEN": token}, ["gated"]) for token in ("wrong", "stranger", "right")]
-    (wrong, stranger, right), _ = fetch(steps, tmp_path, HF_ENDPOINT=hub.url)
-    assert "the hub does not accept your token for owner/gated; run `hf auth login` again" in wrong["gated"]
-    assert "the hub does not let you read owner/gated; accept its terms on its page" in stranger["gated"]
-    assert right["gated"] == SHA
-    assert any(headers.get("authorization") == "Bearer right" for _, _, headers in hub.log)
+    assert fetch("gated", tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN="right") == (0, SHA)
+    asked = [headers.get("authorization") for _, path, headers in hub.log if "/resolve/" in path]
+    assert set(asked) == {"Bearer right"}
     assert hub.files.log
     assert not any("authorization" in headers for _, _, headers in hub.files.log)
 
 
-def test_a_proxy_is_used_and_named_when_it_fails(hub, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        closed = server.getsockname()[1]
-    steps = [
-        ({"HTTP_PROXY": f"http://127.0.0.1:{closed}"}, ["good"]),
-        ({"HTTP_PROXY": hub.url}, ["proxy-login", "good"]),
-    ]
-    (dead, alive), _ = fetch(steps, tmp_path, HF_ENDPOINT="http://hub.invalid")  # a name that only a proxy could know
-    assert "can't be reached (" in dead["good"]
-    assert ", via HF_ENDPOINT and HTTP_PROXY): give a local file" in dead["good"]
-    assert "the proxy asks for a login: put it in HTTPS_PROXY" in alive["proxy-login"]
-    assert alive["good"] == SHA
-    assert "http://hub.invalid/owner/good/resolve/main/tiny.pth" in hub.proxied
-    (offline,), _ = fetch([({}, ["good"])], tmp_path, HF_ENDPOINT="http://hub.invalid", HF_HUB_OFFLINE="1")
-    assert offline["good"] == SHA
+def test_a_proxy_is_used_and_what_it_brought_is_there_offline(hub, tmp_path):
+    assert fetch("good", tmp_path, HF_ENDPOINT=PROXIED, HTTP_PROXY=hub.url) == (0, SHA)
+    assert f"{PROXIED}/owner/good/resolve/main/tiny.pth" in hub.proxied
+    assert fetch("good", tmp_path, HF_ENDPOINT=PROXIED, HF_HUB_OFFLINE="1") == (0, SHA)
 
 
-@pytest.mark.slow
-def test_a_connection_that_never_recovers_is_given_up(hub, tmp_path):
-    begin = time.monotonic()
-    (said,), err = fetch([({}, ["breaks-always", "hangs-always"])], tmp_path, HF_ENDPOINT=hub.url)
-    assert time.monotonic() - begin < 60
-    assert "Trying to resume download" in err  # the wait is explained while it lasts
-    assert "the download broke off (" in said["breaks-always"]
-    assert "what came is not used: try again, or give a local file" in said["breaks-always"]
-    assert_only_whole_files(tmp_path, {kind for kind, words in said.items() if words == SHA})
+@pytest.mark.parametrize(("variable", "value"), [("HF_HUB_ETAG_TIMEOUT", "0.5"), ("HF_HUB_DOWNLOAD_TIMEOUT", "x")])
+def test_a_wrong_setting_is_named(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"^{variable}: expected a whole number of seconds, got '{value}'$"):
+        models.find_weights("resnet18")
 
 
-@pytest.mark.slow
-def test_a_killed_download_is_not_taken_for_the_file(hub, tmp_path):
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
-    with start([({}, ["hangs-once"])], tmp_path, **environment) as process:
-        assert hub.files.hanging.wait(60)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGKILL)
-    (offline,), _ = fetch([({}, ["hangs-once"])], tmp_path, HF_HUB_OFFLINE="1", **environment)
-    assert "offline mode: HF_HUB_OFFLINE is set" in offline["hangs-once"]
-    (said,), _ = fetch([({}, ["hangs-once"])], tmp_path, **environment)
-    assert said["hangs-once"] == SHA
+def test_a_disk_that_tells_nothing_is_not_full(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+    assert hub_module._free_bytes(Path("/")) == float("inf")
+
+
+def test_a_socks_proxy_needs_a_package(monkeypatch):
+    error = ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+    assert str(hub_module._explained(error, "owner/repo/file")).endswith("is missing: pip install socksio")

@@ -1,5 +1,10 @@
 """Checkpoints: the same bits back, complete or absent, and only those worth keeping."""
 
+import random
+import shutil
+import time
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,6 +200,122 @@ def test_altered_arrays_are_noticed(store):
         path.write_bytes(content)
     with pytest.raises(UserError, match="can't be used"):
         store.again(read_only=True).restore(1, jax.eval_shape(lambda: state_of(0)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"epoch": 1', b'"epoch": 0'),
+        (b'"smooth"', b'"smooti"'),
+        (b"0.30000000000000004", b"0.30000000000000009"),
+        (b'"sha256"', b'"sha257"'),
+        (b'"facts"', b'"facte"'),
+        (b'"arrays"', b'"arrayt"'),
+    ],
+)
+def test_altered_facts_are_noticed(old, new, store):
+    """One digit, and a run would go on from another place than it was saved at, without a word."""
+    store.save(state_of(1), meta_of(1), metrics=judged(3))
+    store.close()
+    path = store.folder / "1" / "meta" / "metadata"
+    assert path.read_bytes().count(old) == 1
+    path.write_bytes(path.read_bytes().replace(old, new))
+    opened = store.again(read_only=True)
+    with pytest.raises(UserError, match=r"1: this checkpoint can't be used \(its facts are not those"):
+        opened.meta(1)
+    with pytest.raises(UserError, match="can't be used"):
+        opened.restore(1, jax.eval_shape(lambda: state_of(0)))
+
+
+def test_altered_metrics_are_noticed_before_the_best_is_chosen_or_removed(store):
+    for step, errors in [(1, 3), (2, 4)]:
+        store.save(state_of(step), meta_of(step), metrics=judged(errors))
+    store.close()
+    path = store.folder / "1" / "metrics" / "metrics"
+    path.write_bytes(path.read_bytes().replace(b"3", b"8"))
+    reader = store.again(read_only=True)
+    assert reader.pick("best") == 1  # the latest remembers which it was
+    assert reader.meta(reader.pick("last")) == meta_of(2)
+    with pytest.raises(UserError, match=r"1: this checkpoint can't be used \(its metrics are not those"):
+        store.again()  # which would remove the best at the next save
+    shutil.rmtree(store.folder / "1")  # what the message says
+    assert store.again().pick("best") == 2
+
+
+@pytest.mark.parametrize("gone", ["metrics", "meta", "state", "_CHECKPOINT_METADATA", "state/manifest.ocdbt"])
+def test_what_a_killed_process_was_removing_is_removed(store, gone):
+    """Neither the latest nor the best, and half of it gone already."""
+    store.save(state_of(2), meta_of(2), metrics=judged(5))
+    store.wait()
+    shutil.copytree(store.folder / "2", store.folder.parent / "aside")
+    for step, errors in [(3, 1), (4, 2)]:
+        store.save(state_of(step), meta_of(step), metrics=judged(errors))
+    store.close()
+    half = store.folder.parent / "aside" / gone
+    shutil.rmtree(half) if half.is_dir() else half.unlink()
+    shutil.copytree(store.folder.parent / "aside", store.folder / "2")
+    reader = store.again(read_only=True)
+    assert (reader.pick("last"), reader.pick("best")) == (4, 3)
+    opened = store.again()
+    assert opened.steps() == [3, 4]
+    assert not (store.folder / "2").exists()
+    opened.save(state_of(5), meta_of(5), metrics=judged(4))
+    opened.wait()
+    assert opened.steps() == [3, 5]
+
+
+def test_the_facts_may_hold_what_json_changes(store):
+    store.save(state_of(1), {"step": 1, "shape": (3, 4), 7: None, "é": float("nan")})
+    store.close()
+    found = store.again(read_only=True).meta(1)
+    assert (found["shape"], found["7"], found["é"] != found["é"]) == ([3, 4], None, True)
+
+
+def damaged(chance: random.Random, good: bytes) -> bytes:
+    """One to four bytes altered, or the rest cut off, or all replaced by JSON of another kind."""
+    data = bytearray(good)
+    for _ in range(chance.choice([1, 1, 2, 4])):
+        data[chance.randrange(len(data))] = chance.choice([*b"0123456789abc{}[],", chance.randrange(256)])
+    if chance.random() < 0.1:
+        return bytes(data[: chance.randrange(len(data))])
+    if chance.random() < 0.1:
+        return chance.choice([b"null", b"[]", b"{}", b"3", b'{"errors": "3"}', b'{"loss": 0.5}', b"[" * 100_000])
+    return bytes(data)
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
+def test_damage_anywhere_is_one_line_or_changes_nothing(seconds, store, tmp_path):
+    """Its arrays, facts and metrics, and what Orbax keeps beside them, at random bytes."""
+    for step in (1, 2):
+        store.save(state_of(step), meta_of(step), metrics=judged(2 + step))
+    store.close()
+    files = sorted(path for path in store.folder.rglob("*") if path.is_file())
+    kinds = [[path for path in files if kind in path.parts] for kind in ("state", "meta", "metrics")]
+    target = jax.eval_shape(lambda: state_of(0))
+    saved = {step: (meta_of(step), bits(state_of(step))) for step in (1, 2)}
+    chance, same, said = random.Random(seconds), 0, []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        folder = tmp_path / "damaged"
+        shutil.copytree(store.folder, folder)
+        path: Path = chance.choice(chance.choice([*kinds, files]))
+        (folder / path.relative_to(store.folder)).write_bytes(damaged(chance, path.read_bytes()))
+        try:
+            opened = Checkpoints(folder, read_only=chance.random() < 0.5)
+            try:
+                which, expected = chance.choice([("last", 2), ("best", 1)])
+                step = opened.pick(which)
+                assert step == expected
+                assert (opened.meta(step), bits(opened.restore(step, target))) == saved[step]
+            finally:
+                opened.close()
+            same += 1
+        except UserError as e:
+            said.append(str(e))
+        shutil.rmtree(folder)
+    print(f"{same} the same, {len(said)} refused")
+    assert all(len(line.splitlines()) == 1 and str(tmp_path / "damaged") in line for line in said)
+    assert min(same, len(said)) > 2
 
 
 def test_badness_orders_by_errors_then_loss():

@@ -83,6 +83,28 @@ def test_resuming_drops_later_rows_and_a_line_cut_short(tail, tmp_path):
     assert rows_of(tmp_path) == ROWS[:4] + again
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 2, "phase": "h\xffad"}',
+        b"\xff\xfe\x00",
+        b'{"step": 2\r, "loss"',
+        b"[" * 100_000,
+        b'{"step": ' + b"1" * 5000 + b"}",
+        b"[1]",
+        b'{"step": "2"}',
+    ],
+)
+def test_a_damaged_line_costs_that_line_alone(line, tmp_path):
+    written(tmp_path, ROWS)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = line
+    path.write_bytes(b"\n".join(lines))
+    written(tmp_path, [], resume_step=4)
+    assert rows_of(tmp_path) == [ROWS[0], *ROWS[2:4]]
+
+
 def test_resuming_where_there_is_no_log_starts_one(tmp_path):
     written(tmp_path, ROWS[4:], resume_step=4)
     assert rows_of(tmp_path) == ROWS[4:]
