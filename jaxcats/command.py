@@ -70,10 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     A script of your own that registers a network and calls this has every command for it: `python mine.py NAME ...`.
     """
     global _started_by
-    if argv is None:
-        script = sys.argv[0]
-        _started_by = "jaxcats" if Path(script).stem == "jaxcats" else f"python {shlex.quote(script)}"
-    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv is not None:
+        return _dispatch(list(argv))
+    script = sys.argv[0]
+    _started_by = "jaxcats" if Path(script).stem == "jaxcats" else f"python {shlex.quote(script)}"
+    try:
+        return _dispatch(sys.argv[1:])
+    finally:
+        _started_by = ""
+
+
+def _dispatch(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: jaxcats COMMAND ...\n")
         print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))

@@ -24,7 +24,8 @@ def line(*argv):
     return json.loads(found)
 
 
-@pytest.mark.parametrize("what", [["head", "--limit", "128"], ["lr_find", "--limit", "128"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [["lr_find", "--limit", "128"], ["head", "--limit", "128"]])
 def test_a_part_is_one_line_with_its_facts(what):
     found = line(*what, *QUICK)
     assert found["what"] == what[0]

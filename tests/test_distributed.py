@@ -79,6 +79,7 @@ def same(place: Path, one: str, other: str) -> None:
     assert len(rows[0]) == 23  # every validation picture once, and the head
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_answer_of_one(place):
     ended(start(place, "one"))
     ended(start(place, "two", devices=2))

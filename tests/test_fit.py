@@ -180,18 +180,12 @@ def orders(monkeypatch):
     "how",
     [
         ["--phases.head.precompute", "true", "--chunk_steps", "2"],
-        ["--phases.head.precompute", "true", "--phases.head.driver", "stream"],
+        pytest.param(["--phases.head.precompute", "true", "--phases.head.driver", "stream"], marks=pytest.mark.slow),
         ["--phases.head.freeze", "nothing", "--phases.head.bn", "train", "--phases.head.augment", "side_on"],
-        [
-            "--phases.head.freeze",
-            "first",
-            "--phases.head.augment",
-            "flip",
-            "--phases.head.driver",
-            "scan",
-            "--chunk_steps",
-            "2",
-        ],
+        pytest.param(
+            "--phases.head.freeze first --phases.head.augment flip --phases.head.driver scan --chunk_steps 2".split(),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["scan-features", "stream-features", "stream-pictures", "scan-pictures"],
 )

@@ -159,6 +159,7 @@ def test_params_are_read_only_so_that_no_answer_can_be_stale(learn):
         learn.params = {}
 
 
+@pytest.mark.slow
 def test_a_fit_s_own_precompute_decides_about_augmentation(learn):
     learn.data.augment = "side_on"
     learn.fit(0.01, precompute=False)

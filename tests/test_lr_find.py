@@ -147,6 +147,7 @@ def test_auto_is_refused_where_lr_find_is(separable, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_auto_works_for_phases_on_pictures_too(separable, tmp_path, monkeypatch):
     measured = answering(monkeypatch)
     file = tmp_path / "two.yaml"

@@ -60,10 +60,8 @@ def until_training(place: Path, name: str, child: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    ("signum", "driver"),
-    [(signal.SIGTERM, "scan"), pytest.param(signal.SIGINT, "stream", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "driver"), [(signal.SIGTERM, "scan"), (signal.SIGINT, "stream")])
 def test_a_run_asked_to_end_saves_says_how_to_go_on_and_goes_on_to_the_bit(place, signum, driver):
     how = "--phases.all.driver", driver
     first = start(place, "run", *how)
@@ -130,30 +128,35 @@ def test_where_python_would_lose_the_exception_it_comes_a_moment_later(tmp_path,
         pass
 
 
-def test_an_evaluation_is_broken_off_and_done_again(place, monkeypatch, capsys):
-    """The steps of its epoch are saved first, so that a long evaluation can't outlast the time that a machine leaves."""
+@pytest.mark.parametrize(
+    ("strike", "nth", "step", "signum"),
+    [("evaluate", 2, 8, signal.SIGTERM), ("read", 5, 6, signal.SIGTERM), ("read", 5, 6, signal.SIGINT)],
+)
+def test_struck_in_a_step_or_an_evaluation_it_goes_on_to_the_bit(place, monkeypatch, capsys, strike, nth, step, signum):
+    """The steps of an epoch are saved before an evaluation, so that it can't outlast the time that a machine leaves."""
     words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--phases.all.epochs", "3"]
 
     def command(name: str, *more: str) -> int:
         return run_command(train.main, [str(w) for w in (*words, "--workdir", place / name, *more)])
 
-    whole, calls = fit.Evaluator.__call__, []
+    owner, name = (fit.Evaluator, "__call__") if strike == "evaluate" else (fit.Fitter, "read")
+    whole, calls = getattr(owner, name), []
 
-    def struck(self, *weights):
+    def struck(self, *arguments):
         calls.append(None)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return whole(self, *weights)
+        if len(calls) == nth:
+            signal.raise_signal(signum)
+        return whole(self, *arguments)
 
     assert command("whole") == 0
-    monkeypatch.setattr(fit.Evaluator, "__call__", struck)
-    assert command("run") == 143
+    monkeypatch.setattr(owner, name, struck)
+    assert command("run") == 128 + signum
     said = capsys.readouterr().err
-    assert "stopped as asked, at step 8, which is saved." in said
-    assert "To go on from the last checkpoint: python -m jaxcats.train --resume" in said
-    monkeypatch.setattr(fit.Evaluator, "__call__", whole)
+    assert f"stopped as asked, at step {step}, which is saved." in said
+    assert f"To go on from the last checkpoint: python -m jaxcats.train --resume --workdir {place / 'run'}" in said
+    monkeypatch.setattr(owner, name, whole)
     assert command("run", "--resume") == 0
-    assert "Resuming at step 8 (epoch 1)" in capsys.readouterr().out
+    assert f"Resuming at step {step} (epoch 1)" in capsys.readouterr().out
     assert (place / "run" / "predictions.csv").read_bytes() == (place / "whole" / "predictions.csv").read_bytes()
     assert losses(place / "run") == losses(place / "whole")
 

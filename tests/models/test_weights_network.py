@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -519,3 +520,19 @@ def test_a_disk_that_tells_nothing_is_not_full(monkeypatch):
 def test_a_socks_proxy_needs_a_package(monkeypatch):
     error = ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
     assert str(hub_module._explained(error, "owner/repo/file")).endswith("is missing: pip install socksio")
+
+
+def test_the_readme_has_the_table_as_it_is():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Weights over a bad network")[2].partition("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines() if line[:2] == "| "
+    ]
+    assert [row[0] for row in rows[1:]] == list(FAULTS)
+    for name, said, code, left in rows[1:]:
+        fault = FAULTS[name]
+        assert (code, left) == (str(fault.code), fault.left or "nothing"), name
+        words = fault.says.format(hub="HUB", store="STORE", cache="CACHE")
+        words = re.sub(r"owner/[\w-]+", "OWNER/REPO", words).replace("tiny.pth", "FILE")
+        for part in re.findall(r"``(.+?)``|`([^`]+)`", said):
+            assert "".join(part) in words, (name, part, words)
