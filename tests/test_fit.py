@@ -183,7 +183,16 @@ def orders(monkeypatch):
         pytest.param(["--phases.head.precompute", "true", "--phases.head.driver", "stream"], marks=pytest.mark.slow),
         ["--phases.head.freeze", "nothing", "--phases.head.bn", "train", "--phases.head.augment", "side_on"],
         pytest.param(
-            "--phases.head.freeze first --phases.head.augment flip --phases.head.driver scan --chunk_steps 2".split(),
+            [
+                "--phases.head.freeze",
+                "first",
+                "--phases.head.augment",
+                "flip",
+                "--phases.head.driver",
+                "scan",
+                "--chunk_steps",
+                "2",
+            ],
             marks=pytest.mark.slow,
         ),
     ],
