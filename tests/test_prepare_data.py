@@ -137,17 +137,21 @@ def test_a_data_set_becomes_a_folder(name, options, counts, prepare, mistake, tm
     assert files(out) == before
 
 
-def test_killed_half_way_and_resumed_is_the_same_folder(prepare, data_dir, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["cats_vs_dogs", *(pytest.param(n, marks=pytest.mark.slow) for n in DATA if n != "cats_vs_dogs")]
+)
+def test_killed_half_way_and_resumed_is_the_same_folder(name, prepare, data_dir, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert prepare("cats_vs_dogs", "--out", whole, "--valid", 10)[0] == 0
+    options = ["--valid", "10"] if DATA[name] == ["train"] else []
+    assert prepare(name, "--out", whole, *options)[0] == 0
     code = PROGRAM.format(scripts=str(SCRIPTS), left=23, n=40)
-    argv = ["cats_vs_dogs", "--out", str(killed), "--valid", "10", "--data_dir", str(data_dir)]
+    argv = [name, "--out", str(killed), *options, "--data_dir", str(data_dir)]
     env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, env=env)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not facts(killed)["complete"]
     assert 20 < len(files(killed)) < len(files(whole))
-    assert prepare("cats_vs_dogs", "--out", killed, "--valid", 10)[0] == 0
+    assert prepare(name, "--out", killed, *options)[0] == 0
     assert files(killed) == files(whole)
 
 
