@@ -37,7 +37,7 @@ def write_and_die(path, data):
     write(path, data)
 
 prepare_data.write_bytes = write_and_die
-with tfds.testing.mock_data(num_examples={n}):
+with tfds.testing.mock_data(num_examples={n}, data_dir=sys.argv[sys.argv.index('--data_dir') + 1]):
     sys.exit(run_command(prepare_data.main))
 """
 
@@ -78,7 +78,7 @@ def prepare(module, data_dir, capfd):
 
     def run(*argv: object, n: int = 40) -> tuple[int, str, str]:
         capfd.readouterr()
-        with tfds.testing.mock_data(num_examples=n):
+        with tfds.testing.mock_data(num_examples=n, data_dir=str(data_dir)):
             code = run_command(module.main, [*map(str, argv), "--data_dir", str(data_dir)])
         return code, *capfd.readouterr()
 
@@ -256,7 +256,7 @@ def test_the_script_itself_says_it_in_one_line(data_dir, capfd, monkeypatch):
 
     script = str(SCRIPTS / "prepare_data.py")
     monkeypatch.setattr(sys, "argv", [script, "cats_vs_dogs", "--out", "/proc/x", "--data_dir", str(data_dir)])
-    with tfds.testing.mock_data(), pytest.raises(SystemExit) as left:
+    with tfds.testing.mock_data(data_dir=str(data_dir)), pytest.raises(SystemExit) as left:
         runpy.run_path(script, run_name="__main__")
     assert left.value.code == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: /proc/x: ")
