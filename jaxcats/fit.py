@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcats import distributed
 from jaxcats.config import flat
 from jaxcats.core import mesh
 from jaxcats.core.scan import epoch_order
@@ -142,6 +144,8 @@ class Fitter:
                 ):
                     logits = evaluate(state.params, state.batch_stats)
             except Stopped as stopped:  # resumed, it begins with this evaluation
+                if stopped.signum == signal.SIGINT and distributed.many():
+                    raise  # the other processes know nothing of it, and a checkpoint needs them all
                 self.save(plan, progress, state)
                 raise Stopped.saved(stopped.signum, progress.step) from None
             self.end_epoch(plan, progress, state, logits, seconds, pictures / seconds)
