@@ -18,6 +18,7 @@ from jaxcats.storage.atomic import sweep, write_bytes, write_json
 
 SHARD_ROWS = 4096
 SAVE_SECONDS = 60.0  # what a killed process can lose
+XLA_ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Cached:
     """Features and where they came from.
 
     Attributes:
-        features: float32 [N, F].
+        features: float32 [N, F], read-only.
         reused: rows answered from the cache.
         computed: pictures that went through the backbone.
         damaged: cache files that were unreadable and are computed again.
@@ -134,6 +135,16 @@ def _read(folder: Path, rows: Mapping[str, int], features: np.ndarray) -> tuple[
     return known, damaged
 
 
+def _zeros(rows: int, width: int) -> np.ndarray:
+    """float32 [rows, width] that starts where XLA wants its arrays to: the CPU then trains on it where it lies.
+
+    NumPy starts a large array 16 bytes after such a place, and XLA would copy it: every feature twice in memory.
+    """
+    room = np.zeros(rows * width + XLA_ALIGNMENT // 4, np.float32)
+    start = -room.ctypes.data % XLA_ALIGNMENT // 4
+    return room[start : start + rows * width].reshape(rows, width)
+
+
 def cached_features(
     hashes: Sequence[str],
     *,
@@ -157,7 +168,7 @@ def cached_features(
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir / "features" / key
     sweep(folder)
-    features = np.zeros((len(hashes), width), np.float32)
+    features = _zeros(len(hashes), width)
     rows: dict[str, int] = {}
     first = np.array([rows.setdefault(h, row) for row, h in enumerate(hashes)], int)  # equal pictures are computed once
     known, damaged = _read(folder, rows, features)
@@ -173,4 +184,5 @@ def cached_features(
             shards.save()
     copies = np.flatnonzero(first != np.arange(len(hashes)))
     features[copies] = features[first[copies]]
+    features.flags.writeable = False  # a device may share it from here on
     return Cached(features, len(hashes) - int(lacking.sum()), len(missing), tuple(damaged))
