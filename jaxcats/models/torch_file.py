@@ -33,7 +33,8 @@ def load_torch_file(path: str | Path) -> dict[str, np.ndarray]:
         top, raw = _read_zip(data) if data[:4] == b"PK\x03\x04" else _read_legacy(data)
         return _materialise(_state_dict(top), raw)
     except RefusedError as error:
-        raise UserError(f"{path}: {error}") from None
+        said = str(error)  # a library may quote the whole file, or a name of any length in it
+        raise UserError(f"{path}: {said[:300]}{'...' if len(said) > 300 else ''}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except MemoryError:

@@ -210,6 +210,14 @@ def test_each_damage_has_its_message(tmp_path, data, word):
     assert word in refused(tmp_path, data)
 
 
+def test_what_is_said_of_a_damaged_file_is_short(tmp_path):
+    """Here the length of the first name covers the whole file, which the zip reader then quotes; found by fuzzing."""
+    data = (GOLDEN / "tensors_zip.pth").read_bytes()
+    quoted = data[:6] + b"\0\0" + data[8:26] + struct.pack("<H", 4000) + data[28:]
+    for bad in (quoted, zipped(tensor_table((1,) * 2000, (1,) * 2000))):
+        assert len(refused(tmp_path, bad)) < 500
+
+
 def test_a_table_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_pickle, "MAX_OPCODES", 1000)
     assert "implausibly long" in refused(tmp_path, zipped(b"\x80\x02" + b"N" * 2000 + b"."))
