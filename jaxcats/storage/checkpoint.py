@@ -28,6 +28,8 @@ from jaxcats.errors import MAKE_ROOM, RunError, UserError, is_full, unwritable
 # Orbax narrates every save at INFO and WARNING, and prints at ERROR what it raises as well.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
+MAY_BE_WHOLE = ("PERMISSION_DENIED", os.strerror(errno.EACCES), os.strerror(errno.EPERM), os.strerror(errno.EIO))
+
 
 def badness(metrics: Mapping[str, float]) -> float:
     """What `best` minimises: validation errors, ties broken by the lower loss (a loss of any size counts for less than one error)."""
@@ -154,6 +156,8 @@ class Checkpoints:
                     f"{self.folder / str(step)}: saved from another network than config.yaml beside it says (backbone, head, "
                     f"optimizer). Restore that config.yaml."
                 ) from e
+            if isinstance(e, MemoryError) or any(words in str(e) for words in MAY_BE_WHOLE):
+                raise UserError(f"{self.folder / str(step)}: this checkpoint can't be read ({_reason(e)}).") from e
             raise self._damaged(step, _reason(e)) from e
 
     def _damaged(self, step: int, reason: str) -> UserError:

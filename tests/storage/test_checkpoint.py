@@ -318,6 +318,30 @@ def test_damage_anywhere_is_one_line_or_changes_nothing(seconds, store, tmp_path
     assert min(same, len(said)) > 2
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "3/meta/metadata"),
+        OSError(5, "Input/output error", "3/meta/metadata"),
+        ValueError('PERMISSION_DENIED: Error opening "zarr" driver'),  # tensorstore
+        MemoryError(),
+    ],
+)
+def test_what_cannot_be_read_may_be_whole_and_nobody_is_told_to_remove_it(error, store, monkeypatch):
+    store.save(state_of(3), meta_of(3))
+    store.wait()
+    reader = store.again(read_only=True)
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(reader._manager, "restore", refuse)
+    for ask in (lambda: reader.meta(3), lambda: reader.restore(3, state_of(0))):
+        with pytest.raises(UserError, match="can't be read") as said:
+            ask()
+        assert "emove" not in str(said.value)
+
+
 def test_badness_orders_by_errors_then_loss():
     order = [(0, 0.0), (0, 1.0), (0, 1e6), (0, float("inf")), (1, 0.1), (1, 5.0), (2, 0.0), (1000, 0.1), (1000, 0.2)]
     found = [badness(judged(e, loss)) for e, loss in order]
