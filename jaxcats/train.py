@@ -287,11 +287,14 @@ def main(argv: Sequence[str], *, own: "Own | None" = None) -> None:
         with stopping.listen(several=distributed.wanted(config.distributed)):
             folder = begin(config, options)
             train(config, folder, started=started, stopping=stopping, own=own)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if folder:
             script = as_typed("train") if own is None else shlex.join(["python", *sys.argv[:1]])
             what = "To go on from the last checkpoint" if has_checkpoint(folder) else "To start again"
             print(f"{what}: {script} --resume {shlex.join(['--workdir', str(folder)])}", file=sys.stderr)
+            code = getattr(stopped, "code", 130)
+            if code == 130 and distributed.many():  # Ctrl-C; SIGTERM has been agreed on with the others
+                distributed.leave(str(stopped), code)
         raise
     finally:
         if folder:

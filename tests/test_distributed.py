@@ -34,7 +34,7 @@ def place(tmp_path, own_cache) -> Path:
     return tmp_path
 
 
-def start(place: Path, name: str, *flags: object, devices: int = 1) -> subprocess.Popen:
+def start(place: Path, name: str, *flags: object, devices: int = 1, before: str = "") -> subprocess.Popen:
     words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / name, *flags]
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -42,7 +42,7 @@ def start(place: Path, name: str, *flags: object, devices: int = 1) -> subproces
         "JAX_PLATFORMS": "cpu",
     }
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *map(str, words)],
+        [sys.executable, "-c", before + PROGRAM, *map(str, words)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -144,6 +144,37 @@ def test_one_that_is_asked_to_end_has_all_save_the_same_step_and_leave(place):
     assert all("which is saved" in words for words in said)
     (said,) = ended(start(place, "many", *often, "--resume"))
     assert "Resuming at step" in said
+    same(place, "one", "many")
+
+
+CTRL_C_IN_THE_SECOND_EVALUATION = """
+import signal, tiny
+from jaxcats import fit
+whole, calls = fit.Evaluator.__call__, []
+def struck(self, *arguments):
+    calls.append(None)
+    if len(calls) == 2:
+        signal.raise_signal(signal.SIGINT)
+    return whole(self, *arguments)
+fit.Evaluator.__call__ = struck
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_one_during_an_evaluation_ends_it_at_once_and_all_resume(place):
+    """It must not begin a checkpoint: the others know of nothing, and it would wait for them for minutes."""
+    two_epochs = ("--phases.all.epochs", 2)
+    ended(start(place, "one", *two_epochs))
+    shared = at_a_free_port(2)
+    children = [
+        start(place, "many", *two_epochs, *shared, "--distributed.process_id", i, before=before)
+        for i, before in enumerate(("", CTRL_C_IN_THE_SECOND_EVALUATION))
+    ]
+    said = [child.communicate(timeout=100)[0] for child in reversed(children)]
+    assert children[1].returncode == 130, said
+    assert children[0].returncode != 0, said
+    assert "Traceback" not in said[0]
+    ended(*together(place, "many", 2, *two_epochs, "--resume"))
     same(place, "one", "many")
 
 

@@ -247,7 +247,10 @@ def _load_records(store: Path) -> dict[str, FileRecord]:
         for values in saved["files"].values():
             if list(map(type, values)) not in _FIELDS or not re.fullmatch("[0-9a-f]{64}", values[2]):
                 raise ValueError("fields out of range")
-            f"{values[7]}{values[8]}".encode("utf-8", "surrogateescape")  # ValueError where no report could hold it
+            said = f"{values[7]}{values[8]}"
+            said.encode("utf-8", "surrogateescape")  # ValueError where no report could hold it
+            if len(said) > 400:  # twice what is ever said
+                raise ValueError("fields out of range")
         return {path: FileRecord(*values) for path, values in saved["files"].items()}
     except FileNotFoundError:
         return {}

@@ -172,7 +172,7 @@ def bad_reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     first_line = (str(error).splitlines() or [""])[0]
-    return first_line or type(error).__name__
+    return first_line[:200] or type(error).__name__
 
 
 def upright_with_remarks(image: Image.Image, content: bytes) -> tuple[Image.Image, list[str]]:

@@ -220,6 +220,7 @@ def test_a_damaged_cache_is_rebuilt_and_said_so(two_classes, damage, capsys):
         [1, 2, "a" * 64, 8, 8, "RGB", "JPEG", None, "", ""],
         [1, 2, "a" * 64, 8, 8, "RGB", "JPEG", None, "\ud800"],
         [1, 2, "a" * 64, 8, 8, "RGB", "JPEG", "\ud800", ""],
+        [1, 2, "a" * 64, 8, 8, "RGB", "JPEG", "x" * 5000, ""],  # found by fuzzing: an error's line of 10,000 characters
         {"size": 1},
         None,
     ],
