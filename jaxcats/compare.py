@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def read_predictions(place: str | Path) -> tuple[dict[str, Answer], tuple[str, .
     Raises:
         UserError: no such file, not a predictions.csv, pictures without labels, or one twice.
     """
-    file = Path(place).expanduser()
+    file = Path(os.path.expanduser(place))
     if file.is_dir():
         file /= "predictions.csv"
     if not file.is_file():
@@ -178,7 +179,7 @@ def read_predictions(place: str | Path) -> tuple[dict[str, Answer], tuple[str, .
 
 def flattered(place: str | Path) -> bool:
     """Whether a run folder says that its best epoch was chosen on the pictures of its predictions.csv."""
-    folder = Path(place).expanduser()
+    folder = Path(os.path.expanduser(place))
     checkpoint = kept_metrics(folder).get("checkpoint") if (folder / "config.yaml").is_file() else None
     return isinstance(checkpoint, dict) and bool(checkpoint.get("valid_used_for"))
 
@@ -244,7 +245,7 @@ def main(argv: Sequence[str]) -> None:
         if flattered(place):
             print(f"{name}'s best epoch was chosen on its validation pictures, so its number flatters.")
     if options.out:
-        write_changed(Path(options.out).expanduser(), found.changed)
+        write_changed(Path(os.path.expanduser(options.out)), found.changed)
         print(f"Written: {options.out}")
 
 

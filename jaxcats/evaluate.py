@@ -1,5 +1,6 @@
 """`python -m jaxcats.evaluate --run runs/x [--data FOLDER | --split test | --split train]`: exact evaluation, and likely label errors."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def results_folder(run: Path, data: str | None, split: str, out: str | None) -> 
     """Where an evaluation goes: `out`; else the run folder, or a folder in it named after the other data or the test split."""
     if out:
         return Path(out)
-    name = "_".join(Path(data).expanduser().absolute().parts[-2:]) if data else "test" if split == "test" else ""
+    name = "_".join(Path(os.path.expanduser(data)).absolute().parts[-2:]) if data else "test" if split == "test" else ""
     return run / "evaluations" / name if name else run
 
 

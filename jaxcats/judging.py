@@ -1,5 +1,6 @@
 """A trained run, ready to judge pictures: loaded from its folder, with the pictures it is to judge."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def other_pictures(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[
         "workers": d.workers,
         "rehash": d.rehash,
     }
-    top = Path(folder).expanduser()
+    top = Path(os.path.expanduser(folder))
     # A table names the pictures of one folder only.
     labels = "folders" if way(d.labels) == "table" else d.labels
     if not unlabelled and (

@@ -1,6 +1,7 @@
 """The notebook's pictures: `ImageClassifierData`."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,7 @@ class ImageClassifierData:
                 f"{path}: {test} lies beside the class folders and counts as a class; move it elsewhere, or say test=None "
                 f"if it is one."
             )
-        folder = Path(path).expanduser() / test if test else None
+        folder = Path(os.path.expanduser(path)) / test if test else None
         there = folder is not None and folder.is_dir() and list_pictures(folder, folder)
         found = scan_unlabelled(folder, workers=workers)[0] if folder and there else None
         return cls(index, d, batch_size, augment, seed, index.test if found is None else found)

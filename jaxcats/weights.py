@@ -1,5 +1,6 @@
 """`python -m jaxcats.weights list|fetch|check|convert`: pretrained weights, ahead of the run that needs them."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ def _convert(parser: Parser, argv: Sequence[str]) -> None:
     from jaxcats.models import pretrained
     from jaxcats.storage import atomic
 
-    source, target = Path(options.source), Path(options.target).expanduser()
+    source, target = Path(options.source), Path(os.path.expanduser(options.target))
     if target.suffix.lower() != ".safetensors":
         raise UserError(f"{target}: expected a file that ends in .safetensors")
     if target.exists():
@@ -158,7 +159,7 @@ def _meant(what: str, *, path: bool = False) -> tuple[str, Sequence[Any]]:
 def _is_file(what: str) -> bool:
     from jaxcats.models import pretrained
 
-    return Path(what).suffix.lower() in pretrained.EXTENSIONS or Path(what).expanduser().exists()
+    return Path(what).suffix.lower() in pretrained.EXTENSIONS or Path(os.path.expanduser(what)).exists()
 
 
 def _vouched(file: Any, sources: Sequence[Any]) -> str:

@@ -59,7 +59,7 @@ def to_srgb(image: Image.Image) -> tuple[Callable[[Image.Image], Image.Image] | 
             converted.putalpha(whole.getchannel("A"))
         return converted
 
-    return convert, f"colours converted from {name}"
+    return convert, f"colours converted from {name[:80]}"
 
 
 def _converted_as(image: Image.Image) -> str:

@@ -31,7 +31,7 @@ def draw(folder: str | os.PathLike[str], *, n_train: int = 300, n_valid: int = 1
 
     Raises UserError for a folder that holds something else, which is never touched.
     """
-    root = Path(folder).expanduser()
+    root = Path(os.path.expanduser(folder))
     if min(n_train, n_valid) < 2:
         raise UserError(f"n_train, n_valid: {n_train} and {n_valid}; a demo needs at least two pictures in each")
     wanted = {

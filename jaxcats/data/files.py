@@ -16,9 +16,10 @@ from typing import Any
 
 import PIL
 
+from jaxcats.command import one_line
 from jaxcats.data.preprocess import PictureError, bad_reason, open_picture, upright_with_remarks
 from jaxcats.errors import UserError
-from jaxcats.storage.atomic import sweep, write_bytes
+from jaxcats.storage.atomic import cut, sweep, write_bytes
 
 # HEIC is listed so that a folder of them is answered with a reason (Pillow reads it with a plug-in only).
 IMAGE_EXTENSIONS = frozenset(
@@ -26,7 +27,7 @@ IMAGE_EXTENSIONS = frozenset(
     for names in ("jpg jpeg jpe jfif png bmp gif webp tif tiff", "ppm pgm pbm pnm jp2 avif heic heif")
     for name in names.split()
 )
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 SAVE_SECONDS = 60.0  # what a killed process can lose
 AT_ONCE = 4096  # files queued for the decoding threads: a queue of all would be larger than the index itself
 
@@ -52,7 +53,7 @@ class FileRecord:
 def cache_folder() -> Path:
     """Where jaxcats keeps what it can make again: JAXCATS_CACHE, else XDG_CACHE_HOME/jaxcats, else ~/.cache/jaxcats."""
     if given := os.environ.get("JAXCATS_CACHE"):
-        return Path(given).expanduser()
+        return Path(os.path.expanduser(given))
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "jaxcats"
 
@@ -113,7 +114,7 @@ def look_at(path: Path) -> FileRecord:
     try:
         status = path.stat()
     except OSError as error:
-        return FileRecord(0, 0, bad="broken link" if path.is_symlink() else bad_reason(error))
+        return FileRecord(0, 0, bad="broken link" if os.path.islink(path) else bad_reason(error))
     record = FileRecord(status.st_size, status.st_mtime_ns)
     try:
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -142,6 +143,7 @@ _ENDINGS = {
         (("jp2",), ("JPEG2000",)),
         (("avif",), ("AVIF",)),
         (("heic", "heif"), ("HEIF",)),
+        (("ppm", "pgm", "pbm", "pnm"), ("PPM",)),
     )
     for ending in endings
 }
@@ -182,7 +184,7 @@ def examine(
     What was looked at before an exception (Ctrl-C, SIGTERM) is kept in it; before a SIGKILL, what was a minute before.
     """
     key = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    store = cache_dir / "index" / f"{root.name or 'root'}-{key}.json"
+    store = cache_dir / "index" / f"{cut(root.name, 230) or 'root'}-{key}.json"
     sweep(store.parent)
     known = _load_records(store)
     records = {path: known[path] for path in paths if path in known and not rehash and _same(root / path, known[path])}
@@ -220,7 +222,7 @@ def examine(
 
 def warn(message: str) -> None:
     """One line on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 def _same(path: Path, record: FileRecord) -> bool:

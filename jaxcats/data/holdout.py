@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxcats.data.files import warn
 from jaxcats.errors import UserError
-from jaxcats.storage.atomic import sweep, write_json
+from jaxcats.storage.atomic import cut, sweep, write_json
 
 SIDES = ("valid", "test", "train")
 
@@ -42,7 +42,7 @@ def default_manifest(cache_dir: Path, root: Path, rule: Rule, labels: str = "fol
     """Where the split of a folder is kept when the user names no place; other `labels` are held out afresh."""
     key = "|".join(map(str, ["", *rule.facts().values(), *[labels] * (labels != "folders")]))
     name = hashlib.sha256(os.fsencode(root) + key.encode()).hexdigest()[:16]
-    return cache_dir / "splits" / f"{root.name or 'root'}-{name}.json"
+    return cache_dir / "splits" / f"{cut(root.name, 230) or 'root'}-{name}.json"
 
 
 def hold_out(
@@ -202,7 +202,7 @@ def _read(manifest: Path, rule: Rule, given: bool) -> tuple[dict[str, str], dict
             raise ValueError("a side is none of train, valid and test")
     except FileNotFoundError:
         return {}, {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         message = f"the split manifest {manifest} can't be read ({type(error).__name__})"
         if given:
             raise UserError(f"{message}; restore it, or remove it to split afresh") from error

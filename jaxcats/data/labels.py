@@ -60,6 +60,8 @@ def find_labels(
 
 def _from_folders(root: Path, valid_fraction: float | None) -> Labelled:
     train, valid = split_folders(root, valid_fraction)
+    if train == root:
+        _no_split_apart(root)
     classes = class_names(train)
     if len(classes) == 1:
         raise UserError(f"{train}: only one class ({classes[0]}); a classifier needs a folder for each of two")
@@ -82,16 +84,13 @@ def _from_names(root: Path, labels: str, valid_fraction: float | None) -> Labell
     top, valid = root, None
     if (root / "train").is_dir():
         top, valid = split_folders(root, valid_fraction)
-    elif apart := valid_folder(root) or test_folder(root):
-        raise UserError(
-            f"{root}: has {apart.name}/ but no train/, so its pictures would be among those to train on; put the others in "
-            f"train/, or move {apart.name}/ away."
-        )
-    elif valid_fraction is None:
-        raise UserError(
-            f"{root}: nothing says which pictures are for validation; set data.valid_fraction, for example 0.2, or give it "
-            f"train/ and valid/."
-        )
+    else:
+        _no_split_apart(root)
+        if valid_fraction is None:
+            raise UserError(
+                f"{root}: nothing says which pictures are for validation; set data.valid_fraction, for example 0.2, or give "
+                f"it train/ and valid/."
+            )
     tops = {"train": top, "valid": valid, "test": test_folder(root) if top != root else None}
     rows, bad = [], []
     for split, folder in tops.items():
@@ -103,6 +102,15 @@ def _from_names(root: Path, labels: str, valid_fraction: float | None) -> Labell
     if not rows:
         raise UserError(f"{root}: no picture gets a label from data.labels {labels!r}{_for_example(bad)}.")
     return _from_rows(root, rows, bad, f"{root}: class ")
+
+
+def _no_split_apart(root: Path) -> None:
+    """UserError where a folder that is to be trained on as a whole has a split in it."""
+    if apart := valid_folder(root) or test_folder(root):
+        raise UserError(
+            f"{root}: has {apart.name}/ but no train/, so its pictures would be among those to train on; put the others in "
+            f"train/, or move {apart.name}/ away."
+        )
 
 
 def _for_example(bad: Sequence[tuple[str, str]]) -> str:

@@ -1,5 +1,7 @@
 """What a folder of pictures must look like, and what is said where it doesn't."""
 
+import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ VALID_NAMES = ("valid", "val", "validation")
 
 def existing_folder(folder: str | Path) -> Path:
     """The folder with links resolved; UserError where there is none."""
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if not path.exists():
         raise UserError(f"{path}: no such folder; give the folder that holds the pictures")
     if not path.is_dir():
@@ -75,10 +77,21 @@ def check_classes(
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         parts = [f"missing {shortened(missing)}"] * bool(missing) + [f"unknown {shortened(extra)}"] * bool(extra)
+        spelt = [(a, b) for a in missing for b in extra if _letters(a) == _letters(b)]
+        if spelt:
+            a, b = map(ascii, spelt[0])
+            raise UserError(
+                f"{folder}: {b} there is {a} in {against}: they differ in capitals, spaces, or how an accent is "
+                f"encoded; rename one."
+            )
         raise UserError(
             f"{folder}: its {what} differ from those of {against}: {', '.join(parts)}; "
             f"expected exactly {shortened(expected)}"
         )
+
+
+def _letters(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold().strip()
 
 
 def class_files(root: Path, folder: Path, classes: Sequence[str]) -> list[list[str]]:

@@ -172,6 +172,8 @@ def bad_reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     first_line = (str(error).splitlines() or [""])[0]
+    if any(words in first_line for words in ("decoder error", "decoder object", "broken data stream", "broken PNG")):
+        return f"damaged or cut off (Pillow: {first_line[:160]})"
     return first_line[:200] or type(error).__name__
 
 
@@ -188,7 +190,8 @@ def upright_with_remarks(image: Image.Image, content: bytes) -> tuple[Image.Imag
         said.append("more than 8 bits a pixel, scaled")
     elif image.mode == "CMYK":
         said.append("CMYK, made RGB")
-    if see_through(image):
+    opaque = image.mode in ("LA", "RGBA") and image.getextrema()[-1][0] == 255  # as in every screenshot
+    if see_through(image) and not opaque:
         said.append("transparency laid on white")
     return picture, [remark for remark in (*said, colours) if remark]
 

@@ -39,7 +39,8 @@ def read_table(
 
     Raises UserError for a table that can't be read, lacks a column, or names a split that isn't one.
     """
-    file = next((p for p in (root / Path(table).expanduser(), Path(table).expanduser()) if p.is_file()), None)
+    own = os.path.expanduser(table)
+    file = next((p for p in (root / own, Path(own)) if os.path.isfile(p)), None)
     if file is None:
         raise UserError(f"data.labels: {table}: no such file, neither in {root} nor in the working directory.")
     names = COLUMNS | dict(columns)

@@ -110,7 +110,7 @@ def _locate(location: str, *, backbone: str, names: Sequence[str] = ()) -> Path:
 
 def local(path: str | os.PathLike, *, names: Sequence[str] = ()) -> Path:
     """A weight file that is there and of a known kind; raises UserError otherwise, with the names it may have been."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         reason = "is a folder, not a file" if path.is_dir() else "does not exist"
         known = f", or one of {', '.join(names)}.{nearest(path.name, list(names))}" if names else ""

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cut(name: str, most: int) -> str:
+    """The beginning of a file's name, of so many bytes: file systems count these, of 255, and not letters."""
+    return os.fsencode(name)[:most].decode(errors="ignore")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file, and its folder where missing; raises OSError and leaves nothing behind then.
 
@@ -19,7 +24,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     if path.exists() and not path.is_file() and not path.is_dir():
         path.write_bytes(data)
         return
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{cut(path.name, 200)}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)

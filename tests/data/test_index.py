@@ -236,6 +236,24 @@ def test_a_cache_with_wrong_fields_is_rebuilt(two_classes, values, capsys):
     assert "checked again" in capsys.readouterr().err
 
 
+def test_a_warning_stays_one_line_whatever_the_folder_is_called(folder, capsys):
+    root = folder(
+        {f"{s}/{c}/{i}.jpg": i for s in ("train", "valid") for c in "ab" for i in range(2)}, under="two\nlines\x1b[31m"
+    )
+    scan(root)
+    (cache,) = saved_caches()
+    cache.write_text("damaged")
+    scan(root)
+    said = capsys.readouterr().err
+    assert (said.count("\n"), said.count("\x1b")) == (1, 0)
+
+
+def test_a_cut_off_picture_is_called_that(two_classes, encoded):
+    (two_classes / "train/cats/cut.webp").write_bytes(encoded(7, "WEBP")[:300])
+    (bad,) = scan(two_classes).bad
+    assert bad.reason.startswith("damaged or cut off")
+
+
 def test_a_cache_folder_that_cant_be_written_is_a_warning(two_classes, tmp_path, capsys):
     (tmp_path / "in_the_way").write_text("")
     index = scan(two_classes, cache_dir=tmp_path / "in_the_way")

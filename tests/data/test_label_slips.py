@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+import unicodedata
 
 import pytest
 
@@ -147,8 +148,13 @@ def test_groups_made_too_late_are_said(heap, capsys, tmp_path):
     assert "2 groups have pictures on several sides, for example cat: they were split before" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("labels", ["parent", r"(?P<label>cat|dog)s/"])
-@pytest.mark.parametrize("apart", ["test", "valid", "val"])
+@pytest.mark.parametrize(
+    ("labels", "apart"),
+    [
+        ("folders", "test"),
+        *[(kind, name) for kind in ("parent", r"(?P<label>cat|dog)s/") for name in ("test", "valid", "val")],
+    ],
+)
 def test_a_folder_set_apart_is_not_trained_on_for_want_of_a_train_folder(folder, labels, apart):
     names = [f"{top}{kind}s/{i}.jpg" for top in ("", f"{apart}/") for kind in ("cat", "dog") for i in range(4)]
     root = folder({name: seed for seed, name in enumerate(names)})
@@ -213,3 +219,42 @@ def test_bad_files_know_their_split_where_the_table_says_it(heap):
     assert found == {"gone.jpg": "test", "lost.jpg": "valid"}
     (heap / "dog.9.jpg").write_bytes(b"no picture")
     assert [b.split for b in scan(heap, labels=NAME, valid_fraction=0.2).bad] == [""]  # nobody can know
+
+
+def test_a_name_that_no_file_can_have_is_one_bad_row(heap):
+    rows = [(name, name[:3]) for name in names_of(heap)]
+    index = scan(heap, labels=table(heap, [*rows, ("x" * 300 + ".jpg", "cat")]), valid_fraction=0.2)
+    assert [bad.reason for bad in index.bad] == ["file name too long"]
+    assert sum(map(len, index.splits.values())) == 20
+
+
+@pytest.mark.parametrize("table", ["~nobody_of_that_name/labels.csv", "x" * 300 + ".csv"])
+def test_a_table_at_a_place_that_cannot_be_is_not_there(heap, table):
+    with pytest.raises(UserError, match="no such file"):
+        scan(heap, labels=table, valid_fraction=0.2)
+
+
+@pytest.mark.parametrize("other", [unicodedata.normalize("NFD", "café"), "Café", "café "])
+def test_two_spellings_of_a_class_are_told_apart(folder, other):
+    names = [*("train/café/1.jpg", "train/dogs/1.jpg"), *(f"valid/{other}/1.jpg", "valid/dogs/1.jpg")]
+    with pytest.raises(UserError, match="rename one") as said:
+        scan(folder({name: seed for seed, name in enumerate(names)}))
+    assert ascii(other) in str(said.value)
+    assert ascii("café") in str(said.value)
+
+
+def test_a_folder_with_a_long_name_of_long_letters_is_remembered(folder, capsys):
+    """File systems count bytes: 120 letters that take two each leave little room for what is added to the name."""
+    root = folder(
+        {f"{kind}/{i}.jpg": len(kind) * 10 + i for kind in ("cat", "hound") for i in range(5)}, under="é" * 120
+    )
+    first = scan(root, valid_fraction=0.2)
+    again = scan(root, valid_fraction=0.2)
+    assert (again.reused, sides(again)) == (10, sides(first))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_manifest_of_brackets_is_damaged(heap, tmp_path):
+    (tmp_path / "split.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="can't be read"):
+        scan(heap, labels=NAME, valid_fraction=0.2, manifest=tmp_path / "split.json")

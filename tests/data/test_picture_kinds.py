@@ -188,3 +188,12 @@ print(peak() - before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     print(f"{path.name}, {what}: {float(done.stdout):.0f} MiB")
     assert float(done.stdout) < MIB[name]
+
+
+def test_transparency_that_nothing_shows_through_is_not_noted(tmp_path):
+    picture = Image.new("RGBA", (64, 64), (10, 20, 30, 255))
+    picture.save(tmp_path / "a.png")
+    assert look_at(tmp_path / "a.png").note == ""
+    picture.putpixel((5, 5), (10, 20, 30, 254))
+    picture.save(tmp_path / "a.png")
+    assert look_at(tmp_path / "a.png").note == "transparency laid on white"
