@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import os
 import re
 import shlex
 import sys
@@ -54,6 +55,15 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
 def one_line(message: Any) -> str:
     """A message, or a file's name, that can't break the line it stands in, nor the terminal's encoding, nor steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(message))
+
+
+def quiet_tensorflow() -> None:
+    """Before TensorFlow is imported: its warnings and tracebacks in C++ stay away, unless the user has asked for a level.
+
+    JAX's own import sets the level 1, which can't be told from a user's.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 _started_by = ""

@@ -1,6 +1,7 @@
 """`python -m jaxcats.doctor FOLDER`: what is wrong with a folder of pictures, and what to do; no file is changed."""
 
 import os
+import re
 import shlex
 import sys
 import time
@@ -12,30 +13,48 @@ from jaxcats.command import Parser, as_typed, one_line, run_command
 from jaxcats.errors import UserError, unwritable
 
 DESCRIPTION = (
-    "Examines a folder of pictures. Exit code 0: nothing grave; 1: bad files, leaks, label conflicts, or too few "
-    "pictures or classes."
+    "Examines a folder of pictures. Exit code 0: nothing grave; 1: bad files, leaks, label conflicts, too few "
+    "pictures or classes, or a folder that training refuses."
 )
 SHOWN = 5  # items of a finding, and files of an item
+COPIES = (
+    "leak",
+    "label conflict",
+    "look alike in two splits",
+    "look alike",
+    "the same twice",
+    "copy that training does not see",
+)
+# How the outputs begin, which may be replaced.
+JSON_START = re.compile(rb'\{\s*"folder": "(?:[^"\\]|\\.)*",\s*"pictures": \d+,\s*"seconds": ')
+HTML_START = re.compile(rb"<!doctype html>\n.{,300}<title>[^<]*: what a look at it found</title>", re.DOTALL)
 # Of features of EfficientNet-Lite0; see README for what it finds.
 COSINE = 0.95
 # kind: (grave, what it means and what to do), the gravest first
 KINDS = {
-    "unreadable": (True, "They can't be decoded and are skipped. Mend or remove them."),
+    "unreadable": (True, "They can't be decoded and are skipped. Mend, shrink or remove them."),
     "leak": (True, "The same file in two splits, or in one and a folder to test on: the result flatters. Remove one of the two."),
     "label conflict": (True, "The same file under two classes: one label is wrong. Keep the right one."),
+    "not laid out for training": (True, "With labels from folders, as by default, training refuses the folder in these words."),
+    "class named like a split": (True, "Taken for a class. If it is a split, call it train, valid or test, in small letters."),
+    "one class spelt in two ways": (True, "Training takes them for two classes. Give both folders one name."),
     "class without pictures": (True, "Add pictures, or remove the class everywhere."),
     "one class only": (True, "A classifier needs two at least. Add another, or give the folder that the class folders are in."),
     "look alike in two splits": (True, "Perhaps the same scene: the result flatters. Look at both; keep them in one split."),
     "look alike": (False, "Look at both; they may be one picture twice, or have two labels."),
     "the same twice": (False, "The same file twice counts twice. Remove one."),
+    "copy that training does not see": (False, "The same file again where training does not look, so it does not count twice. If one goes, let it be that one."),
+    "training does not see them": (False, "With labels from folders, as by default, it sees what lies in class folders alone. Move them, or leave them out."),
+    "test folder left alone": (False, "Its class folders are not those of train, so its pictures are taken to have no labels. Mend its folders to have a test result."),
     "wrong extension": (False, "The content is of another format than the name says. jaxcats reads it; rename it for other programs."),
     "unusual picture": (False, "They are used, after what is said of each. Look whether that is meant."),
     "turned by EXIF": (False, "jaxcats turns them upright; other programs may not."),
     "tiny": (False, "Under 32 pixels wide or high: little to learn from. Find larger ones."),
     "long and narrow": (False, "More than 5 times as long as wide: the centre crop loses most of it."),
+    "little of the range used": (False, "More than 8 bits a pixel, of which little is left to see. Rescale the values before training."),
     "blank": (False, "One even colour: nothing to learn from. Remove them."),
     "unequal classes": (False, "Look at the recall of the small classes; the share of right answers hides it."),
-    "picture without a picture's ending": (False, "Training does not see them. Rename them, as .jpg for example."),
+    "picture without a picture's ending": (False, "Training does not see them. Rename them, with the ending that is said of each."),
     "no picture": (False, "Training leaves them alone."),
     "left by an operating system": (False, "Training leaves them alone."),
     "hidden": (False, "Training leaves hidden names alone."),
@@ -43,7 +62,9 @@ KINDS = {
 
 
 def diagnose(root: Path, *, backbone: str | None = None, progress: bool = True) -> dict[str, Any]:
-    """{"folder", "pictures", "seconds", "findings": [{"kind", "grave", "meaning", "items": [{"paths", "detail"}]}]}.
+    """{"folder", "pictures", "seconds", "understood", "findings": [{"kind", "grave", "meaning", "items": [...]}]}.
+
+    An item is {"paths", "detail"}; "understood" are the splits and classes that the pictures were taken for.
 
     Args:
         root: any folder.
@@ -54,7 +75,7 @@ def diagnose(root: Path, *, backbone: str | None = None, progress: bool = True) 
 
     started, root = time.perf_counter(), existing_folder(root)
     features_of = feature_reader(root, backbone) if backbone else None
-    n, found = examine_folder(root, features_of=features_of, cosine=COSINE, progress=progress)
+    n, understood, found = examine_folder(root, features_of=features_of, cosine=COSINE, progress=progress)
     findings = [
         {"kind": kind, "grave": grave, "meaning": meaning, "items": found[kind]}
         for kind, (grave, meaning) in KINDS.items()
@@ -64,6 +85,7 @@ def diagnose(root: Path, *, backbone: str | None = None, progress: bool = True) 
         "folder": str(root),
         "pictures": n,
         "seconds": round(time.perf_counter() - started, 2),
+        "understood": understood,
         "findings": findings,
     }
 
@@ -94,22 +116,24 @@ def lines(report: dict[str, Any], most: int = SHOWN) -> list[str]:
     """What is printed of a diagnosis."""
     rate = report["pictures"] / max(report["seconds"], 1e-3)
     said = [f"{report['pictures']:,} pictures examined in {report['seconds']:.1f} s ({rate:,.0f} a second)."]
+    said.append(f"Understood as {one_line(report['understood'])}.")
     for f in report["findings"]:
         said.append(f"\n{'GRAVE: ' * f['grave']}{f['kind']}: {len(f['items']):,}. {f['meaning']}")
-        said += [f"    {one_line(in_words(item))}" for item in f["items"][:most]]
+        joint = " = " if f["kind"] in COPIES else ", "
+        said += [f"    {one_line(in_words(item, joint))}" for item in f["items"][:most]]
         said += [f"    and {len(f['items']) - most:,} more"] * (len(f["items"]) > most)
     return said if report["findings"] else [*said, "Nothing to report."]
 
 
-def in_words(item: dict[str, Any]) -> str:
+def in_words(item: dict[str, Any], joint: str) -> str:
     """One item on one line."""
     paths = item["paths"]
     more = f" and {len(paths) - SHOWN:,} more" if len(paths) > SHOWN else ""
-    return " = ".join(paths[:SHOWN]) + more + (f": {item['detail']}" if item["detail"] else "")
+    return joint.join(paths[:SHOWN]) + more + (f": {item['detail']}" if item["detail"] else "")
 
 
 def read_options(argv: Sequence[str]) -> Any:
-    """The command's flags; UserError for an output that can't be written, or would replace a picture."""
+    """The command's flags; UserError for an output that can't be written, or would replace a file of the user's."""
     parser = Parser(prog="python -m jaxcats.doctor", description=DESCRIPTION)
     folder = "any folder of pictures: with train/ and valid/, with class folders, or flat"
     page = "write a page with the pictures in question (without a name: doctor.html)"
@@ -126,14 +150,28 @@ def read_options(argv: Sequence[str]) -> Any:
                 way_out = f"give the folder first: {as_typed('doctor')} {shlex.quote(file)} --{name}"
                 raise UserError(f"--{name} {file}: is a folder, taken for the file to write; {way_out}")
         parser.error("the following arguments are required: folder")
-    from jaxcats.data.examine import starts_like_a_picture
+    from jaxcats.data.look import starts_like_a_picture
     from jaxcats.predict import check_targets
 
     check_targets(outputs, [options.folder])
     for name, file in outputs.items():
         if file and starts_like_a_picture(file):
             raise UserError(f"--{name} {file}: is a picture; name another file to write.")
+        if file and not replaceable(file, JSON_START if name == "json" else HTML_START):
+            raise UserError(f"--{name} {file}: is there, and not by doctor's --{name}; name another file to write.")
     return options
+
+
+def replaceable(file: str, start: re.Pattern[bytes]) -> bool:
+    """Whether a file is absent, empty, or begins as an earlier output."""
+    try:
+        with open(file, "rb") as opened:
+            content = opened.read(2**16)  # a folder's name, escaped, is shorter
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return not content or bool(start.match(content))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from jaxcats.outcome import (
     write_results,
 )
 from jaxcats.results import metrics
+from jaxcats.storage.atomic import sweep
 from jaxcats.validation import check_tta
 
 DESCRIPTION = (
@@ -127,6 +128,8 @@ def main(argv: Sequence[str]) -> None:
     run = load_run(Path(options.run), options.checkpoint)
     loaded = time.perf_counter()
     folder = results_folder(run.folder, options.data, options.split, options.out)
+    for place in (folder, folder / "figures"):
+        sweep(place)
     if options.split == "train":
         look_for_suspects(run, folder)
         return
@@ -188,7 +191,7 @@ def calibration_of(run: Run) -> Any:
     """The calibration that the run's own validation pictures gave this checkpoint; none, said so, where that is unknown."""
     from jaxcats.results.calibration import Calibration
 
-    kept = kept_calibration(run.folder, run.checkpoint["step"])
+    kept = kept_calibration(run.folder, run.checkpoint)
     if kept is None:
         print("No temperature is known for this checkpoint: evaluate it without --data to have one.")
     return kept or Calibration()

@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     from jaxcats.outcome import kept_calibration, kept_metrics
 
     run = load_run(Path(options.run), options.checkpoint)
-    calibration = kept_calibration(run.folder, run.checkpoint["step"])
+    calibration = kept_calibration(run.folder, run.checkpoint)
     if calibration is None:
         print("No temperature is known for this checkpoint: its probabilities stay as they are, and it never abstains.")
         print(f"To have them: python -m jaxcats.evaluate --run {run.folder}, then export again.")

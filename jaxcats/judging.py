@@ -106,9 +106,14 @@ def load_run(run: Path, which: str | None = None) -> Run:
     model, preprocess = job.create_model(config, len(meta["classes"]), dtype=meta["dtype"])
     plan = job.Plan(0, meta["phase"], phase, 0, 0, 1)
     state = checkpoints.restore(step, job.abstract_state(model, plan))
-    checkpoints.close()
     chosen = use == "best" or meta.get("kept_best", False)  # kept_best: by Learner.fit(keep="best")
-    facts = {"use": use, "step": step, "valid_used_for": BEST_EPOCH if chosen else []}
+    facts = {
+        "use": use,
+        "step": step,
+        "state": checkpoints.identity(step),
+        "valid_used_for": BEST_EPOCH if chosen else [],
+    }
+    checkpoints.close()
     facts |= {"own": meta["own"]} if "own" in meta else {}  # see own.Own
     return Run(
         folder=run,

@@ -1,13 +1,12 @@
 """`python -m jaxcats.lr_find --config FILE`: the range test of a phase; prints its table, writes lr_find.json and the figure."""
 
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxcats.cli import parse
-from jaxcats.command import run_command
+from jaxcats.command import quiet_tensorflow, run_command
 from jaxcats.errors import RunError, UserError, nearest
 
 DESCRIPTION = (
@@ -31,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     name = options["phase"] or names[0]
     if name not in names:
         raise UserError(f"--phase {name}: not in the configuration.{nearest(name, names)} It has {', '.join(names)}.")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    quiet_tensorflow()
     from jaxcats import job
     from jaxcats.find_lr import check_range, find_lr, find_lr_band, write_lr_find
     from jaxcats.inputs import precompute

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,13 +121,15 @@ def kept_metrics(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def kept_calibration(run: Path, step: int) -> "Calibration | None":
-    """The temperature and threshold that a run's own validation pictures gave its checkpoint at `step`, if they did."""
+def kept_calibration(run: Path, checkpoint: Mapping[str, Any]) -> "Calibration | None":
+    """The temperature and threshold that a run's own validation pictures gave this checkpoint of it, if they did."""
     from jaxcats.results.calibration import Calibration
 
     kept = kept_metrics(run)
     try:
-        if kept["checkpoint"]["step"] != step:
+        now, then = checkpoint.get("state"), kept["checkpoint"].get("state")
+        # Of equal steps in one folder: there may have been another training in it before.
+        if kept["checkpoint"]["step"] != checkpoint["step"] or (now and then and now != then):
             return None
         abstain = kept["abstain"]
         return Calibration(

@@ -79,7 +79,9 @@ def page(folder: Path, judged: Judged, curves: Mapping[str, plots.Figure]) -> re
     run, found = judged.run, judged.found
     kept = _read(run.folder / "data.json", dict)
     figures = [_figure(name, plots.to_svg(figure), found) for name, figure in curves.items()]
-    for path in sorted((run.folder / "figures").glob("lr_find*.png")):
+    tested = [name for name, phase in run.config.phases.items() if phase.lr == "auto"]
+    of_lr_find = (run.folder / "figures" / f"lr_find_{name}.png" for name in tested)
+    for path in filter(Path.is_file, of_lr_find):
         text = "The loss while the learning rate grew; a good rate is where it falls fastest."
         figures.insert(0, report.Figure(path.stem, "Learning rate range test", text, text, path.read_bytes()))
     heat = folder / "figures" / "heat_maps.png"

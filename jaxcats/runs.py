@@ -28,6 +28,7 @@ class Fitted:
         params: of the checkpoint that the configuration wants judged.
         batch_stats: likewise.
         step: its step.
+        identity: its hash; see Checkpoints.
         valid_features: of the validation pictures, where they were computed with this very backbone; else None.
         seconds: by phase and part.
         counts: features {"reused", "computed"} of the last precompute.
@@ -36,6 +37,7 @@ class Fitted:
     params: Any
     batch_stats: Any
     step: int
+    identity: str
     valid_features: np.ndarray | None
     seconds: dict[str, float]
     counts: dict[str, int]
@@ -81,11 +83,19 @@ class Trainer(Fitter):
         self.workdir, self.stopping = workdir, stopping
         self.checkpoints = Checkpoints(workdir / "checkpoints")
 
-    def run(self, initial: Callable[[], tuple[Any, Any]]) -> Fitted:
-        """All phases, from the latest checkpoint where there is one, else from `initial()` = (params, batch_stats)."""
+    def run(self, initial: Callable[[], tuple[Any, Any]], accepted: Callable[[], None] = lambda: None) -> Fitted:
+        """All phases, from the latest checkpoint where there is one, else from `initial()` = (params, batch_stats).
+
+        `accepted` is called once it is clear that the run in the folder, if there is one, can be gone on with.
+        """
         point = resume_point(self.setup, self.checkpoints)
+        accepted()
         progress, state = point or (Progress(), None)
-        self.log = RunLog(self.workdir, resume_step=progress.step if point else None) if first() else NoLog()
+        self.log = NoLog()
+        if first():
+            # Saved within an epoch, or before the evaluation at its end: that comes again.
+            again = progress.epoch_step > 0
+            self.log = RunLog(self.workdir, resume_step=progress.step if point else None, evaluated=not again)
         last = plans(self.setup)[-1]
         finished = progress.epoch == last.first_epoch + last.phase.epochs
         if point:
@@ -112,7 +122,7 @@ class Trainer(Fitter):
             plan = plans(self.setup)[meta["progress"]["plan"]]
             best = self.checkpoints.restore(step, abstract_state(self.setup.model, plan))
             params, stats, valid = best.params, best.batch_stats, valid if plan.index == progress.plan else None
-        return Fitted(params, stats, step, valid, self.seconds, counts)
+        return Fitted(params, stats, step, self.checkpoints.identity(step), valid, self.seconds, counts)
 
     def found_lr(self, plan: Plan, result: Any) -> None:
         """Keeps lr_find's result in the run folder."""

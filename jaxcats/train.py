@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import os
+import math
 import shlex
 import sys
 import time
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from jaxcats import distributed
 from jaxcats.cli import flag_value, from_file, parse
-from jaxcats.command import as_typed, run_command
+from jaxcats.command import as_typed, quiet_tensorflow, run_command
 from jaxcats.config import Config, DistributedConfig, flat, to_yaml
 from jaxcats.errors import UserError, unwritable
 from jaxcats.judging import BEST_EPOCH, Run
 from jaxcats.outcome import CHOSE, skipped, write_results
 from jaxcats.resumption import shared, training_changes
 from jaxcats.stopping import Stopping
-from jaxcats.storage.atomic import write_json, write_text
+from jaxcats.storage.atomic import sweep, write_json, write_text
 from jaxcats.storage.lock import hold, release
 from jaxcats.versions import versions
 
@@ -48,8 +48,8 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
         hold(folder)
     except OSError as e:
         raise unwritable(f"--workdir {folder}:", e) from None
-    for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
-        left.unlink(missing_ok=True)
+    for place in (folder, folder / "figures"):  # a process may have been killed while it wrote
+        sweep(place, older=-math.inf)
     # Until there is a checkpoint nothing is lost by starting over, with mended settings too.
     begun = has_checkpoint(folder)
     if begun and not resume:
@@ -63,11 +63,17 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
                 f"--resume: the run in {folder} was started with other settings ({'; '.join(changed)}). "
                 f"Resume without them, or use another --workdir."
             )
+    else:
+        keep_config(folder, config)
+    return folder
+
+
+def keep_config(folder: Path, config: Config) -> None:
+    """Writes what a later command on this run reads; of a run that is resumed once its pictures are known to be the same."""
     try:
-        write_text(saved, to_yaml(dataclasses.replace(config, distributed=DistributedConfig())))
+        write_text(folder / "config.yaml", to_yaml(dataclasses.replace(config, distributed=DistributedConfig())))
     except OSError as e:
         raise unwritable(f"--workdir {folder}:", e) from None
-    return folder
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -133,10 +139,13 @@ def train(
     seconds["index"] = time.perf_counter() - at
     facts = about(setup)
     writes, found = distributed.first(), findings(setup.index)
-    if writes:
-        write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
-        write_json(workdir / "data.json", {"pictures": counts(setup.index), "findings": found})
     print("\n".join([f"Run folder: {workdir}", describe(setup), *summary(found)]))
+
+    def accepted() -> None:
+        if writes:
+            keep_config(workdir, config)
+            write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
+            write_json(workdir / "data.json", {"pictures": counts(setup.index), "findings": found})
 
     def initial() -> tuple[Any, Any]:
         before = time.perf_counter()
@@ -149,7 +158,7 @@ def train(
     stopping = stopping or Stopping()
     stopping.check()
     with Trainer(setup, workdir, facts=facts, stopping=stopping) as trainer:
-        fitted = trainer.run(initial)
+        fitted = trainer.run(initial, accepted)
     stopping.check()
     at = time.perf_counter()
     valid = setup.index.splits["valid"]
@@ -172,7 +181,8 @@ def train(
         state=fitted,
         precomputed=list(config.phases.values())[-1].precompute,
         augment=list(config.phases.values())[-1].augment,
-        checkpoint={"use": config.checkpoint.use, "step": fitted.step, "valid_used_for": BEST_EPOCH if best else []}
+        checkpoint={"use": config.checkpoint.use, "step": fitted.step, "state": fitted.identity}
+        | {"valid_used_for": BEST_EPOCH if best else []}
         | {name: facts[name] for name in ("own",) if name in facts},
         fingerprint=facts["fingerprint"],
     )
@@ -281,7 +291,7 @@ def main(argv: Sequence[str], *, own: "Own | None" = None) -> None:
     if options["print_config"]:
         print(to_yaml(config), end="")
         return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    quiet_tensorflow()
     stopping, folder = Stopping(), None
     try:
         with stopping.listen(several=distributed.wanted(config.distributed)):

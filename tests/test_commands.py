@@ -16,7 +16,7 @@ import tiny  # noqa: F401
 from PIL import Image
 
 from jaxcats import command as commands
-from jaxcats import evaluate, train
+from jaxcats import evaluate, export, judging, outcome, train
 from jaxcats.cli import from_file
 from jaxcats.command import run_command
 from jaxcats.results import metrics
@@ -425,6 +425,37 @@ def test_a_finished_run_resumed_twice_says_the_same(run_folder, capfd):
         assert "of 4 (" in capfd.readouterr().out
         assert (run_folder / "predictions.csv").read_bytes() == before
         assert (run_folder / "metrics.jsonl").read_text() == rows
+
+
+def test_a_refused_resume_changes_nothing(run_folder, pictures, mistake):
+    before = {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    for root, words in ((run_folder / "typo", "no such folder"), (pictures, "the pictures have changed")):
+        said(mistake(train, "--resume", "--workdir", run_folder, "--data.root", root), words)
+        assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
+    assert run_command(train.main, ["--resume", "--workdir", str(run_folder)]) == 0
+
+
+def test_a_killed_export_is_swept_by_the_next_start(run_folder):
+    left = [run_folder / ".model.123.tmp", run_folder / ".model.123.tmp.old", run_folder / "figures" / ".a.png.123.tmp"]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "model.json").write_text("{}")
+    assert run_command(train.main, ["--resume", "--workdir", str(run_folder)]) == 0
+    assert not any(path.exists() for path in left)
+
+
+def test_the_calibration_of_another_training_is_not_taken(run, tmp_path, capsys):
+    """Trained again in the same folder, and killed before its own evaluation: the old metrics.json is of equal steps."""
+    old = run(workdir=tmp_path / "old")
+    saved = json.loads((old / "metrics.json").read_text())
+    assert outcome.kept_calibration(old, saved["checkpoint"]) is not None
+    new = run("--phases.head.lr", 0.5, workdir=tmp_path / "new")
+    checkpoint = judging.load_run(new).checkpoint
+    assert checkpoint["step"] == saved["checkpoint"]["step"]
+    shutil.copy(old / "metrics.json", new)
+    assert outcome.kept_calibration(new, checkpoint) is None
+    assert run_command(export.main, ["--run", str(new)]) == 0
+    assert "No temperature is known" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

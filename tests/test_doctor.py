@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+import unicodedata
 
 import jax
 import numpy as np
@@ -13,13 +14,16 @@ from PIL import Image, ImageOps
 
 from jaxcats import doctor, models
 from jaxcats.command import run_command
+from jaxcats.data import look
 from jaxcats.data.duplicates import alike_features, group_of, near_links
 from jaxcats.data.examine import Layout
 from jaxcats.data.files import list_pictures
 from jaxcats.data.findings import findings, summary
 from jaxcats.data.index import scan
+from jaxcats.data.look import starts_like_a_picture
 
 EACH = 16
+ONCE = "copy that training does not see"
 
 
 def picture(seed, size=(96, 80)):
@@ -183,19 +187,22 @@ def copied(old, new):
             "leak",
             "test1/1.jpg is outside train, valid and test: training does not see it, but a test on it would flatter",
         ),
-        ("1.jpg", "the same twice", "1.jpg is outside train, valid and test: training does not see it"),
+        ("1.jpg", ONCE, "1.jpg is outside train, valid and test: training does not see it"),
         (
             "sample/cats/1.jpg",
-            "the same twice",
+            ONCE,
             "sample/cats/1.jpg is outside train, valid and test: training does not see it",
         ),
+        ("train/1.jpg", ONCE, "train/1.jpg is in no class folder: training does not see it"),
     ],
 )
 def test_a_copy_without_a_label_is_no_conflict(tmp_path, where, kind, detail):
     root = healthy(tmp_path, 4)
     copied(root / "train/cats/0.jpg", root / where)
     paths = sorted([where, "train/cats/0.jpg"])
-    assert kinds(root) == {kind: [{"paths": paths, "detail": detail}]}
+    found = kinds(root)
+    assert [item["paths"] for item in found.pop("training does not see them", [])] == [[where]] * (kind == ONCE)
+    assert found == {kind: [{"paths": paths, "detail": detail}]}
 
 
 def test_a_labelled_test_folder_is_looked_at(tmp_path):
@@ -286,7 +293,7 @@ def test_only_pictures_without_an_ending(tmp_path):
     picture(1).save(tmp_path / "camera.nef", format="TIFF")
     found = kinds(tmp_path)
     assert found.keys() == {"picture without a picture's ending", "no picture"}
-    assert found["picture without a picture's ending"] == [{"paths": ["noext"], "detail": ""}]
+    assert found["picture without a picture's ending"] == [{"paths": ["noext"], "detail": ".jpg by its content"}]
 
 
 def test_odd_files_never_stop_the_page(tmp_path, capsys):
@@ -443,3 +450,192 @@ def test_train_says_two_lines_at_most(tmp_path):
         == "WARNING: the same picture in train and valid (1), the same picture under two classes (1): the result is in doubt."
     )
     assert len(said) == 2
+
+
+def test_an_output_replaces_an_earlier_one_and_nothing_else(tmp_path, capsys):
+    root = healthy(tmp_path / "pictures", 2)
+    table, report, page = root / "labels.csv", tmp_path / "d.json", tmp_path / "d.html"
+    table.write_text("path,label\n")
+    report.touch()
+    argv = [str(root), "--json", str(report), "--html", str(page)]
+    for _ in range(2):
+        assert run_command(doctor.main, argv) == 0
+    assert json.loads(report.read_text())["pictures"] == 8
+    other = tmp_path / "other.json"
+    other.write_text('{"folder": "mine"}')
+    for flag, file in (("--json", table), ("--html", table), ("--json", other), ("--json", page), ("--html", report)):
+        before = file.read_bytes()
+        assert run_command(doctor.main, [str(root), flag, str(file)]) == 2
+        assert "name another file to write" in capsys.readouterr().err
+        assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("start", "ending"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", ".heic"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", ".heic"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif", ".avif"),
+        (b"\0\0\0\x20ftypavis\0\0\0\0", ".avif"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0isommp42", ""),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", ".jp2"),
+        (b"\xff\x4f\xff\x51\0/", ".jp2"),
+        (b"P6\n# by hand\n4 4\n255\n", ".pnm"),
+        (b"P4 16 16\n", ".pnm"),
+        (b"P1 is the first of the patients", ""),
+    ],
+)
+def test_formats_by_their_first_bytes(tmp_path, start, ending):
+    (tmp_path / "nameless").write_bytes(start)
+    assert starts_like_a_picture(tmp_path / "nameless") == ending
+
+
+def test_a_copy_elsewhere_hides_no_leak_of_near_copies(tmp_path):
+    root = healthy(tmp_path, 4)
+    picture(0).resize((60, 50)).save(root / "valid/dogs/near.jpg")
+    copied(root / "train/cats/0.jpg", root / "sample/cats/0.jpg")
+    found = kinds(root)
+    assert found.keys() == {"look alike in two splits", ONCE, "training does not see them"}
+    item = found["look alike in two splits"][0]
+    assert item["paths"] == ["train/cats/0.jpg", "valid/dogs/near.jpg"]
+    assert item["detail"].endswith("in the classes cats, dogs: perhaps a label is wrong")
+
+
+def test_what_only_exact_copies_cross_is_said_once(tmp_path):
+    root = healthy(tmp_path, 4)
+    copied(root / "train/cats/0.jpg", root / "valid/cats/leak.jpg")
+    (root / "sample").mkdir()
+    picture(0).resize((60, 50)).save(root / "sample/near.jpg")
+    assert kinds(root).keys() == {"leak", "look alike", "training does not see them"}
+
+
+def test_little_on_an_even_ground_is_not_blank(tmp_path):
+    rng = np.random.default_rng(0)
+    sheet = np.full((1400, 1000), 255, np.uint8)
+    sheet[300:320, 400:404] = 0
+    stars = np.zeros((1000, 1000), np.uint8)
+    stars.flat[rng.choice(stars.size, 300, replace=False)] = 255
+    for name, pixels in (("sheet", sheet), ("stars", stars), ("board", np.indices((512, 512)).sum(0) % 2 * 255)):
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{name}.png")
+    noisy = rng.normal(120, 2, (300, 400, 3)).clip(0, 255).astype(np.uint8)
+    Image.fromarray(noisy).save(tmp_path / "noisy.jpg")
+    assert {kind: [item["paths"] for item in items] for kind, items in kinds(tmp_path).items()} == {
+        "blank": [["noisy.jpg"]]
+    }
+
+
+def test_deep_greys_that_fill_little_of_their_range(tmp_path):
+    photo = np.asarray(picture(3).convert("L")).astype(np.uint16)
+    photo = (photo - photo.min()) * 4
+    for name, pixels in (("dark", photo), ("narrow", photo + 30_000), ("blank", photo * 0 + 900), ("full", photo * 60)):
+        Image.fromarray(pixels.astype(np.uint16)).save(tmp_path / f"{name}.png")
+    found = kinds(tmp_path)
+    assert [item["paths"] for item in found["blank"]] == [["blank.png"]]
+    dark, narrow = found["little of the range used"]
+    assert (dark["paths"], narrow["paths"]) == (["dark.png"], ["narrow.png"])
+    share = f"{100 * int(photo.max()) / 65535:.2g} % of what 16 bits hold"
+    assert dark["detail"] == f"its values fill only the lowest {share}: nearly black as it is read"
+    assert narrow["detail"] == f"its values fill only {share}: nearly even as it is read"
+
+
+def test_a_picture_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
+    def short(*_):
+        raise MemoryError
+
+    picture(0).save(tmp_path / "large.jpg")
+    monkeypatch.setattr(look, "upright_with_remarks", short)
+    assert kinds(tmp_path)["unreadable"][0]["detail"] == "too large for the memory that is free"
+
+
+def put(root, *paths):
+    for k, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        picture(500_000 + k).save(root / path)
+
+
+FOUR = tuple(f"{name}/{i}.jpg" for name in ("cats", "dogs") for i in range(2))
+
+
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        ([f"{s}/{p}" for s in ("train", "valid", "val") for p in FOUR], "both valid/ and val/ exist"),
+        ([f"valid/{p}" for p in FOUR], "found valid/, looked for train/ and valid/"),
+        ([*FOUR, "test/cats/1.jpg", "test/dogs/1.jpg"], "has test/ but no train/"),
+    ],
+)
+def test_a_folder_that_training_refuses(tmp_path, paths, said):
+    put(tmp_path, *paths)
+    found = kinds(tmp_path)
+    assert list(found) == ["not laid out for training"]
+    assert found["not laid out for training"][0]["detail"].startswith(said)
+    assert run_command(doctor.main, [str(tmp_path)]) == 1
+
+
+def test_pictures_that_training_does_not_see(tmp_path, capsys):
+    root = healthy(tmp_path, 2)
+    put(root, "1.jpg", "train/2.jpg", "valid/3.jpg", "extra/cats/4.jpg", "extra/dogs/5.jpg", "test1/6.jpg")
+    found = kinds(root)
+    assert list(found) == ["training does not see them"]
+    assert [(item["paths"], item["detail"]) for item in found["training does not see them"]] == [
+        (["1.jpg"], "1 in the folder itself, outside train, valid and test"),
+        (["extra/cats/4.jpg", "extra/dogs/5.jpg"], "2 in extra/, outside train, valid and test"),
+        (["train/2.jpg"], "1 in train/, in no class folder"),
+        (["valid/3.jpg"], "1 in valid/, in no class folder"),
+    ]
+    assert run_command(doctor.main, [str(root)]) == 0
+    assert "    extra/cats/4.jpg, extra/dogs/5.jpg: 2 in extra/" in capsys.readouterr().out
+
+
+def test_a_test_folder_that_training_leaves_alone(tmp_path):
+    root = healthy(tmp_path, 2)
+    put(root, "test/cats/1.jpg", "test/dogs/2.jpg", "test/unknown/3.jpg")
+    assert [item["paths"] for item in kinds(root)["test folder left alone"]] == [["test"]]
+    shutil.rmtree(root / "test")
+    put(root, "test/test/1.jpg")  # without labels, as Kaggle has it
+    assert kinds(root) == {}
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["train/cat.1.jpg", "train/dog.1.jpg", "valid/cat.2.jpg", "test/3.jpg", "4.jpg"],
+        ["cat.1.jpg", "dog.1.jpg", "more/cat.2.jpg"],
+        ["a/1.jpg", "b/2.jpg", "3.jpg", "test/4.jpg"],
+    ],
+)
+def test_nothing_is_said_of_folders_labelled_in_another_way(tmp_path, paths):
+    put(tmp_path, *paths)
+    (tmp_path / "labels.csv").write_text("path,label\n" + "".join(f"{path},x{len(path)}\n" for path in paths))
+    assert kinds(tmp_path).keys() == {"no picture"}
+
+
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        ([f"{s}/{p}" for s in ("train", "valid") for p in FOUR], "train: cats 2, dogs 2; valid: cats 2, dogs 2"),
+        (FOUR, "classes: cats 2, dogs 2; no train/ and valid/"),
+        (["1.jpg"], "no class folders; no train/ and valid/"),
+        (["Train/a/1.jpg", "Test/a/2.jpg"], "classes: Test 1, Train 1; no train/ and valid/"),
+    ],
+)
+def test_what_was_understood_is_said(tmp_path, capsys, paths, said):
+    put(tmp_path / "pictures", *paths)
+    doubtful = "Train/a/1.jpg" in paths
+    argv = [str(tmp_path / "pictures"), "--json", str(tmp_path / "out.json")]
+    assert run_command(doctor.main, argv) == int(doubtful)
+    assert capsys.readouterr().out.splitlines()[1] == f"Understood as {said}."
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["understood"] == said
+    assert [f["kind"] for f in report["findings"]] == ["class named like a split"] * doubtful
+
+
+@pytest.mark.parametrize("other", [unicodedata.normalize("NFD", "café"), "Café", "café "])
+def test_one_class_spelt_in_two_ways(tmp_path, other):
+    put(tmp_path, "train/café/1.jpg", "train/dogs/2.jpg", f"valid/{other}/3.jpg", "valid/dogs/4.jpg")
+    found = kinds(tmp_path)
+    assert list(found) == ["one class spelt in two ways"]
+    item = found["one class spelt in two ways"][0]
+    assert sorted(item["paths"]) == sorted(["train/café", f"valid/{other}"])
+    assert ascii("café") in item["detail"]
+    assert ascii(other) in item["detail"]

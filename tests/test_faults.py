@@ -316,3 +316,45 @@ def test_a_digit_altered_in_the_index_cache_is_not_believed(pictures, own_cache,
     store.write_bytes(content.replace(digit, digit[:-1] + (b"0" if digit[-1:] != b"0" else b"1")))
     assert scan(pictures).splits["train"].hashes == whole
     assert "checked again" in capsys.readouterr().err
+
+
+def test_compiled_programs_cut_off_by_a_kill_are_compiled_anew_without_a_word(place):
+    words = ["--config", place / "c.yaml", "--data.root", place / "photos"]
+    env = {"JAXCATS_CACHE": str(place / "own-cache")}  # not the one that tests share
+    first = run("train", *words, "--workdir", place / "first", **env)
+    assert first.returncode == 0, first.stderr
+    programs = sorted((place / "own-cache" / "xla").glob("*-cache"))
+    assert len(programs) > 5
+    whole = {path: path.stat().st_size for path in programs}
+    for path in programs:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    second = run("train", *words, "--workdir", place / "second", **env)
+    assert (second.returncode, second.stderr) == (0, b"")
+    mended = [path for path in programs if path.exists() and path.stat().st_size > 0.9 * whole[path]]
+    assert len(mended) > len(programs) // 2
+    names = ("predictions.csv", "config.yaml")
+    assert all((place / "first" / n).read_bytes() == (place / "second" / n).read_bytes() for n in names)
+
+
+def test_a_script_of_ones_own_that_imports_jax_first_hears_nothing_of_tensorflow(place):
+    """JAX sets the level of what TensorFlow says as well, and a level that somebody has set is obeyed."""
+    words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / "run"]
+    program = "import sys, jax, tiny; from jaxcats import train; sys.exit(train.command())"
+    env = environment()
+    env.pop("TF_CPP_MIN_LOG_LEVEL", None)
+    command = [sys.executable, "-c", program, *map(str, words)]
+    assert subprocess.run(command, env=env, capture_output=True).stderr == b""
+    shutil.rmtree(place / "run")
+    victim = place / "photos" / "train" / "cats" / "cats.0.jpg"
+    before = victim.stat()
+    content = bytearray(victim.read_bytes())
+    content[-20] ^= 1
+    victim.write_bytes(content)
+    os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
+    done = subprocess.run(
+        [*command, "--phases.head.precompute", "false", "--phases.head.driver", "stream"], env=env, capture_output=True
+    )
+    assert done.returncode == 2
+    assert [line for line in done.stderr.decode().splitlines() if not line.startswith("To start again")] == [
+        line for line in done.stderr.decode().splitlines() if line.startswith("error: ")
+    ]

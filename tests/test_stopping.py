@@ -89,6 +89,11 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(r["step"], r["loss"]) for r in rows if "loss" in r]
 
 
+def evaluations(run: Path) -> list[int]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [r["step"] for r in rows if "valid_loss" in r]
+
+
 def test_a_second_signal_or_one_outside_the_steps_ends_at_once():
     stopping = Stopping()
     before = signal.getsignal(signal.SIGTERM)
@@ -129,12 +134,21 @@ def test_where_python_would_lose_the_exception_it_comes_a_moment_later(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("strike", "nth", "step", "signum"),
-    [("evaluate", 2, 8, signal.SIGTERM), ("read", 5, 6, signal.SIGTERM), ("read", 5, 6, signal.SIGINT)],
+    ("strike", "nth", "step", "signum", "every"),
+    [
+        ("evaluate", 2, 8, signal.SIGTERM, 100),
+        ("evaluate", 2, 8, signal.SIGTERM, 1),  # with a checkpoint due at that very step, after the evaluation
+        ("evaluate", 3, 12, signal.SIGINT, 2),  # likewise, as at the end of every phase
+        ("read", 5, 6, signal.SIGTERM, 100),
+        ("read", 5, 6, signal.SIGINT, 100),
+    ],
 )
-def test_struck_in_a_step_or_an_evaluation_it_goes_on_to_the_bit(place, monkeypatch, capsys, strike, nth, step, signum):
+def test_struck_in_a_step_or_an_evaluation_it_goes_on_to_the_bit(
+    place, monkeypatch, capsys, strike, nth, step, signum, every
+):
     """The steps of an epoch are saved before an evaluation, so that it can't outlast the time that a machine leaves."""
     words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--phases.all.epochs", "3"]
+    words += ["--checkpoint.every_epochs", every]
 
     def command(name: str, *more: str) -> int:
         return run_command(train.main, [str(w) for w in (*words, "--workdir", place / name, *more)])
@@ -154,11 +168,16 @@ def test_struck_in_a_step_or_an_evaluation_it_goes_on_to_the_bit(place, monkeypa
     said = capsys.readouterr().err
     assert f"stopped as asked, at step {step}, which is saved." in said
     assert f"To go on from the last checkpoint: python -m jaxcats.train --resume --workdir {place / 'run'}" in said
+    if strike == "evaluate":  # which is where it goes on, and is struck once more
+        nth = len(calls) + 1
+        assert command("run", "--resume") == 128 + signum
+        assert f"stopped as asked, at step {step}, which is saved." in capsys.readouterr().err
     monkeypatch.setattr(owner, name, whole)
     assert command("run", "--resume") == 0
-    assert f"Resuming at step {step} (epoch 1)" in capsys.readouterr().out
+    assert f"Resuming at step {step} (epoch {(step - 1) // 4})" in capsys.readouterr().out
     assert (place / "run" / "predictions.csv").read_bytes() == (place / "whole" / "predictions.csv").read_bytes()
     assert losses(place / "run") == losses(place / "whole")
+    assert evaluations(place / "run") == evaluations(place / "whole") == [4, 8, 12]
 
 
 def test_before_the_first_checkpoint_it_says_so(place, monkeypatch, capsys):

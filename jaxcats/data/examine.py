@@ -1,87 +1,29 @@
 """One look at each file of any folder, for what may be wrong with it: `examine_folder` finds, doctor prints."""
 
-import hashlib
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcats.data.duplicates import SIDE, alike_features, group_of, near_links
-from jaxcats.data.files import IMAGE_EXTENSIONS, belied, list_pictures, look_at, walk
+from jaxcats.data.duplicates import alike_features, group_of, near_links
+from jaxcats.data.files import list_pictures
 from jaxcats.data.findings import IMBALANCE
-from jaxcats.data.layout import extensions, shortened
-from jaxcats.data.preprocess import bad_reason, exif_orientation, open_picture, upright_with_remarks
-from jaxcats.data.table import SPLITS
+from jaxcats.data.labels import find_labels
+from jaxcats.data.layout import check_classes, extensions, shortened
+from jaxcats.data.look import NAMELESS, Look, look, other_files
+from jaxcats.data.table import SPLITS, TABLES, read_table
 from jaxcats.errors import UserError
 
-BLANK = 2.0  # greatest standard deviation of a channel, 0 to 255
-TINY, EXTREME = 32, 5.0  # shorter side in pixels; longer over shorter side
-LITTER = ("thumbs.db", "desktop.ini", ".ds_store")
-RAW = (".dng", ".nef", ".nrw", ".arw", ".sr2", ".pef", ".srw", ".cr2")  # cameras' own files, TIFF by their first bytes
-STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 Features = Callable[[Sequence[str], Sequence[str]], np.ndarray]
-NAMELESS = "picture without a picture's ending"
+SPELT = "one class spelt in two ways"
+LIKE_SPLITS = ("training", "testing", *SPLITS)
 Found = dict[str, list[dict[str, Any]]]
-
-
-@dataclass
-class Look:
-    """What one decode of a file said; `notes` are (kind, detail)."""
-
-    bad: str = ""
-    sha256: str = ""
-    hash: int = 0
-    thumb: np.ndarray = field(default_factory=lambda: np.zeros((SIDE, SIDE), np.uint8))
-    notes: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def blank(self) -> bool:
-        return any(kind == "blank" for kind, _ in self.notes)
-
-
-def look(path: Path) -> Look:
-    """Read and decode one file, once."""
-    import imagehash
-    from PIL import Image
-
-    try:
-        if not path.is_file() or not path.stat().st_size:
-            return Look(bad=look_at(path).bad or "")
-        content = path.read_bytes()
-        # Pixels are worked on inside: a file of several frames takes its picture with it as it is closed.
-        with open_picture(content) as image:
-            early = exif_orientation(image) if image.format == "TIFF" else 1  # Pillow turns them as it decodes them
-            picture, unusual = upright_with_remarks(image, content)
-            turned = max(early, exif_orientation(image))
-            checks = (
-                ("wrong extension", belied(str(image.format), path.suffix)),
-                ("unusual picture", "; ".join(unusual)),
-                ("turned by EXIF", f"orientation {turned}" if turned > 1 else ""),
-                *_checks_of_pixels(picture),
-            )
-            grey = picture.convert("L")
-            thumb = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX))
-            bits = int(str(imagehash.phash(grey)), 16)
-    except Exception as error:  # whatever a damaged file raises is its finding
-        return Look(bad=bad_reason(error))
-    notes = [(kind, detail) for kind, detail in checks if detail]
-    return Look(sha256=hashlib.sha256(content).hexdigest(), hash=bits, thumb=thumb, notes=notes)
-
-
-def _checks_of_pixels(picture: Any) -> tuple[tuple[str, str], ...]:
-    short, long = sorted(picture.size)
-    size = f"{picture.width} x {picture.height}"
-    even = np.asarray(picture.resize((64, 64))).astype(float).std(axis=(0, 1)).max() < BLANK
-    return (
-        ("tiny", size if short < TINY else ""),
-        ("long and narrow", size if long > EXTREME * short else ""),
-        ("blank", "one even colour" if even else ""),
-    )
 
 
 @dataclass(frozen=True)
@@ -91,14 +33,21 @@ class Layout:
     Attributes:
         tops: the folders of splits that are there -> "train", "valid" or "test".
         classes: the class folders' names in train and valid; without these two folders those of the root, sorted.
+        table: a file in the folder that can be read as a table of labels; "" where there is none.
     """
 
     tops: dict[str, str]
     classes: tuple[str, ...]
+    table: str = ""
 
     @property
     def divided(self) -> bool:
         return not {"train", "valid"}.isdisjoint(self.tops.values())
+
+    @property
+    def by_folders(self) -> bool:
+        """Whether the labels seem to come from folders: a single one may lie among pictures that are labelled by name."""
+        return len(self.classes) > 1 and not self.table
 
     def place(self, path: str) -> tuple[str, str]:
         """(split, class) of a picture; "" where there is none.
@@ -115,13 +64,27 @@ class Layout:
             return (f"{folders[0]}/" if named else "", "")
         return split or "train", folders[0] if folders and folders[0] in self.classes else ""
 
-    def outside(self, paths: Sequence[str]) -> str:
-        """What to say of those of the pictures that are in no split; "" for nothing."""
-        beside = [p for p in paths if self.place(p)[0] not in SPLITS.values()]
-        if not beside:
+    def unseen(self, path: str) -> str:
+        """Where a picture is that training doesn't see; "" for others, and where the folders don't tell."""
+        split, name = self.place(path)
+        if self.table:
             return ""
-        flatters = ", but a test on it would flatter" if self.place(beside[0])[0] else ""
-        return f"{beside[0]} is outside train, valid and test: training does not see it{flatters}"
+        if split not in SPLITS.values():
+            return "outside train, valid and test"
+        return "in no class folder" if self.by_folders and not name and split != "test" else ""
+
+    def outside(self, paths: Sequence[str]) -> str:
+        """What to say of those of the pictures that training doesn't see; "" for nothing."""
+        said = [
+            f"{path} is {why}: training does not see it{', but a test on it would flatter' * self.to_test_on(path)}"
+            for path in paths
+            if (why := self.unseen(path))
+        ]
+        return shortened(said, 3)
+
+    def to_test_on(self, path: str) -> bool:
+        """Whether a picture is in a folder beside train and valid that is named like one to test on."""
+        return self.place(path)[0].endswith("/")
 
 
 def find_layout(root: Path) -> Layout:
@@ -130,7 +93,19 @@ def find_layout(root: Path) -> Layout:
     tops = {name: SPLITS[name] for name in there if name in SPLITS}
     labelled = [root / name for name, split in tops.items() if split != "test"]
     names = [name for top in labelled for name in _folders(top)] if labelled else [n for n in there if n not in tops]
-    return Layout(tops, tuple(sorted(set(names))))
+    return Layout(tops, tuple(sorted(set(names))), _table(root))
+
+
+def _table(root: Path) -> str:
+    """The first file in a folder that training could read labels of its pictures from, with the usual names of columns."""
+    for file in sorted(p for p in root.iterdir() if p.suffix.lower() in TABLES and p.is_file()):
+        try:
+            rows, _ = read_table(root, str(file), {})
+        except UserError:
+            continue
+        if any((root / row.path).is_file() for row in rows[:100]):
+            return file.name
+    return ""
 
 
 def _folders(folder: Path) -> list[str]:
@@ -144,8 +119,8 @@ def examine_folder(
     cosine: float = 0.95,
     workers: int | None = None,
     progress: bool = True,
-) -> tuple[int, Found]:
-    """How many pictures there are, and what was found: kind -> items {"paths", "detail"}.
+) -> tuple[int, str, Found]:
+    """How many pictures there are, what they were taken for, and what was found: kind -> items {"paths", "detail"}.
 
     Args:
         features_of: from paths and content hashes to features [N, F]: pairs of pictures with a cosine of at least
@@ -156,7 +131,8 @@ def examine_folder(
 
     found: Found = defaultdict(list)
     paths, layout = list_pictures(root, root), find_layout(root)
-    _others(found, root)
+    for kind, path, detail in other_files(root):
+        found[kind].append({"paths": [path], "detail": detail})
     if not paths and NAMELESS not in found:
         raise UserError(f"{root}: no pictures found at any depth; looked for {extensions()}")
     bar = {"total": len(paths), "unit": "file", "desc": "looking at pictures", "disable": None if progress else True}
@@ -173,44 +149,80 @@ def examine_folder(
     for path, seen in good:
         same[seen.sha256].append(path)
     _same(found, same, layout)
-    _alike(found, [(p, s) for p, s in good if not s.blank and same[s.sha256][0] == p], layout, features_of, cosine)
-    _classes(found, [p for p, _ in good], layout, root)
-    return len(paths), found
+    _alike(found, [s for p, s in good if not s.even and same[s.sha256][0] == p], same, layout, features_of, cosine)
+    seen = [p for p, _ in good]
+    counts = Counter(layout.place(p) for p in seen)
+    _classes(found, counts, layout, root)
+    _training(found, seen, layout, root)
+    return len(paths), _understood(counts, layout), found
 
 
-def _crossing(paths: Sequence[str], layout: Layout) -> tuple[list[str], list[str]]:
-    """The splits and the classes that pictures are in, where these are more than one of a kind."""
-    places = [layout.place(p) for p in paths]
-    splits, classes = (sorted({place[n] for place in places if place[n]}) for n in (0, 1))
-    return splits * (len(splits) > 1), classes * (len(classes) > 1)
+def _understood(counts: Mapping[tuple[str, str], int], layout: Layout) -> str:
+    """The splits and classes that the pictures were taken for."""
+    said = []
+    for split in ("train", "valid", "test"):
+        names = [name for name, of_it in layout.tops.items() if of_it == split]
+        if not names and (split != "train" or layout.divided):
+            continue
+        if not names and not layout.classes:
+            said.append("no class folders")
+            continue
+        numbers = [f"{c} {counts[split, c]:,}" for c in layout.classes if counts[split, c]]
+        where = "without labels" if split == "test" else "in no class folder"
+        loose = [f"{counts[split, '']:,} {where}"] * bool(counts[split, ""])
+        top = " and ".join(names) if names else "classes"
+        said.append(f"{top}: {shortened(numbers + loose) or 'no pictures'}")
+    said += [f"{split[:-1]}: {n:,} without labels" for (split, _), n in sorted(counts.items()) if split.endswith("/")]
+    said += ["no train/ and valid/"] * (not layout.divided)
+    return "; ".join(said + [f"{layout.table} has labels too"] * bool(layout.table))
+
+
+def _crossing(contents: Sequence[Sequence[str]], layout: Layout) -> tuple[list[str], list[str]]:
+    """The splits and the classes that pictures are in, where different contents, each with its copies, differ in them."""
+
+    def across(n: int) -> list[str]:
+        of = [{layout.place(p)[n] for p in copies} - {""} for copies in contents]
+        every = sorted(set().union(*of))
+        return every if len(every) > 1 and sum(map(bool, of)) > 1 else []
+
+    return across(0), across(1)
 
 
 def _same(found: Found, same: Mapping[str, list[str]], layout: Layout) -> None:
     for copies in same.values():
         if len(copies) > 1:
-            splits, classes = _crossing(copies, layout)
-            for kind in ["leak"] * bool(splits) + ["label conflict"] * bool(classes) or ["the same twice"]:
+            splits, classes = _crossing([[path] for path in copies], layout)
+            once = (
+                "copy that training does not see" if sum(not layout.unseen(p) for p in copies) < 2 else "the same twice"
+            )
+            for kind in ["leak"] * bool(splits) + ["label conflict"] * bool(classes) or [once]:
                 found[kind].append({"paths": copies, "detail": layout.outside(copies)})
 
 
 def _alike(
-    found: Found, good: Sequence[tuple[str, Look]], layout: Layout, features_of: Features | None, cosine: float
+    found: Found,
+    looks: Sequence[Look],
+    same: Mapping[str, list[str]],
+    layout: Layout,
+    features_of: Features | None,
+    cosine: float,
 ) -> None:
     """Groups of different contents that look alike: as many items as groups, however many pairs there are in them."""
-    if len(good) < 2:
+    if len(looks) < 2:
         return
-    paths, looks = zip(*good, strict=True)
+    contents = [same[s.sha256] for s in looks]
+    paths = [copies[0] for copies in contents]
     hashed = near_links(np.array([s.hash for s in looks], np.uint64), np.stack([s.thumb for s in looks]))
     felt = alike_features(features_of(paths, [s.sha256 for s in looks]), cosine=cosine) if features_of else []
-    of = group_of(len(good), [(i, j) for i, j, *_ in (*hashed, *felt)])
+    of = group_of(len(looks), [(i, j) for i, j, *_ in (*hashed, *felt)])
     groups: dict[int, tuple[list, list]] = defaultdict(lambda: ([], []))
     for which, links in enumerate((hashed, felt)):
         for link in links:
             groups[of[link[0]]][which].append(link)
     for by_hash, by_features in groups.values():
         them = sorted({n for i, j, *_ in (*by_hash, *by_features) for n in (i, j)})
-        names = [paths[i] for i in them]
-        splits, classes = _crossing(names, layout)
+        splits, classes = _crossing([contents[i] for i in them], layout)
+        names = sorted(path for i in them for path in _placed(contents[i], layout))
         said = []
         if by_hash:
             bits, alike = max(link[2] for link in by_hash), min(link[3] for link in by_hash)
@@ -223,51 +235,69 @@ def _alike(
         found["look alike in two splits" if splits else "look alike"].append({"paths": names, "detail": detail})
 
 
-def _classes(found: Found, paths: Sequence[str], layout: Layout, root: Path) -> None:
-    counts, classes = Counter(layout.place(p) for p in paths), layout.classes
+def _placed(copies: Sequence[str], layout: Layout) -> list[str]:
+    """One path of a content for each split and class that has it; the first where none has."""
+    places = {layout.place(p): p for p in reversed(copies)}
+    return [path for place, path in places.items() if any(place)] or [copies[0]]
+
+
+def _classes(found: Found, counts: Mapping[tuple[str, str], int], layout: Layout, root: Path) -> None:
+    classes = layout.classes
     if not classes:  # pictures without labels
         return
     tops = {name: split for name, split in layout.tops.items() if split != "test"} if layout.divided else {".": "train"}
     # A test folder with others, as Kaggle's test/test, holds pictures without labels.
     tops |= {n: s for n, s in layout.tops.items() if s == "test" and set() < set(_folders(root / n)) <= set(classes)}
+    folders = {c: [Path(top, c).as_posix() for top in tops if (root / top / c).is_dir()] for c in classes}
     if len(classes) == 1 and not any(n for (split, name), n in counts.items() if split in tops.values() and not name):
-        folders = [Path(top, classes[0]) for top in tops if (root / top / classes[0]).is_dir()]
-        found["one class only"].append({"paths": [f.as_posix() for f in folders], "detail": ""})
+        found["one class only"].append({"paths": folders[classes[0]], "detail": ""})
+    found["class named like a split"] += [
+        {"paths": folders[c], "detail": ""} for c in classes if c.casefold() in LIKE_SPLITS and not layout.table
+    ]
+    spelt = defaultdict(list)
+    for c in classes:
+        spelt[unicodedata.normalize("NFC", c).casefold().strip()].append(c)
+    twins: list[str] = []
+    for names in spelt.values():
+        # All of them may be classes; where a folder lacks one of them and has another, they are the same.
+        if any(0 < sum(counts[s, c] > 0 for c in names) < len(names) for s in tops.values()):
+            twins += names
+            detail = f"{' and '.join(map(ascii, names))} differ only in encoding, case or spaces"
+            found[SPELT].append({"paths": [f for c in names for f in folders[c]], "detail": detail})
     for top, split in tops.items():
         numbers = {c: counts[split, c] for c in classes}
         filled = {c: n for c, n in numbers.items() if n}
         found["class without pictures"] += [
-            {"paths": [Path(top, c).as_posix()], "detail": ""} for c, n in numbers.items() if not n
+            {"paths": [Path(top, c).as_posix()], "detail": ""} for c, n in numbers.items() if not n and c not in twins
         ]
         if filled and max(filled.values()) >= IMBALANCE * min(filled.values()):
             detail = ", ".join(f"{c}: {n:,}" for c, n in filled.items())
             found["unequal classes"].append({"paths": [top], "detail": detail})
 
 
-def _others(found: Found, root: Path) -> None:
-    for here, names in walk(root, root, hidden=True):
-        for name in sorted(names):
-            path = Path(here, name)
-            short, ending = path.relative_to(root), path.suffix.lower()
-            if name.lower() in LITTER:
-                kind = "left by an operating system"
-            elif any(part.startswith(".") for part in short.parts):
-                kind = "hidden"
-            elif ending not in IMAGE_EXTENSIONS:
-                kind = NAMELESS if ending not in RAW and starts_like_a_picture(path) else "no picture"
-            else:
-                continue
-            found[kind].append({"paths": [short.as_posix()], "detail": ending if kind == "no picture" else ""})
-
-
-def starts_like_a_picture(path: str | Path) -> bool:
-    """Whether an ordinary file begins as JPEG, PNG, GIF, WebP, TIFF or BMP do, whatever its name."""
+def _training(found: Found, paths: Sequence[str], layout: Layout, root: Path) -> None:
+    """What training would make of the folder, by its own code, where the labels come from folders."""
+    if not layout.by_folders:
+        return
+    whole = {"train", "valid"} <= set(layout.tops.values())
     try:
-        if not os.path.isfile(path):  # opening a pipe would wait for ever
-            return False
-        with open(path, "rb") as file:
-            start = file.read(12)
-    except OSError:
-        return False
-    bitmap = start[:2] == b"BM" and start[6:10] == bytes(4)  # of which the first two letters may begin a text
-    return start.startswith(STARTS) or (start[:4] == b"RIFF" and start[8:] == b"WEBP") or bitmap
+        labelled = find_labels(root, "folders", valid_fraction=None if whole else 0.2, columns={})
+    except UserError as error:
+        said = str(error).removeprefix(f"{root}: ")
+        # What it says of a folder inside is said already, of every class.
+        if said != str(error) or not (found["class without pictures"] or found[SPELT]):
+            found["not laid out for training"].append({"paths": ["."], "detail": said})
+        return
+    unseen = defaultdict(list)
+    for path in paths:
+        if layout.unseen(path) and not layout.to_test_on(path):
+            unseen[path.split("/")[0] if "/" in path else "."].append(path)
+    for top, inside in unseen.items():
+        detail = f"{len(inside):,} in {'the folder itself' if top == '.' else top + '/'}, {layout.unseen(inside[0])}"
+        found["training does not see them"].append({"paths": inside, "detail": detail})
+    names = _folders(root / "test") if layout.divided and "test" in layout.tops else []
+    if "test" not in labelled.parts and {n.casefold() for n in names} & {c.casefold() for c in labelled.classes}:
+        try:
+            check_classes(Path("test"), names, labelled.classes, against="train")
+        except UserError as error:
+            found["test folder left alone"].append({"paths": ["test"], "detail": str(error).removeprefix("test: ")})

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxcats.command import quiet_tensorflow
 from jaxcats.data.index import Split
 from jaxcats.data.preprocess import Preprocess, bad_reason, evaluation_pixels
 from jaxcats.errors import UserError
@@ -159,7 +160,7 @@ def _close_all() -> None:
 @cache
 def _tensorflow() -> Any:
     """TensorFlow, imported quietly and hidden from GPUs before any op runs."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    quiet_tensorflow()
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # unused here, and announced on stderr
     import tensorflow as tf
 

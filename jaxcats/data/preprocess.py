@@ -190,7 +190,8 @@ def upright_with_remarks(image: Image.Image, content: bytes) -> tuple[Image.Imag
         said.append("more than 8 bits a pixel, scaled")
     elif image.mode == "CMYK":
         said.append("CMYK, made RGB")
-    opaque = image.mode in ("LA", "RGBA") and image.getextrema()[-1][0] == 255  # as in every screenshot
+    ranges: Any = image.getextrema() if image.mode in ("LA", "RGBA") else [(0, 0)]
+    opaque = ranges[-1][0] == 255  # as in every screenshot
     if see_through(image) and not opaque:
         said.append("transparency laid on white")
     return picture, [remark for remark in (*said, colours) if remark]

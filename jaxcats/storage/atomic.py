@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sweep(folder: Path, *, older: float = 24 * 3600) -> None:
-    """Removes what killed processes left half-written, once it is so many seconds old; a folder that can't be changed stays."""
-    with contextlib.suppress(OSError):
-        for left in folder.glob(".*.tmp"):
+    """Removes what killed processes left half-written, once it is so many seconds old; what can't be removed stays."""
+    for left in [*folder.glob(".*.tmp"), *folder.glob(".*.tmp.old")]:  # the latter by storage.artifact
+        with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > older:
-                left.unlink()
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

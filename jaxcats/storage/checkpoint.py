@@ -80,8 +80,14 @@ class Checkpoints:
         facts = {"meta": dict(meta), "metrics": judged, "best": self._best, "arrays": tree_hash(saved)}
         sealed = ocp.args.JsonSave({"facts": facts, "sha256": _json_hash(facts)})
         args = ocp.args.Composite(state=ocp.args.StandardSave(saved), meta=sealed)
+        step = int(meta["step"])
         with self._saving():
-            self._manager.save(int(meta["step"]), args=args, metrics=judged, force=True)
+            if step in self._manager.all_steps():  # the evaluation after it was broken off, and has come again
+                self._manager.wait_until_finished()
+                if judged is None:
+                    return
+                self._manager.delete(step)  # Orbax replaces none
+            self._manager.save(step, args=args, metrics=judged, force=True)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -106,6 +112,10 @@ class Checkpoints:
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON facts saved at `step`; verified by their hash."""
         return self._facts(step)["meta"]
+
+    def identity(self, step: int) -> str:
+        """The hash of the state saved at `step`, which no other training has."""
+        return self._facts(step)["arrays"]
 
     def _facts(self, step: int) -> dict[str, Any]:
         """{"meta", "metrics", "best": {"step", "badness"} so far, "arrays": hash of the state}, as they were saved."""
@@ -155,6 +165,11 @@ class Checkpoints:
                 raise UserError(
                     f"{self.folder / str(step)}: saved from another network than config.yaml beside it says (backbone, head, "
                     f"optimizer). Restore that config.yaml."
+                ) from e
+            if not (self.folder / str(step)).exists():
+                raise UserError(
+                    f"{self.folder / str(step)}: this checkpoint has been removed meanwhile, by a training that goes on; give "
+                    f"the command again."
                 ) from e
             if isinstance(e, MemoryError) or any(words in str(e) for words in MAY_BE_WHOLE):
                 raise UserError(f"{self.folder / str(step)}: this checkpoint can't be read ({_reason(e)}).") from e

@@ -17,11 +17,13 @@ class RunLog:
     Args:
         folder: the run folder.
         resume_step: rows of later steps are dropped (they will be written again), or None for a new log.
+        evaluated: whether the evaluation at that step, if one is due, won't come again.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None):
+    def __init__(self, folder: Path, *, resume_step: int | None = None, evaluated: bool = True):
         path = folder / "metrics.jsonl"
         kept = self.rows(path, resume_step) if resume_step is not None else []
+        kept = [row for row in kept if evaluated or row["step"] < (resume_step or 0) or "valid_loss" not in row]
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = path.open("a", encoding="utf-8")
         purge = 0 if resume_step is None else resume_step + 1

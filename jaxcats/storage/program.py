@@ -7,6 +7,7 @@ runs with the user's rights, and JAX says that only trusted programs should be r
 """
 
 import contextlib
+import glob
 import hashlib
 import math
 import os
@@ -106,8 +107,30 @@ def keep_compiled(cache: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        _mend_compiled(folder)
     # On a full disk it would say so once for each program, with a line of JAX's source.
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
+
+
+def _mend_compiled(folder: Path) -> None:
+    """From here on a cached program that can't be read is removed without a word, and so compiled and written anew.
+
+    A killed process or a full disk may leave half of one: JAX writes it in place, never replaces it, and would warn of
+    it in every run.
+    """
+    show = warnings.showwarning
+
+    def hook(message: Any, *args: Any, **more: Any) -> None:
+        damaged = re.match("Error reading persistent compilation cache entry for '([^'/]+)'", str(message))
+        if not damaged:
+            show(message, *args, **more)
+            return
+        for entry in folder.glob(f"{glob.escape(damaged[1])}-*cache"):
+            entry.unlink(missing_ok=True)
+
+    if getattr(show, "folder", None) != folder:
+        hook.folder = folder  # type: ignore[attr-defined]
+        warnings.showwarning = hook
 
 
 def _mark(program: bytes):

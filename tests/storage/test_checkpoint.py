@@ -347,3 +347,24 @@ def test_badness_orders_by_errors_then_loss():
     found = [badness(judged(e, loss)) for e, loss in order]
     assert found == sorted(found)
     assert badness(judged(0, 1e6)) < badness(judged(1, 0.1))
+
+
+def test_what_was_saved_before_its_evaluation_is_replaced_after_it(store):
+    store.save(state_of(3), meta_of(3))
+    store.save(state_of(3), meta_of(3) | {"phase": "again"})  # broken off once more: it is there already
+    store.wait()
+    assert store.meta(3)["phase"] == "head"
+    store.save(state_of(3), meta_of(3) | {"phase": "judged"}, metrics=judged(2))
+    store.wait()
+    assert (store.steps(), store.meta(3)["phase"], store.pick("best")) == ([3], "judged", 3)
+    assert bits(store.restore(3, state_of(0))) == bits(state_of(3))
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_not_called_damaged(store):
+    store.save(state_of(3), meta_of(3))
+    store.wait()
+    reader = store.again(read_only=True)
+    store.save(state_of(5), meta_of(5))
+    store.wait()
+    with pytest.raises(UserError, match="removed meanwhile"):
+        reader.restore(3, state_of(0))
