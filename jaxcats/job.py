@@ -110,11 +110,21 @@ def create_model(config: Config, num_classes: int, *, dtype: str | None = None) 
     return model, dataclasses.replace(model.preprocess, size=size, policy=config.data.policy)
 
 
-def setup(config: Config, index: FolderIndex | None = None, *, own: Own | None = None) -> Setup:
-    """Indexes the pictures, unless that is done, and creates the model; no weights yet. `own`: functions of one's own."""
+SPLIT = "split.json"  # in a run folder: which side each picture is on, where that isn't in folders or a table
+
+
+def setup(
+    config: Config, index: FolderIndex | None = None, *, own: Own | None = None, run: Path | None = None
+) -> Setup:
+    """Indexes the pictures, unless that is done, and creates the model; no weights yet.
+
+    Args:
+        own: functions of one's own.
+        run: a run folder, whose split holds where the cache has lost it.
+    """
     cache = start_jax(config)
     create_model(config, 2)  # a backbone's name that doesn't exist is said before any picture is read
-    index = in_turn(lambda: index_pictures(config, cache)) if index is None else index
+    index = in_turn(lambda: index_pictures(config, cache, run)) if index is None else index
     model, preprocess = create_model(config, len(index.classes))
     agree("The pictures or the precision", f"{fingerprint(index)} {index.classes} {model.dtype}")
     if len(index.splits["train"]) < 2:
@@ -124,8 +134,8 @@ def setup(config: Config, index: FolderIndex | None = None, *, own: Own | None =
     return Setup(config, index, model, preprocess, cache, own)
 
 
-def index_pictures(config: Config, cache: Path) -> FolderIndex:
-    """The pictures that a Config names."""
+def index_pictures(config: Config, cache: Path, run: Path | None = None) -> FolderIndex:
+    """The pictures that a Config names; of a `run` divided as it has divided them."""
     d = config.data
     return scan_folder(
         d.root,
@@ -138,6 +148,7 @@ def index_pictures(config: Config, cache: Path) -> FolderIndex:
         on_bad_file=d.on_bad_file,
         cache_dir=cache,
         manifest=d.manifest,
+        kept_manifest=run / SPLIT if run else None,
         rehash=d.rehash,
         workers=d.workers,
     )

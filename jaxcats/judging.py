@@ -134,7 +134,7 @@ def own_pictures(run: Run) -> Any:
     from jaxcats import job
 
     root = run.config.data.root
-    found = job.index_pictures(run.config, job.cache_of(run.config))
+    found = job.index_pictures(run.config, job.cache_of(run.config), run.folder)
     if found.classes != run.classes:
         theirs, ours = ", ".join(found.classes), ", ".join(run.classes)
         raise UserError(f"{root}: has the classes {theirs}; the run was trained on {ours}.")

@@ -20,7 +20,7 @@ from jaxcats.judging import BEST_EPOCH, Run
 from jaxcats.outcome import CHOSE, skipped, write_results
 from jaxcats.resumption import shared, training_changes
 from jaxcats.stopping import Stopping
-from jaxcats.storage.atomic import sweep, write_json, write_text
+from jaxcats.storage.atomic import sweep, write_bytes, write_json, write_text
 from jaxcats.storage.lock import hold, release
 from jaxcats.versions import versions
 
@@ -135,7 +135,7 @@ def train(
 
     seconds = {"imports": time.perf_counter() - started}
     at = time.perf_counter()
-    setup = job.setup(config, own=own)
+    setup = job.setup(config, own=own, run=workdir)
     seconds["index"] = time.perf_counter() - at
     facts = about(setup)
     writes, found = distributed.first(), findings(setup.index)
@@ -146,6 +146,8 @@ def train(
             keep_config(workdir, config)
             write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
             write_json(workdir / "data.json", {"pictures": counts(setup.index), "findings": found})
+            if setup.index.manifest and setup.index.manifest.is_file():
+                write_bytes(workdir / job.SPLIT, setup.index.manifest.read_bytes())
 
     def initial() -> tuple[Any, Any]:
         before = time.perf_counter()

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny  # noqa: F401
+from folders import write_pictures
 
 from jaxcats import evaluate, fit, job, train
 from jaxcats.cli import parse
@@ -337,6 +338,25 @@ def test_a_test_split_is_judged_only_when_asked_for(pictures, tmp_path, capsys):
     changed = ["--data.test_fraction", "0.3", "--resume"]
     assert run(*BASE, "--data.root", pictures, "--workdir", workdir, *rule, *changed) == 2
     assert "data.test_fraction: 0.2 -> 0.3" in capsys.readouterr().err
+
+
+def test_a_run_on_a_grown_folder_outlives_the_cache(tmp_path, monkeypatch, capsys):
+    """Old pictures keep their sides as others come; which these are can't be found out again from the pictures alone."""
+    root = tmp_path / "photos"
+    write_pictures(tmp_path / "a", train=16, valid=16)
+    (tmp_path / "a" / "train").rename(root)
+    argv = [*BASE, "--data.root", root, "--data.valid_fraction", 0.3, "--phases.head.epochs", 1]
+    assert run(*argv, "--workdir", tmp_path / "first") == 0
+    for picture in sorted((tmp_path / "a" / "valid").glob("*/*")):
+        picture.rename(root / picture.parent.name / f"new-{picture.name}")
+    assert run(*argv, "--workdir", tmp_path / "second") == 0
+    before = (tmp_path / "second" / "predictions.csv").read_bytes()
+    monkeypatch.setenv("JAXCATS_CACHE", str(tmp_path / "elsewhere"))
+    assert run("--resume", "--workdir", tmp_path / "second") == 0
+    assert (tmp_path / "second" / "predictions.csv").read_bytes() == before
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert run_command(evaluate.main, ["--run", str(tmp_path / "second")]) == 0
+    assert (tmp_path / "second" / "predictions.csv").read_bytes() == before
 
 
 def test_resume_refuses_a_changed_training_field_by_name(pictures, tmp_path, capsys):

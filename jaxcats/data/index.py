@@ -1,5 +1,6 @@
 """The folder of pictures as a table: classes, splits, labels, and the files that can't be used."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from jaxcats.data.holdout import Rule, default_manifest, hold_out
 from jaxcats.data.labels import Labelled, find_labels, grouping, labelled_pictures
 from jaxcats.data.layout import existing_folder, extensions
 from jaxcats.errors import UserError
+from jaxcats.storage.atomic import write_bytes
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -62,7 +64,8 @@ class FolderIndex:
     """What `scan` found: classes in label order, the splits "train" and "valid", and the files left out.
 
     `seconds` is the time the scan took, `reused` how many files were answered from the cache. `test` stands apart, so that
-    nothing trains or chooses on it. `notes` are what is unusual about good pictures, and what becomes of them.
+    nothing trains or chooses on it. `notes` are what is unusual about good pictures, and what becomes of them. `manifest`
+    is where the cache keeps which side each picture is on; None where folders, a table or the user's own manifest say so.
     """
 
     root: Path
@@ -73,6 +76,7 @@ class FolderIndex:
     reused: int
     test: Split | None = None
     notes: tuple[tuple[str, str], ...] = ()
+    manifest: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ def scan(
     on_bad_file: Literal["skip", "fail"] = "skip",
     cache_dir: str | Path | None = None,
     manifest: str | Path | None = None,
+    kept_manifest: Path | None = None,
     rehash: bool = False,
     workers: int | None = None,
     progress: bool = True,
@@ -153,6 +158,8 @@ def scan(
         on_bad_file: "skip" lists files that can't be decoded, or get no label, in `bad`; "fail" raises.
         cache_dir: what to use in place of `cache_folder()`.
         manifest: JSON file of the split; None puts it in the cache folder, by root, fraction and seed.
+        kept_manifest: a copy of the one in the cache folder, for when that has gone: when pictures have come since the
+            first split, it can't be made again.
         rehash: look at every file again, cached or not.
         workers: decoding threads; None is one per core.
 
@@ -176,6 +183,9 @@ def scan(
         rule = Rule(valid_fraction, seed, test_fraction, group)
         way = labels if labels == "folders" else " ".join([labels, *columns.values()])
         place = Path(manifest) if manifest else default_manifest(cache_dir, root, rule, way)
+        if kept_manifest and not manifest and not place.exists() and kept_manifest.is_file():
+            with contextlib.suppress(OSError):  # a cache that can't be written; hold_out warns of it
+                write_bytes(place, kept_manifest.read_bytes())
         table = tables.pop("train")
         contents = {
             name: [good[path].sha256 for path in paths] for name, paths in zip(found.classes, table, strict=True)
@@ -189,7 +199,8 @@ def scan(
     splits = {name: _split(root, tables[name], good) for name in ("train", "valid")}
     test = _split(root, tables["test"], good) if "test" in tables else None
     notes = tuple((path, record.note) for path, record in good.items() if record.note)
-    return FolderIndex(root, found.classes, splits, bad, time.perf_counter() - started, reused, test, notes)
+    seconds, kept = time.perf_counter() - started, place if held and not manifest else None
+    return FolderIndex(root, found.classes, splits, bad, seconds, reused, test, notes, kept)
 
 
 def _check_holding(
