@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import shlex
 import sys
 import time
@@ -12,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxcats import distributed
-from jaxcats.cli import flag_value, from_file, parse
+from jaxcats.cli import flag_value, parse
 from jaxcats.command import as_typed, quiet_tensorflow, run_command
-from jaxcats.config import Config, DistributedConfig, flat, to_yaml
-from jaxcats.errors import UserError, unwritable
+from jaxcats.config import Config, to_yaml
+from jaxcats.errors import UserError
 from jaxcats.judging import BEST_EPOCH, Run
 from jaxcats.outcome import CHOSE, skipped, write_results
-from jaxcats.resumption import shared, training_changes
+from jaxcats.resumption import shared
+from jaxcats.run_folder import has_checkpoint, keep_config, open_run
 from jaxcats.stopping import Stopping
-from jaxcats.storage.atomic import sweep, write_bytes, write_json, write_text
-from jaxcats.storage.lock import hold, release
+from jaxcats.storage.atomic import write_bytes, write_json
+from jaxcats.storage.lock import release
 from jaxcats.versions import versions
 
 if TYPE_CHECKING:
@@ -33,53 +33,6 @@ OPTIONS = {
     "resume": {"action": "store_true", "help": "go on from the last checkpoint in --workdir; start if there is none"},
     "print_config": {"action": "store_true", "help": "print the resolved configuration and stop"},
 }
-
-
-def open_run(config: Config, name: str | None, *, workdir: str | None, resume: bool) -> Path:
-    """The run folder with its config.yaml; UserError when it holds another run, or one that differs where it matters."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(workdir) if workdir else Path("runs") / f"{Path(name).stem if name else 'train'}-{stamp}"
-    saved = folder / "config.yaml"
-    # A process killed at its very start may have left hidden files only.
-    if folder.is_dir() and not saved.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-        raise UserError(f"--workdir {folder}: not empty, and not a run folder. Name a new folder.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        hold(folder)
-    except OSError as e:
-        raise unwritable(f"--workdir {folder}:", e) from None
-    for place in (folder, folder / "figures"):  # a process may have been killed while it wrote
-        sweep(place, older=-math.inf)
-    # Until there is a checkpoint nothing is lost by starting over, with mended settings too.
-    begun = has_checkpoint(folder)
-    if begun and not resume:
-        raise UserError(
-            f"--workdir {folder}: there is a run in it already. Add --resume to go on with it, or name another folder."
-        )
-    if begun:
-        changed = training_changes(flat(from_file(saved)), flat(config))
-        if changed:
-            raise UserError(
-                f"--resume: the run in {folder} was started with other settings ({'; '.join(changed)}). "
-                f"Resume without them, or use another --workdir."
-            )
-    else:
-        keep_config(folder, config)
-    return folder
-
-
-def keep_config(folder: Path, config: Config) -> None:
-    """Writes what a later command on this run reads; of a run that is resumed once its pictures are known to be the same."""
-    try:
-        write_text(folder / "config.yaml", to_yaml(dataclasses.replace(config, distributed=DistributedConfig())))
-    except OSError as e:
-        raise unwritable(f"--workdir {folder}:", e) from None
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether there is something to go on from."""
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
 
 
 def rates(lr: Any) -> str:
