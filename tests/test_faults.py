@@ -261,9 +261,9 @@ def test_no_feature_is_kept_under_the_content_of_another_picture(place, monkeypa
     """Between the index and the first use; the same command again indexes the folder as it is."""
     victim, whole = place / "photos" / "train" / "cats" / "cats.3.jpg", Trainer.run
 
-    def late(self, initial):
+    def late(self, *arguments):
         change(victim)
-        return whole(self, initial)
+        return whole(self, *arguments)
 
     def command(name: str) -> int:
         words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / name]
