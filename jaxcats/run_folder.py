@@ -26,7 +26,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
         hold(folder)
     except OSError as e:
         raise unwritable(f"--workdir {folder}:", e) from None
-    for place in (folder, folder / "figures"):  # a process may have been killed while it wrote
+    for place in (folder, folder / "figures", folder / "checkpoints"):  # a process may have been killed while it wrote
         sweep(place, older=-math.inf)
     # Until there is a checkpoint nothing is lost by starting over, with mended settings too.
     begun = has_checkpoint(folder)

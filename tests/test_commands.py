@@ -435,8 +435,9 @@ def test_a_refused_resume_changes_nothing(run_folder, pictures, mistake):
     assert run_command(train.main, ["--resume", "--workdir", str(run_folder)]) == 0
 
 
-def test_a_killed_export_is_swept_by_the_next_start(run_folder):
-    left = [run_folder / ".model.123.tmp", run_folder / ".model.123.tmp.old", run_folder / "figures" / ".a.png.123.tmp"]
+def test_what_a_kill_left_half_written_is_swept_by_the_next_start(run_folder):
+    names = (".model.123.tmp", ".model.123.tmp.old", "figures/.a.png.123.tmp", "checkpoints/.2.tmp")
+    left = [run_folder / name for name in names]
     for folder in left:
         folder.mkdir(parents=True)
         (folder / "model.json").write_text("{}")

@@ -86,8 +86,16 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 if judged is None:
                     return
-                self._manager.delete(step)  # Orbax replaces none
+                by_first(lambda: self._remove(step))  # Orbax replaces none
+                self._manager.reload()
             self._manager.save(step, args=args, metrics=judged, force=True)
+
+    def _remove(self, step: int) -> None:
+        """Killed anywhere in it, the checkpoint is whole or none; what is left is swept as the run folder is opened."""
+        aside = self.folder / f".{step}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(self.folder / str(step), aside)
+        shutil.rmtree(aside)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""

@@ -1,5 +1,6 @@
 """Checkpoints: the same bits back, complete or absent, and only those worth keeping."""
 
+import os
 import random
 import shutil
 import time
@@ -368,3 +369,23 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_not_called_damaged(store):
     store.wait()
     with pytest.raises(UserError, match="removed meanwhile"):
         reader.restore(3, state_of(0))
+
+
+def test_broken_off_while_one_is_replaced_the_one_before_it_is_there(store, monkeypatch):
+    store.save(state_of(3), meta_of(3), metrics=judged(2))
+    store.save(state_of(5), meta_of(5))
+    store.wait()
+    rename = os.rename
+
+    def killed(*places):
+        rename(*places)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", killed)
+        store.save(state_of(5), meta_of(5), metrics=judged(1))
+    later = store.again()
+    assert (later.steps(), later.pick("last")) == ([3], 3)
+    later.save(state_of(5), meta_of(5), metrics=judged(1))
+    later.wait()
+    assert (later.steps()[-1], bits(later.restore(5, state_of(0)))) == (5, bits(state_of(5)))
