@@ -381,9 +381,10 @@ def test_broken_off_while_one_is_replaced_the_one_before_it_is_there(store, monk
         rename(*places)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "rename", killed)
-        store.save(state_of(5), meta_of(5), metrics=judged(1))
+        with pytest.raises(KeyboardInterrupt):
+            store.save(state_of(5), meta_of(5), metrics=judged(1))
     later = store.again()
     assert (later.steps(), later.pick("last")) == ([3], 3)
     later.save(state_of(5), meta_of(5), metrics=judged(1))
