@@ -19,6 +19,8 @@ HEARTBEAT = 30  # seconds without a sign of life before a process counts as dead
 # What clusters that JAX can read say about a job of several processes: the variable that holds their number.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
 
+_joined = False
+
 
 def _found_by_jax() -> bool:
     """Whether the environment is one of several processes that jax.distributed can read by itself."""
@@ -62,6 +64,7 @@ def start(settings: Any) -> None:
     Raises:
         UserError: half of the settings, or the others can't be reached.
     """
+    global _joined
     if not wanted(settings):
         return
     given = (settings.coordinator, settings.num_processes, settings.process_id)
@@ -73,10 +76,16 @@ def start(settings: Any) -> None:
     except (RuntimeError, ValueError) as error:
         where = settings.coordinator or "the coordinator that the environment names"
         raise UserError(f"distributed: can't join the other processes at {where} ({_first_line(error)}).") from None
+    _joined = True
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def joined() -> bool:
+    """Whether this process has joined others; unlike `many` it asks no backend, which may wait for them."""
+    return _joined
 
 
 def first() -> bool:

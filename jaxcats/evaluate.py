@@ -128,7 +128,7 @@ def main(argv: Sequence[str]) -> None:
     run = load_run(Path(options.run), options.checkpoint)
     loaded = time.perf_counter()
     folder = results_folder(run.folder, options.data, options.split, options.out)
-    for place in (folder, folder / "figures"):
+    for place in () if options.out else (folder, folder / "figures"):
         sweep(place)
     if options.split == "train":
         look_for_suspects(run, folder)

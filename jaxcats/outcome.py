@@ -137,5 +137,5 @@ def kept_calibration(run: Path, checkpoint: Mapping[str, Any]) -> "Calibration |
             threshold=abstain["threshold"],
             max_error=float(abstain["max_error"]),
         )
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None

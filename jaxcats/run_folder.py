@@ -9,7 +9,7 @@ from jaxcats.cli import from_file
 from jaxcats.config import Config, DistributedConfig, flat, to_yaml
 from jaxcats.errors import UserError, unwritable
 from jaxcats.resumption import training_changes
-from jaxcats.storage.atomic import sweep, write_text
+from jaxcats.storage.atomic import ASIDE, sweep, write_text
 from jaxcats.storage.lock import hold
 
 
@@ -26,8 +26,6 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
         hold(folder)
     except OSError as e:
         raise unwritable(f"--workdir {folder}:", e) from None
-    for place in (folder, folder / "figures", folder / "checkpoints"):  # a process may have been killed while it wrote
-        sweep(place, older=-math.inf)
     # Until there is a checkpoint nothing is lost by starting over, with mended settings too.
     begun = has_checkpoint(folder)
     if begun and not resume:
@@ -41,7 +39,9 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
                 f"--resume: the run in {folder} was started with other settings ({'; '.join(changed)}). "
                 f"Resume without them, or use another --workdir."
             )
-    else:
+    for place in (folder, folder / "figures"):  # a process may have been killed while it wrote
+        sweep(place, older=-math.inf)
+    if not begun:
         keep_config(folder, config)
     return folder
 
@@ -57,4 +57,4 @@ def keep_config(folder: Path, config: Config) -> None:
 def has_checkpoint(folder: Path) -> bool:
     """Whether there is something to go on from."""
     checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
+    return checkpoints.is_dir() and any(p.name.isdigit() or ASIDE.fullmatch(p.name) for p in checkpoints.iterdir())

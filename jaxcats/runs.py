@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxcats.core import mesh
-from jaxcats.distributed import first
+from jaxcats.distributed import by_first, first
 from jaxcats.errors import UserError
 from jaxcats.find_lr import write_lr_find
 from jaxcats.fit import Fitter, Progress
@@ -86,10 +86,10 @@ class Trainer(Fitter):
     def run(self, initial: Callable[[], tuple[Any, Any]], accepted: Callable[[], None] = lambda: None) -> Fitted:
         """All phases, from the latest checkpoint where there is one, else from `initial()` = (params, batch_stats).
 
-        `accepted` is called once it is clear that the run in the folder, if there is one, can be gone on with.
+        `accepted` is called, by the first process, once it is clear that the run in the folder can be gone on with.
         """
         point = resume_point(self.setup, self.checkpoints)
-        accepted()
+        by_first(accepted)
         progress, state = point or (Progress(), None)
         self.log = NoLog()
         if first():

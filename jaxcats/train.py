@@ -88,19 +88,20 @@ def train(
 
     seconds = {"imports": time.perf_counter() - started}
     at = time.perf_counter()
-    setup = job.setup(config, own=own, run=workdir)
+    begun = has_checkpoint(workdir)
+    setup = job.setup(config, own=own, run=workdir if begun else None)
     seconds["index"] = time.perf_counter() - at
     facts = about(setup)
     writes, found = distributed.first(), findings(setup.index)
     print("\n".join([f"Run folder: {workdir}", describe(setup), *summary(found)]))
 
     def accepted() -> None:
-        if writes:
-            keep_config(workdir, config)
-            write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
-            write_json(workdir / "data.json", {"pictures": counts(setup.index), "findings": found})
-            if setup.index.manifest and setup.index.manifest.is_file():
-                write_bytes(workdir / job.SPLIT, setup.index.manifest.read_bytes())
+        keep_config(workdir, config)
+        write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
+        write_json(workdir / "data.json", {"pictures": counts(setup.index), "findings": found})
+        split = workdir / job.SPLIT
+        if setup.index.manifest and setup.index.manifest.is_file() and not (begun and split.exists()):
+            write_bytes(split, setup.index.manifest.read_bytes())
 
     def initial() -> tuple[Any, Any]:
         before = time.perf_counter()
@@ -257,9 +258,9 @@ def main(argv: Sequence[str], *, own: "Own | None" = None) -> None:
             script = as_typed("train") if own is None else shlex.join(["python", *sys.argv[:1]])
             what = "To go on from the last checkpoint" if has_checkpoint(folder) else "To start again"
             print(f"{what}: {script} --resume {shlex.join(['--workdir', str(folder)])}", file=sys.stderr)
-            code = getattr(stopped, "code", 130)
-            if code == 130 and distributed.many():  # Ctrl-C; SIGTERM has been agreed on with the others
-                distributed.leave(str(stopped), code)
+        code = getattr(stopped, "code", 130)
+        if code == 130 and distributed.joined():  # Ctrl-C; SIGTERM has been agreed on with the others
+            distributed.leave(str(stopped) or "stopped by the keyboard.", code)
         raise
     finally:
         if folder:

@@ -436,13 +436,16 @@ def test_a_refused_resume_changes_nothing(run_folder, pictures, mistake):
 
 
 def test_what_a_kill_left_half_written_is_swept_by_the_next_start(run_folder):
-    names = (".model.123.tmp", ".model.123.tmp.old", "figures/.a.png.123.tmp", "checkpoints/.2.tmp")
-    left = [run_folder / name for name in names]
-    for folder in left:
+    left = [run_folder / name for name in (".model.123.tmp", ".model.123.tmp.old", "figures/.a.png.123.tmp")]
+    theirs = [run_folder / name for name in (".mine.tmp", ".123.tmp.d")]
+    for folder in left + theirs:
         folder.mkdir(parents=True)
         (folder / "model.json").write_text("{}")
+    assert run_command(train.main, ["--workdir", str(run_folder), "--config", str(run_folder / "config.yaml")]) == 2
+    assert all(path.exists() for path in left)  # a slip changes nothing
     assert run_command(train.main, ["--resume", "--workdir", str(run_folder)]) == 0
     assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in theirs)
 
 
 def test_the_calibration_of_another_training_is_not_taken(run, tmp_path, capsys):
@@ -453,6 +456,9 @@ def test_the_calibration_of_another_training_is_not_taken(run, tmp_path, capsys)
     new = run("--phases.head.lr", 0.5, workdir=tmp_path / "new")
     checkpoint = judging.load_run(new).checkpoint
     assert checkpoint["step"] == saved["checkpoint"]["step"]
+    for damaged in ("[1]", '"x"', "null"):
+        (new / "metrics.json").write_text(f'{{"checkpoint": {damaged}}}')
+        assert outcome.kept_calibration(new, checkpoint) is None
     shutil.copy(old / "metrics.json", new)
     assert outcome.kept_calibration(new, checkpoint) is None
     assert run_command(export.main, ["--run", str(new)]) == 0

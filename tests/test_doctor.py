@@ -602,6 +602,7 @@ def test_a_test_folder_that_training_leaves_alone(tmp_path):
         ["train/cat.1.jpg", "train/dog.1.jpg", "valid/cat.2.jpg", "test/3.jpg", "4.jpg"],
         ["cat.1.jpg", "dog.1.jpg", "more/cat.2.jpg"],
         ["a/1.jpg", "b/2.jpg", "3.jpg", "test/4.jpg"],
+        ["pictures/1.jpg", "pictures/2.jpg"],
     ],
 )
 def test_nothing_is_said_of_folders_labelled_in_another_way(tmp_path, paths):

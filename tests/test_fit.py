@@ -355,8 +355,23 @@ def test_a_run_on_a_grown_folder_outlives_the_cache(tmp_path, monkeypatch, capsy
     assert run("--resume", "--workdir", tmp_path / "second") == 0
     assert (tmp_path / "second" / "predictions.csv").read_bytes() == before
     shutil.rmtree(tmp_path / "elsewhere")
+    assert run(*argv, "--workdir", tmp_path / "third") == 0  # split afresh, for want of anything else
+    assert (tmp_path / "third" / "predictions.csv").read_bytes() != before
+    assert run_command(evaluate.main, ["--run", str(tmp_path / "second")]) == 0
+    assert run("--resume", "--workdir", tmp_path / "second") == 0
     assert run_command(evaluate.main, ["--run", str(tmp_path / "second")]) == 0
     assert (tmp_path / "second" / "predictions.csv").read_bytes() == before
+
+
+def test_another_fraction_after_a_start_that_failed_is_split_anew(pictures, tmp_path):
+    (tmp_path / "root").mkdir()
+    for kind in ("cats", "dogs"):
+        (pictures / "train" / kind).rename(tmp_path / "root" / kind)
+    argv = [*BASE, "--data.root", tmp_path / "root", "--workdir", tmp_path / "run", "--phases.head.epochs", 1]
+    assert run(*argv, "--data.valid_fraction", 0.2, "--phases.head.lr", 1e38) == 1
+    assert (tmp_path / "run" / "split.json").exists()
+    assert run(*argv, "--data.valid_fraction", 0.4) == 0
+    assert json.loads((tmp_path / "run" / "split.json").read_text())["fraction"] == 0.4
 
 
 def test_resume_refuses_a_changed_training_field_by_name(pictures, tmp_path, capsys):

@@ -243,7 +243,7 @@ def _placed(copies: Sequence[str], layout: Layout) -> list[str]:
 
 def _classes(found: Found, counts: Mapping[tuple[str, str], int], layout: Layout, root: Path) -> None:
     classes = layout.classes
-    if not classes:  # pictures without labels
+    if not classes or layout.table:  # pictures without labels, or with others
         return
     tops = {name: split for name, split in layout.tops.items() if split != "test"} if layout.divided else {".": "train"}
     # A test folder with others, as Kaggle's test/test, holds pictures without labels.
@@ -252,7 +252,7 @@ def _classes(found: Found, counts: Mapping[tuple[str, str], int], layout: Layout
     if len(classes) == 1 and not any(n for (split, name), n in counts.items() if split in tops.values() and not name):
         found["one class only"].append({"paths": folders[classes[0]], "detail": ""})
     found["class named like a split"] += [
-        {"paths": folders[c], "detail": ""} for c in classes if c.casefold() in LIKE_SPLITS and not layout.table
+        {"paths": folders[c], "detail": ""} for c in classes if c.casefold() in LIKE_SPLITS
     ]
     spelt = defaultdict(list)
     for c in classes:

@@ -52,6 +52,7 @@ def hold_out(
     manifest: Path,
     given: bool,
     groups: Mapping[str, Iterable[str]] | None = None,
+    kept: Path | None = None,
 ) -> dict[str, str]:
     """The side ("train", "valid" or "test") of each content hash.
 
@@ -65,10 +66,13 @@ def hold_out(
         manifest: JSON file read first and written when something was added.
         given: the user chose the manifest's place: problems with it are errors, not warnings.
         groups: names of the groups of a content, for those that have any.
+        kept: a copy of a manifest, of this rule, that goes before `manifest` where it knows every content.
     """
     if not given:
         sweep(manifest.parent)
-    saved, known = _read(manifest, rule, given)
+    saved, known = _read_kept(kept, rule, {c for hashes in contents.values() for c in hashes}) or _read(
+        manifest, rule, given
+    )
     before = (len(saved), len(known))
     sides = dict(saved)
     unit_of = _units({content for hashes in contents.values() for content in hashes}, groups or {})
@@ -214,6 +218,15 @@ def _read(manifest: Path, rule: Rule, given: bool) -> tuple[dict[str, str], dict
             f"manifest"
         )
     return sides, groups
+
+
+def _read_kept(kept: Path | None, rule: Rule, contents: set[str]) -> tuple[dict[str, str], dict[str, str]] | None:
+    """The same, of a copy; None where there is none, or it can't be used."""
+    try:
+        sides, groups = _read(kept, rule, True) if kept else ({}, {})
+    except UserError:
+        return None
+    return (sides, groups) if contents <= sides.keys() else None
 
 
 def _words(facts: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """The folder of pictures as a table: classes, splits, labels, and the files that can't be used."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,6 @@ from jaxcats.data.holdout import Rule, default_manifest, hold_out
 from jaxcats.data.labels import Labelled, find_labels, grouping, labelled_pictures
 from jaxcats.data.layout import existing_folder, extensions
 from jaxcats.errors import UserError
-from jaxcats.storage.atomic import write_bytes
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -158,8 +156,8 @@ def scan(
         on_bad_file: "skip" lists files that can't be decoded, or get no label, in `bad`; "fail" raises.
         cache_dir: what to use in place of `cache_folder()`.
         manifest: JSON file of the split; None puts it in the cache folder, by root, fraction and seed.
-        kept_manifest: a copy of the one in the cache folder, for when that has gone: when pictures have come since the
-            first split, it can't be made again.
+        kept_manifest: a run's copy of the one in the cache folder, which goes before it: that may have gone, or be of
+            another time, and where pictures have come since the first split it can't be made again.
         rehash: look at every file again, cached or not.
         workers: decoding threads; None is one per core.
 
@@ -183,15 +181,13 @@ def scan(
         rule = Rule(valid_fraction, seed, test_fraction, group)
         way = labels if labels == "folders" else " ".join([labels, *columns.values()])
         place = Path(manifest) if manifest else default_manifest(cache_dir, root, rule, way)
-        if kept_manifest and not manifest and not place.exists() and kept_manifest.is_file():
-            with contextlib.suppress(OSError):  # a cache that can't be written; hold_out warns of it
-                write_bytes(place, kept_manifest.read_bytes())
         table = tables.pop("train")
         contents = {
             name: [good[path].sha256 for path in paths] for name, paths in zip(found.classes, table, strict=True)
         }
         groups = _groups(grouping(group, found), table, good) if group else None
-        sides = hold_out(contents, rule=rule, manifest=place, given=manifest is not None, groups=groups)
+        kept = None if manifest else kept_manifest
+        sides = hold_out(contents, rule=rule, manifest=place, given=manifest is not None, groups=groups, kept=kept)
         for name in ("train", "valid", "test"):
             of_it = [[path for path in paths if sides[good[path].sha256] == name] for paths in table]
             if any(of_it):
@@ -199,8 +195,8 @@ def scan(
     splits = {name: _split(root, tables[name], good) for name in ("train", "valid")}
     test = _split(root, tables["test"], good) if "test" in tables else None
     notes = tuple((path, record.note) for path, record in good.items() if record.note)
-    seconds, kept = time.perf_counter() - started, place if held and not manifest else None
-    return FolderIndex(root, found.classes, splits, bad, seconds, reused, test, notes, kept)
+    seconds, of_cache = time.perf_counter() - started, place if held and not manifest else None
+    return FolderIndex(root, found.classes, splits, bad, seconds, reused, test, notes, of_cache)
 
 
 def _check_holding(

@@ -3,10 +3,16 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any
+
+OURS = re.compile(r"\..+\.\d+\.tmp(\.old)?")  # of write_bytes and of storage.artifact: .NAME.PROCESS.tmp
+ASIDE = re.compile(
+    r"\.(\d+)\.replaced"
+)  # a checkpoint, until the one that replaces it is whole; see storage.checkpoint
 
 
 def cut(name: str, most: int) -> str:
@@ -36,9 +42,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def sweep(folder: Path, *, older: float = 24 * 3600) -> None:
     """Removes what killed processes left half-written, once it is so many seconds old; what can't be removed stays."""
-    for left in [*folder.glob(".*.tmp"), *folder.glob(".*.tmp.old")]:  # the latter by storage.artifact
+    for left in folder.glob(".*.tmp*"):
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > older:
+            if OURS.fullmatch(left.name) and time.time() - left.stat().st_mtime > older:
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 

@@ -24,6 +24,7 @@ from jaxcats.core import mesh
 from jaxcats.core.state import copy, tree_hash
 from jaxcats.distributed import by_first
 from jaxcats.errors import MAKE_ROOM, RunError, UserError, is_full, unwritable
+from jaxcats.storage.atomic import ASIDE
 
 # Orbax narrates every save at INFO and WARNING, and prints at ERROR what it raises as well.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -60,6 +61,8 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         _hush_abandoned()
         try:
+            if not read_only:
+                by_first(self._bring_back)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as e:
             raise unwritable(f"{self.folder}:", e) from None
@@ -86,16 +89,30 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 if judged is None:
                     return
-                by_first(lambda: self._remove(step))  # Orbax replaces none
-                self._manager.reload()
-            self._manager.save(step, args=args, metrics=judged, force=True)
+                self._replace(step, args=args, metrics=judged, force=True)
+            else:
+                self._manager.save(step, args=args, metrics=judged, force=True)
 
-    def _remove(self, step: int) -> None:
-        """Killed anywhere in it, the checkpoint is whole or none; what is left is swept as the run folder is opened."""
-        aside = self.folder / f".{step}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(self.folder / str(step), aside)
-        shutil.rmtree(aside)
+    def _replace(self, step: int, **saving: Any) -> None:
+        """Orbax replaces none. The one that is there steps aside until the new one is whole; killed meanwhile, it comes back."""
+        by_first(lambda: os.rename(self.folder / str(step), self.folder / f".{step}.replaced"))
+        self._manager.reload()
+        try:
+            self._manager.save(step, **saving)
+            self._manager.wait_until_finished()
+        finally:
+            by_first(self._bring_back)
+            self._manager.reload()
+
+    def _bring_back(self) -> None:
+        """What stepped aside takes its place again, or goes where another has taken it."""
+        for aside in self.folder.glob(".*.replaced"):
+            if (name := ASIDE.fullmatch(aside.name)) is None:
+                continue
+            if (self.folder / name[1]).exists():
+                shutil.rmtree(aside)
+            else:
+                os.rename(aside, self.folder / name[1])
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""

@@ -126,7 +126,8 @@ def _mend_compiled(folder: Path) -> None:
             show(message, *args, **more)
             return
         for entry in folder.glob(f"{glob.escape(damaged[1])}-*cache"):
-            entry.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a cache that is shared and not ours to mend
+                entry.unlink()
 
     if getattr(show, "folder", None) != folder:
         hook.folder = folder  # type: ignore[attr-defined]

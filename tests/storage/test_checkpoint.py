@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaxcats.core import state as states
-from jaxcats.errors import UserError
+from jaxcats.errors import RunError, UserError
 from jaxcats.storage.checkpoint import Checkpoints, badness
 
 
@@ -371,22 +371,43 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_not_called_damaged(store):
         reader.restore(3, state_of(0))
 
 
-def test_broken_off_while_one_is_replaced_the_one_before_it_is_there(store, monkeypatch):
-    store.save(state_of(3), meta_of(3), metrics=judged(2))
+@pytest.mark.parametrize("strike", ["rename", "save", "wait_until_finished"])
+def test_broken_off_while_one_is_replaced_it_is_still_there(store, monkeypatch, strike):
+    """Killed, that is: nothing is tidied up behind it. It is the only one, of a first epoch."""
     store.save(state_of(5), meta_of(5))
     store.wait()
-    rename = os.rename
+    owner = os if strike == "rename" else store._manager
+    whole, calls = getattr(owner, strike), []
 
-    def killed(*places):
-        rename(*places)
-        raise KeyboardInterrupt
+    def killed(*words, **more):
+        calls.append(None)
+        if strike != "save":
+            whole(*words)
+        if len(calls) == (2 if strike == "wait_until_finished" else 1):  # the first of these waits for the save before
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", killed)
+        patch.setattr(store, "_bring_back", lambda: None)
+        patch.setattr(owner, strike, killed)
         with pytest.raises(KeyboardInterrupt):
             store.save(state_of(5), meta_of(5), metrics=judged(1))
     later = store.again()
-    assert (later.steps(), later.pick("last")) == ([3], 3)
-    later.save(state_of(5), meta_of(5), metrics=judged(1))
+    assert (later.steps(), bits(later.restore(5, state_of(0)))) == ([5], bits(state_of(5)))
+    later.save(state_of(5), meta_of(5) | {"phase": "judged"}, metrics=judged(1))
     later.wait()
-    assert (later.steps()[-1], bits(later.restore(5, state_of(0)))) == (5, bits(state_of(5)))
+    assert (later.steps(), later.meta(5)["phase"]) == ([5], "judged")
+    assert not [path for path in later.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_disk_while_one_is_replaced_leaves_it(store, monkeypatch):
+    store.save(state_of(5), meta_of(5))
+    store.wait()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._manager, "save", full)
+        with pytest.raises(RunError, match="No space left"):
+            store.save(state_of(5), meta_of(5), metrics=judged(1))
+    assert (store.steps(), bits(store.restore(5, state_of(0)))) == ([5], bits(state_of(5)))
