@@ -91,11 +91,10 @@ class Trainer(Fitter):
         point = resume_point(self.setup, self.checkpoints)
         by_first(accepted)
         progress, state = point or (Progress(), None)
-        self.log = NoLog()
-        if first():
-            # Saved within an epoch, or before the evaluation at its end: that comes again.
-            again = progress.epoch_step > 0
-            self.log = RunLog(self.workdir, resume_step=progress.step if point else None, evaluated=not again)
+        resume_step = progress.step if point else None
+        # What was saved within an epoch, or before the evaluation at its end, has that to come.
+        evaluated = progress.epoch_step == 0
+        self.log = RunLog(self.workdir, resume_step=resume_step, evaluated=evaluated) if first() else NoLog()
         last = plans(self.setup)[-1]
         finished = progress.epoch == last.first_epoch + last.phase.epochs
         if point:

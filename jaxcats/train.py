@@ -76,13 +76,26 @@ def about(setup: Any) -> dict[str, Any]:
     return found | ({"own": names} if names else {})
 
 
+def keep_facts(folder: Path, setup: Any, found: Any, *, begun: bool) -> None:
+    """Writes what later commands read of the settings and pictures; `begun`: of a run that goes on, whose split stands."""
+    from jaxcats.data.findings import counts
+    from jaxcats.job import SPLIT
+
+    keep_config(folder, setup.config)
+    write_json(folder / "bad_files.json", [vars(b) for b in setup.index.bad])
+    write_json(folder / "data.json", {"pictures": counts(setup.index), "findings": found})
+    manifest, split = setup.index.manifest, folder / SPLIT
+    if manifest and manifest.is_file() and not (begun and split.exists()):
+        write_bytes(split, manifest.read_bytes())
+
+
 def train(
     config: Config, workdir: Path, *, started: float, stopping: Stopping | None = None, own: "Own | None" = None
 ) -> None:
     """Runs everything that a Config says, into a run folder; see Trainer for `stopping`."""
     from jaxcats import job
     from jaxcats.core import mesh
-    from jaxcats.data.findings import counts, findings, summary
+    from jaxcats.data.findings import findings, summary
     from jaxcats.inputs import Evaluator, decoding
     from jaxcats.runs import Trainer
 
@@ -95,14 +108,6 @@ def train(
     writes, found = distributed.first(), findings(setup.index)
     print("\n".join([f"Run folder: {workdir}", describe(setup), *summary(found)]))
 
-    def accepted() -> None:
-        keep_config(workdir, config)
-        write_json(workdir / "bad_files.json", [vars(b) for b in setup.index.bad])
-        write_json(workdir / "data.json", {"pictures": counts(setup.index), "findings": found})
-        split = workdir / job.SPLIT
-        if setup.index.manifest and setup.index.manifest.is_file() and not (begun and split.exists()):
-            write_bytes(split, setup.index.manifest.read_bytes())
-
     def initial() -> tuple[Any, Any]:
         before = time.perf_counter()
         params, stats, weights = distributed.together(lambda: job.initial_params(setup))
@@ -114,7 +119,7 @@ def train(
     stopping = stopping or Stopping()
     stopping.check()
     with Trainer(setup, workdir, facts=facts, stopping=stopping) as trainer:
-        fitted = trainer.run(initial, accepted)
+        fitted = trainer.run(initial, partial(keep_facts, workdir, setup, found, begun=begun))
     stopping.check()
     at = time.perf_counter()
     valid = setup.index.splits["valid"]

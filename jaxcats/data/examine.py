@@ -1,7 +1,6 @@
 """One look at each file of any folder, for what may be wrong with it: `examine_folder` finds, doctor prints."""
 
 import os
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from jaxcats.data.duplicates import alike_features, group_of, near_links
 from jaxcats.data.files import list_pictures
 from jaxcats.data.findings import IMBALANCE
 from jaxcats.data.labels import find_labels
-from jaxcats.data.layout import check_classes, extensions, shortened
+from jaxcats.data.layout import check_classes, extensions, letters, shortened, subfolders
 from jaxcats.data.look import NAMELESS, Look, look, other_files
 from jaxcats.data.table import SPLITS, TABLES, read_table
 from jaxcats.errors import UserError
@@ -89,10 +88,10 @@ class Layout:
 
 def find_layout(root: Path) -> Layout:
     """The folders of splits and classes in a folder."""
-    there = _folders(root)
+    there = subfolders(root)
     tops = {name: SPLITS[name] for name in there if name in SPLITS}
     labelled = [root / name for name, split in tops.items() if split != "test"]
-    names = [name for top in labelled for name in _folders(top)] if labelled else [n for n in there if n not in tops]
+    names = [name for top in labelled for name in subfolders(top)] if labelled else [n for n in there if n not in tops]
     return Layout(tops, tuple(sorted(set(names))), _table(root))
 
 
@@ -106,10 +105,6 @@ def _table(root: Path) -> str:
         if any((root / row.path).is_file() for row in rows[:100]):
             return file.name
     return ""
-
-
-def _folders(folder: Path) -> list[str]:
-    return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
 def examine_folder(
@@ -247,7 +242,7 @@ def _classes(found: Found, counts: Mapping[tuple[str, str], int], layout: Layout
         return
     tops = {name: split for name, split in layout.tops.items() if split != "test"} if layout.divided else {".": "train"}
     # A test folder with others, as Kaggle's test/test, holds pictures without labels.
-    tops |= {n: s for n, s in layout.tops.items() if s == "test" and set() < set(_folders(root / n)) <= set(classes)}
+    tops |= {n: s for n, s in layout.tops.items() if s == "test" and set() < set(subfolders(root / n)) <= set(classes)}
     folders = {c: [Path(top, c).as_posix() for top in tops if (root / top / c).is_dir()] for c in classes}
     if len(classes) == 1 and not any(n for (split, name), n in counts.items() if split in tops.values() and not name):
         found["one class only"].append({"paths": folders[classes[0]], "detail": ""})
@@ -256,7 +251,7 @@ def _classes(found: Found, counts: Mapping[tuple[str, str], int], layout: Layout
     ]
     spelt = defaultdict(list)
     for c in classes:
-        spelt[unicodedata.normalize("NFC", c).casefold().strip()].append(c)
+        spelt[letters(c)].append(c)
     twins: list[str] = []
     for names in spelt.values():
         # All of them may be classes; where a folder lacks one of them and has another, they are the same.
@@ -295,7 +290,7 @@ def _training(found: Found, paths: Sequence[str], layout: Layout, root: Path) ->
     for top, inside in unseen.items():
         detail = f"{len(inside):,} in {'the folder itself' if top == '.' else top + '/'}, {layout.unseen(inside[0])}"
         found["training does not see them"].append({"paths": inside, "detail": detail})
-    names = _folders(root / "test") if layout.divided and "test" in layout.tops else []
+    names = subfolders(root / "test") if layout.divided and "test" in layout.tops else []
     if "test" not in labelled.parts and {n.casefold() for n in names} & {c.casefold() for c in labelled.classes}:
         try:
             check_classes(Path("test"), names, labelled.classes, against="train")

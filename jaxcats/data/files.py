@@ -58,6 +58,12 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "jaxcats"
 
 
+def cache_name(root: Path, more: str = "") -> str:
+    """What a file in the cache is called that is about the folder `root`, and of `more` that decides it."""
+    key = hashlib.sha256(os.fsencode(root) + more.encode()).hexdigest()[:16]
+    return f"{cut(root.name, 230) or 'root'}-{key}.json"
+
+
 def list_pictures(folder: Path, root: Path) -> list[str]:
     """Picture files at any depth below `folder`, sorted, as paths relative to `root`; hidden names are left out.
 
@@ -183,8 +189,7 @@ def examine(
     always with `rehash`. The cache is one file per root, the SHA-256 of its JSON and the JSON; damaged or unwritable, it costs a warning, not the run.
     What was looked at before an exception (Ctrl-C, SIGTERM) is kept in it; before a SIGKILL, what was a minute before.
     """
-    key = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    store = cache_dir / "index" / f"{cut(root.name, 230) or 'root'}-{key}.json"
+    store = cache_dir / "index" / cache_name(root)
     sweep(store.parent)
     known = _load_records(store)
     records = {path: known[path] for path in paths if path in known and not rehash and _same(root / path, known[path])}

@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxcats.data.files import warn
+from jaxcats.data.files import cache_name, warn
 from jaxcats.errors import UserError
-from jaxcats.storage.atomic import cut, sweep, write_json
+from jaxcats.storage.atomic import sweep, write_json
 
 SIDES = ("valid", "test", "train")
 
@@ -41,8 +40,7 @@ class Rule:
 def default_manifest(cache_dir: Path, root: Path, rule: Rule, labels: str = "folders") -> Path:
     """Where the split of a folder is kept when the user names no place; other `labels` are held out afresh."""
     key = "|".join(map(str, ["", *rule.facts().values(), *[labels] * (labels != "folders")]))
-    name = hashlib.sha256(os.fsencode(root) + key.encode()).hexdigest()[:16]
-    return cache_dir / "splits" / f"{cut(root.name, 230) or 'root'}-{name}.json"
+    return cache_dir / "splits" / cache_name(root, key)
 
 
 def hold_out(
@@ -70,12 +68,11 @@ def hold_out(
     """
     if not given:
         sweep(manifest.parent)
-    saved, known = _read_kept(kept, rule, {c for hashes in contents.values() for c in hashes}) or _read(
-        manifest, rule, given
-    )
+    every = {content for hashes in contents.values() for content in hashes}
+    saved, known = _read_kept(kept, rule, every) or _read(manifest, rule, given)
     before = (len(saved), len(known))
     sides = dict(saved)
-    unit_of = _units({content for hashes in contents.values() for content in hashes}, groups or {})
+    unit_of = _units(every, groups or {})
     names: dict[str, set[str]] = defaultdict(set)
     members: dict[str, set[str]] = defaultdict(set)
     for content, unit in unit_of.items():

@@ -13,6 +13,7 @@ from jaxcats.data.layout import (
     class_names,
     shortened,
     split_folders,
+    subfolders,
     test_folder,
     valid_folder,
 )
@@ -69,7 +70,7 @@ def _from_folders(root: Path, valid_fraction: float | None) -> Labelled:
         check_classes(valid, class_names(valid), classes, against=str(train))
     test = test_folder(root) if train != root else None
     # A test folder without these classes holds pictures without labels, and is left alone.
-    if test is not None and set(classes) != {p.name for p in test.iterdir() if p.is_dir() and p.name[0] != "."}:
+    if test is not None and set(classes) != set(subfolders(test)):
         test = None
     tops = {"train": train, "valid": valid, "test": test}
     if test is not None and not list_pictures(test, root):  # laid out, but still empty

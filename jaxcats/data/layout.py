@@ -35,7 +35,7 @@ def split_folders(root: Path, valid_fraction: float | None) -> tuple[Path, Path 
         return train, valid
     if valid_fraction is not None and valid is None:
         return (train if train.is_dir() else root), None
-    names = [path.name + "/" for path in _subfolders(root)]
+    names = [name + "/" for name in subfolders(root)]
     found = shortened(names) if names else "no folders"
     raise UserError(
         f"{root}: found {found}, looked for train/ and valid/ (or val/, validation/) with a folder per class in each; "
@@ -56,13 +56,14 @@ def test_folder(root: Path) -> Path | None:
     return root / "test" if (root / "test").is_dir() else None
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders inside that aren't hidden, sorted."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
     """The names of the folders inside, sorted: the classes in label order."""
-    names = tuple(path.name for path in _subfolders(folder))
+    names = tuple(subfolders(folder))
     if not names:
         loose = len(list_pictures(folder, folder))
         found = f"{loose:,} pictures but no class folders" if loose else "no pictures"
@@ -77,7 +78,7 @@ def check_classes(
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         parts = [f"missing {shortened(missing)}"] * bool(missing) + [f"unknown {shortened(extra)}"] * bool(extra)
-        spelt = [(a, b) for a in missing for b in extra if _letters(a) == _letters(b)]
+        spelt = [(a, b) for a in missing for b in extra if letters(a) == letters(b)]
         if spelt:
             a, b = map(ascii, spelt[0])
             raise UserError(
@@ -90,7 +91,8 @@ def check_classes(
         )
 
 
-def _letters(name: str) -> str:
+def letters(name: str) -> str:
+    """What two names have in common that differ in capitals, spaces around them, or how an accent is encoded."""
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 

@@ -26,7 +26,7 @@ from jaxcats.data.augment import PRESETS
 from jaxcats.data.preprocess import TRANSFORM_VERSION, Preprocess
 from jaxcats.errors import UserError, unwritable
 from jaxcats.storage import program as programs
-from jaxcats.storage.atomic import cut, write_bytes, write_json
+from jaxcats.storage.atomic import temporary, write_bytes, write_json
 
 FORMAT = 1
 JSON, TENSORS, PROGRAM = "model.json", "model.safetensors", "model.stablehlo"
@@ -77,7 +77,7 @@ def write(folder: Path, *, tensors: dict[str, np.ndarray], program: bytes, facts
         raise UserError(f"{folder}: holds something other than an exported classifier; name another folder.")
     contents = {TENSORS: safetensors.numpy.save(tensors), PROGRAM: bytes(program)}
     files = {name: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for name, b in contents.items()}
-    fresh = folder.with_name(f".{cut(folder.name, 200)}.{os.getpid()}.tmp")
+    fresh = temporary(folder)
     try:
         shutil.rmtree(fresh, ignore_errors=True)
         for name, content in contents.items():

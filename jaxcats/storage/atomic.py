@@ -9,15 +9,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-OURS = re.compile(r"\..+\.\d+\.tmp(\.old)?")  # of write_bytes and of storage.artifact: .NAME.PROCESS.tmp
-ASIDE = re.compile(
-    r"\.(\d+)\.replaced"
-)  # a checkpoint, until the one that replaces it is whole; see storage.checkpoint
+OURS = re.compile(r"\..+\.\d+\.tmp(\.old)?")  # what `temporary` gives, and what storage.artifact moves away
+# A checkpoint until the one that replaces it is whole; here, since storage.checkpoint loads Orbax.
+ASIDE = re.compile(r"\.(\d+)\.replaced")
 
 
 def cut(name: str, most: int) -> str:
     """The beginning of a file's name, of so many bytes: file systems count these, of 255, and not letters."""
     return os.fsencode(name)[:most].decode(errors="ignore")
+
+
+def temporary(path: Path) -> Path:
+    """Where this process makes a file or a folder that is to become `path`; `sweep` knows it by its name."""
+    return path.with_name(f".{cut(path.name, 200)}.{os.getpid()}.tmp")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -31,12 +35,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     if path.exists() and not path.is_file() and not path.is_dir():
         path.write_bytes(data)
         return
-    temporary = path.with_name(f".{cut(path.name, 200)}.{os.getpid()}.tmp")
+    fresh = temporary(path)
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        fresh.write_bytes(data)
+        os.replace(fresh, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
         raise
 
 
