@@ -5,34 +5,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxcats import models
-    from jaxcats.config import Config, Phase
+    from jaxcats.common.config import Config, Phase
+    from jaxcats.common.errors import RunError, UserError
+    from jaxcats.common.stats import sentence
     from jaxcats.core.state import TrainState
     from jaxcats.core.step import make_eval_step, make_train_step
-    from jaxcats.data.preprocess import Preprocess, evaluation_pixels
-    from jaxcats.errors import RunError, UserError
-    from jaxcats.learner import Learner
-    from jaxcats.learner_data import ImageClassifierData
-    from jaxcats.predictor import load
-    from jaxcats.results.metrics import sentence
+    from jaxcats.data.images import Preprocess, evaluation_pixels
+    from jaxcats.export.classifier import load
+    from jaxcats.learner.data import ImageClassifierData
+    from jaxcats.learner.learner import Learner
 
 __version__ = "0.1.0"
 
 # Loaded at first use, so that `import jaxcats` costs nothing.
 _PUBLIC = {
     "models": "jaxcats.models",
-    "Config": "jaxcats.config",
-    "Phase": "jaxcats.config",
+    "Config": "jaxcats.common.config",
+    "Phase": "jaxcats.common.config",
     "make_train_step": "jaxcats.core.step",
     "make_eval_step": "jaxcats.core.step",
     "TrainState": "jaxcats.core.state",
-    "Preprocess": "jaxcats.data.preprocess",
-    "evaluation_pixels": "jaxcats.data.preprocess",
-    "Learner": "jaxcats.learner",
-    "ImageClassifierData": "jaxcats.learner_data",
-    "sentence": "jaxcats.results.metrics",
-    "load": "jaxcats.predictor",
-    "RunError": "jaxcats.errors",
-    "UserError": "jaxcats.errors",
+    "Preprocess": "jaxcats.data.images",
+    "evaluation_pixels": "jaxcats.data.images",
+    "Learner": "jaxcats.learner.learner",
+    "ImageClassifierData": "jaxcats.learner.data",
+    "sentence": "jaxcats.common.stats",
+    "load": "jaxcats.export.classifier",
+    "RunError": "jaxcats.common.errors",
+    "UserError": "jaxcats.common.errors",
 }
 __all__ = [
     "Config",

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcats.command import Parser, as_typed, one_line, run_command
-from jaxcats.errors import UserError, unwritable
+from jaxcats.common.cli import Parser, as_typed, one_line, run_command
+from jaxcats.common.errors import UserError, unwritable
 
 DESCRIPTION = (
     "Examines a folder of pictures. Exit code 0: nothing grave; 1: bad files, leaks, label conflicts, too few "
@@ -70,8 +70,8 @@ def diagnose(root: Path, *, backbone: str | None = None, progress: bool = True) 
         root: any folder.
         backbone: also compares the features that this pretrained network gives the pictures.
     """
-    from jaxcats.data.examine import examine_folder
-    from jaxcats.data.layout import existing_folder
+    from jaxcats.data.labels import existing_folder
+    from jaxcats.data.quality import examine_folder
 
     started, root = time.perf_counter(), existing_folder(root)
     features_of = feature_reader(root, backbone) if backbone else None
@@ -94,14 +94,15 @@ def feature_reader(root: Path, backbone: str) -> Callable[[Sequence[str], Sequen
     """From paths and content hashes to features [N, F] of a pretrained backbone, cached as training caches them."""
     import numpy as np
 
-    from jaxcats import job, models
-    from jaxcats.config import Config, ModelConfig
+    from jaxcats import models
+    from jaxcats.common.config import Config, ModelConfig
     from jaxcats.data.index import Split
-    from jaxcats.inputs import backbone_features
+    from jaxcats.train import experiment
+    from jaxcats.train.features import backbone_features
 
     config = Config(model=ModelConfig(backbone=backbone))
-    cache = job.start_jax(config)
-    model, preprocess = job.create_model(config, 2)
+    cache = experiment.start_jax(config)
+    model, preprocess = experiment.create_model(config, 2)
     params, stats = models.load_pretrained(model)
 
     def features(paths: Sequence[str], hashes: Sequence[str]) -> Any:
@@ -150,8 +151,8 @@ def read_options(argv: Sequence[str]) -> Any:
                 way_out = f"give the folder first: {as_typed('doctor')} {shlex.quote(file)} --{name}"
                 raise UserError(f"--{name} {file}: is a folder, taken for the file to write; {way_out}")
         parser.error("the following arguments are required: folder")
-    from jaxcats.data.look import starts_like_a_picture
-    from jaxcats.predict import check_targets
+    from jaxcats.data.files import check_targets
+    from jaxcats.data.quality import starts_like_a_picture
 
     check_targets(outputs, [options.folder])
     for name, file in outputs.items():
@@ -177,7 +178,7 @@ def replaceable(file: str, start: re.Pattern[bytes]) -> bool:
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit code."""
     options = read_options(argv)
-    from jaxcats.storage.atomic import write_json
+    from jaxcats.common.io import write_json
 
     report = diagnose(Path(options.folder), backbone=options.backbone)
     print("\n".join(lines(report)))
@@ -185,7 +186,7 @@ def main(argv: Sequence[str]) -> int:
         if file := options.json:
             write_json(Path(file), report)
         if file := options.html:
-            from jaxcats.results.diagnosis import write_diagnosis
+            from jaxcats.evaluate.report import write_diagnosis
 
             write_diagnosis(Path(file), report)
     except OSError as e:

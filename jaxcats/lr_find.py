@@ -5,9 +5,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxcats.cli import parse
-from jaxcats.command import quiet_tensorflow, run_command
-from jaxcats.errors import RunError, UserError, nearest
+from jaxcats.common.cli import parse, quiet_tensorflow, run_command
+from jaxcats.common.errors import RunError, UserError, nearest
 
 DESCRIPTION = (
     "Finds a learning rate: trains a copy of the network for a while under a rate that grows exponentially, and looks "
@@ -31,17 +30,17 @@ def main(argv: Sequence[str]) -> None:
     if name not in names:
         raise UserError(f"--phase {name}: not in the configuration.{nearest(name, names)} It has {', '.join(names)}.")
     quiet_tensorflow()
-    from jaxcats import job
-    from jaxcats.find_lr import check_range, find_lr, find_lr_band, write_lr_find
-    from jaxcats.inputs import precompute
-    from jaxcats.train import describe
+    from jaxcats.train import experiment
+    from jaxcats.train.experiment import describe
+    from jaxcats.train.features import precompute
+    from jaxcats.train.lr_finder import check_range, find_lr, find_lr_band, write_lr_find
 
     span = {key: options[key] for key in ("start", "end", "iterations")}
     check_range(**span, seeds=options["seeds"])
-    setup = job.setup(config)
+    setup = experiment.setup(config)
     print(describe(setup))
-    plan = job.plans(setup)[names.index(name)]
-    params, stats, _ = job.initial_params(setup)
+    plan = experiment.plans(setup)[names.index(name)]
+    params, stats, _ = experiment.initial_params(setup)
     feats = precompute(setup, params, stats)[0]["train"] if plan.phase.precompute else None
     if options["seeds"] == 1:
         result = find_lr(setup, plan, params, stats, feats, **span)

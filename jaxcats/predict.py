@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcats.command import Parser, one_line, run_command
-from jaxcats.errors import RunError, UserError, unwritable
+from jaxcats.common.cli import Parser, one_line, run_command
+from jaxcats.common.errors import RunError, UserError, unwritable
 
 DESCRIPTION = (
     "Judges pictures with an exported classifier. Probabilities are calibrated on the validation pictures; 'unsure' marks "
@@ -112,7 +112,7 @@ def submission(rows: Sequence[Any], numbers: Sequence[int]) -> str:
 
 def contact_sheet(rows: Sequence[Any]) -> bytes:
     """The first pictures under what is said of them, as PNG."""
-    from jaxcats.results.plots import gallery
+    from jaxcats.plots import gallery
 
     good = [row for row in rows if row.error is None][:SHOWN]
     if not good:
@@ -125,7 +125,7 @@ def contact_sheet(rows: Sequence[Any]) -> bytes:
 
 def write_file(path: str, content: str | bytes) -> None:
     """All of a file or nothing."""
-    from jaxcats.storage.atomic import write_bytes, write_text
+    from jaxcats.common.io import write_bytes, write_text
 
     try:
         if isinstance(content, bytes):
@@ -157,27 +157,10 @@ def read_options(argv: Sequence[str]) -> Any:
     options = parser.parse_args(argv)
     if options.csv == options.jsonl == "-":
         raise UserError("--csv - --jsonl -: only one of them can go to stdout.")
+    from jaxcats.data.files import check_targets
+
     check_targets({name: getattr(options, name) for name in ("csv", "jsonl", "kaggle", "show")}, options.paths)
     return options
-
-
-def check_targets(targets: dict[str, str | None], inputs: Sequence[str]) -> None:
-    """UserError for a file that an output may not replace; better known before ten thousand pictures than after."""
-    from jaxcats.data.files import IMAGE_EXTENSIONS
-
-    taken = {os.path.realpath(path) for path in inputs}
-    for name, file in targets.items():
-        if file is None or (file == "-" and name in ("csv", "jsonl")):
-            continue
-        wrong = Path(file).suffix.lower() != ".png" if name == "show" else Path(file).suffix.lower() in IMAGE_EXTENSIONS
-        if wrong or file == "-":  # as in --csv *.jpg, where the shell puts a photo
-            raise UserError(f"--{name} {file}: expected a {'.png' if name == 'show' else 'text'} file to write.")
-        if os.path.realpath(file) in taken:
-            raise UserError(f"--{name} {file}: is a file given already; name another.")
-        taken.add(os.path.realpath(file))
-        other = os.path.lexists(file) and not os.path.isfile(file)  # a folder, or a device that must not be replaced
-        if other or not os.access(Path(file).absolute().parent, os.W_OK):
-            raise UserError(f"--{name} {file}: can't be written; expected a file in a folder that is there.")
 
 
 def outputs(options: Any, classes: Sequence[str], paths: Sequence[str]) -> list[tuple[str, str, Callable[[Any], str]]]:
@@ -224,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     options = read_options(argv)
     paths = expand(options.paths)
-    from jaxcats.predictor import load
+    from jaxcats.export.classifier import load
 
     if options.kaggle:
         ids(paths)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcats.command import Parser, run_command
-from jaxcats.errors import UserError, nearest, unwritable
+from jaxcats.common.cli import Parser, run_command
+from jaxcats.common.errors import UserError, nearest, unwritable
 
 DESCRIPTION = "Pretrained weights: what is known, fetching them ahead, checking and converting files."
 ACTIONS = {
@@ -112,8 +112,8 @@ def _convert(parser: Parser, argv: Sequence[str]) -> None:
     import numpy as np
     from safetensors.numpy import save
 
+    from jaxcats.common import io
     from jaxcats.models import pretrained
-    from jaxcats.storage import atomic
 
     source, target = Path(options.source), Path(os.path.expanduser(options.target))
     if target.suffix.lower() != ".safetensors":
@@ -132,7 +132,7 @@ def _convert(parser: Parser, argv: Sequence[str]) -> None:
                 f"{path}: '{name}' is of a kind ({array.dtype}) that a .safetensors file can't hold"
             ) from None
     try:
-        atomic.write_bytes(target, save(tensors, metadata={"format": "pt"}))
+        io.write_bytes(target, save(tensors, metadata={"format": "pt"}))
     except OSError as error:
         raise unwritable(str(target), error) from None
     print(f"Written: {target} ({len(tensors)} tensors, {target.stat().st_size / 1e6:.1f} MB)")

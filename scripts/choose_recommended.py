@@ -15,13 +15,15 @@ from collections import deque
 
 import numpy as np
 
-from jaxcats.config import Config, DataConfig, ModelConfig, Phase
+from jaxcats.common import stats as stats_module
+from jaxcats.common.config import Config, DataConfig, ModelConfig, Phase
 from jaxcats.core.scan import epoch_order
 from jaxcats.core.state import copy
 from jaxcats.data.index import FolderIndex, Split
-from jaxcats.inputs import Evaluator, backbone_features, decoding, make_driver
-from jaxcats.job import Setup, create_model, initial_params, make_phase, plans, setup
-from jaxcats.results import metrics
+from jaxcats.train.drivers import decoding, make_driver
+from jaxcats.train.evaluator import Evaluator
+from jaxcats.train.experiment import Setup, create_model, initial_params, make_phase, plans, setup
+from jaxcats.train.features import backbone_features
 
 # optimizer, learning rate, weight decay, epochs
 GRID = [
@@ -118,7 +120,7 @@ def main() -> None:
                 out[fold == k] = train_and_judge(whole, known[policy, head], (params, stats), held=fold == k)
             logits.append(out)
         labels = np.tile(base.index.splits["train"].labels, args.seeds)
-        found = metrics.summary(np.concatenate(logits), labels)
+        found = stats_module.summary(np.concatenate(logits), labels)
         results.append((found["errors"], found["log_loss"], name))
         print(
             json.dumps(

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from drawing import animal_picture
 
+from jaxcats import plots
+from jaxcats.common import stats
 from jaxcats.core import schedules
 from jaxcats.data import augment
-from jaxcats.data.drawing import animal_picture
-from jaxcats.data.preprocess import Preprocess, evaluation_pixels
-from jaxcats.results import calibration, metrics, plots, ranking
+from jaxcats.data.images import Preprocess, evaluation_pixels
+from jaxcats.evaluate import calibration, ranking
 
 STEPS, PEAK, DRAWS = 700, 0.01, 6
 
@@ -83,13 +85,13 @@ def judgements(
     n, c = logits.shape
     correct = logits.argmax(1) == labels
     counts = np.bincount(c * labels + logits.argmax(1), minlength=c * c).reshape(c, c)
-    before = np.exp(metrics.log_softmax(logits).max(1))
+    before = np.exp(stats.log_softmax(logits).max(1))
     after = np.exp(calibration.out_of_fold(logits, labels)[0].max(1))
     threshold = calibration.choose_threshold(after, correct, max_error=max_error)
     chosen = calibration.answered(after, correct, threshold)
     rows = [
         {"class": name, "n": int(row.sum()), "recall": row[i] / row.sum() if row.sum() else None}
-        | {"recall_interval": metrics.wilson_interval(int(row[i]), int(row.sum()))}
+        | {"recall_interval": stats.wilson_interval(int(row[i]), int(row.sum()))}
         for i, (name, row) in enumerate(zip(classes, counts, strict=True))
     ]
     return {
@@ -116,7 +118,7 @@ def galleries(
     logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], pictures: Sequence
 ) -> dict[str, plots.Figure]:
     """Top losses, and the same pictures beside invented heat."""
-    log_probs = metrics.log_softmax(logits)
+    log_probs = stats.log_softmax(logits)
     rows = ranking.top_losses(log_probs, labels, n=9)
     titles = plots.top_loss_titles(log_probs, labels, classes, rows)
     wrong = [bool(log_probs[i].argmax() != labels[i]) for i in rows]

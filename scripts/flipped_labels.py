@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from jaxcats.cli import from_file
-from jaxcats.job import initial_params, setup
-from jaxcats.suspects import find_suspects
+from jaxcats.common.cli import from_file
+from jaxcats.evaluate.label_errors import find_suspects
+from jaxcats.train.experiment import initial_params, setup
 
 
 def listed(run: SimpleNamespace, split, *, folds: int) -> list[str]:

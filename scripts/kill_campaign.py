@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxcats.data.demo import draw
+from demo_images import draw
 
 CONFIG = """
 data: {{root: {root}, size: {size}}}
@@ -33,7 +33,7 @@ phases:
   all: {{epochs: 3, lr: 0.01, freeze: nothing, bn: train, augment: side_on, batch_size: 16}}
 """
 STAGES = ("start", "index", "features", "training", "checkpoint", "evaluation", "report")
-PROGRAM = "import sys; {extra}from jaxcats import train; from jaxcats.command import run_command; sys.exit(run_command(train.main))"
+PROGRAM = "import sys; {extra}from jaxcats.common.cli import run_command; from jaxcats.train.__main__ import main; sys.exit(run_command(main))"
 SECONDS_AT_MOST = 300
 
 

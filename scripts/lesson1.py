@@ -37,6 +37,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import demo_images
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
@@ -46,11 +47,10 @@ import optax
 from PIL import Image
 
 import jaxcats as jc
+from jaxcats.common.stats import wilson_interval
 from jaxcats.core.step import normalise
-from jaxcats.data import demo
-from jaxcats.data.preprocess import evaluation_pixels, open_upright
-from jaxcats.results.cam import grad_cam
-from jaxcats.results.metrics import wilson_interval
+from jaxcats.data.images import evaluation_pixels, open_upright
+from jaxcats.evaluate.figures import grad_cam
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
 mpl.use("agg")  # figures are drawn once, by `show`
@@ -93,7 +93,7 @@ def show(figure, name: str) -> None:
 args = options()
 OUT = Path(args.out)
 OUT.mkdir(parents=True, exist_ok=True)
-root = Path(args.root) if args.root else demo.draw(OUT / "pictures", n_train=120, n_valid=120)
+root = Path(args.root) if args.root else demo_images.draw(OUT / "pictures", n_train=120, n_valid=120)
 
 # %% [markdown]
 # ## 1. Look at the data

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import jaxcats as jc
-from jaxcats.find_lr import write_lr_find
-from jaxcats.results import metrics
+from jaxcats.common import stats
+from jaxcats.train.lr_finder import write_lr_find
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         errors, n = learn.errors(log_probs)
         y = data.val_y
         loss = -float((learn.predict() if log_probs is None else log_probs)[range(n), y].mean())
-        interval = metrics.wilson_interval(n - errors, n)
+        interval = stats.wilson_interval(n - errors, n)
         seconds = time.perf_counter() - started
         rows.append(
             {"step": name, "errors": errors, "n": n, "interval": interval, "log_loss": loss, "seconds": seconds}

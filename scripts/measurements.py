@@ -77,7 +77,7 @@ def summary(values: list[float], digits: int = 2) -> dict[str, float]:
 
 def configuration(a: argparse.Namespace) -> Any:
     """The Config that the options amount to."""
-    from jaxcats.config import Config, DataConfig, ModelConfig, Phase
+    from jaxcats.common.config import Config, DataConfig, ModelConfig, Phase
 
     head = "linear" if a.what == "step" else "lesson"
     return Config(
@@ -93,7 +93,7 @@ def random_network(a: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """(model, preprocess, params, batch_stats) with random weights."""
     import jax
 
-    from jaxcats.job import create_model
+    from jaxcats.train.experiment import create_model
 
     model, preprocess = create_model(configuration(a), 2)
     return model, preprocess, *jax.jit(model.init)(jax.random.key(0))
@@ -124,9 +124,9 @@ def run_step(a: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from jaxcats.compiling import jit, keep_heap
+    from jaxcats.common.compile_cache import jit, keep_heap
     from jaxcats.core import optim, schedules
-    from jaxcats.core import state as states
+    from jaxcats.core import state as state_module
     from jaxcats.core.step import make_train_step, normalise
 
     keep_heap()  # as the train command does
@@ -143,7 +143,7 @@ def run_step(a: argparse.Namespace) -> dict[str, Any]:
         key=jax.random.key(0),
         bn_train=True,
     )
-    jitted, state = jit(step, donate_argnums=0), put(states.create(params, stats, tx, trainable=trainable))
+    jitted, state = jit(step, donate_argnums=0), put(state_module.create(params, stats, tx, trainable=trainable))
     rows = np.arange(a.batch, dtype=np.int32)
     batch = {"image": pictures_on_host(a, preprocess.size), "label": rows % 2, "mask": rows >= 0, "index": rows}
 
@@ -157,14 +157,14 @@ def run_step(a: argparse.Namespace) -> dict[str, Any]:
 
 def run_features(a: argparse.Namespace) -> dict[str, Any]:
     """The frozen backbone to pooled features: of random pictures, or with --root of files through the real cache."""
-    from jaxcats import inputs
-    from jaxcats.storage.program import keep_compiled
+    from jaxcats.common.compile_cache import keep_compiled
+    from jaxcats.train import features
 
     model, preprocess, params, stats = random_network(a)
     facts = {"size": preprocess.size, "dtype": model.dtype}
     if not a.root:
         put, put_batch = spread(a)
-        program, (params, stats) = inputs.feature_program(model, preprocess), put((params, stats))
+        program, (params, stats) = features.feature_program(model, preprocess), put((params, stats))
         images = pictures_on_host(a, preprocess.size)
         return measure(lambda: program(params, stats, put_batch(images)), a, pictures=a.batch) | facts
     split, seconds = files_split(a), []
@@ -173,7 +173,7 @@ def run_features(a: argparse.Namespace) -> dict[str, Any]:
         keep_compiled(Path(folder))
         for turn in range(a.rounds + 1):  # the first one compiles
             start = time.perf_counter()
-            inputs.backbone_features(model, split, **how, cache_dir=Path(folder, str(turn)))
+            features.backbone_features(model, split, **how, cache_dir=Path(folder, str(turn)))
             seconds.append(time.perf_counter() - start)
     return {"images_per_second": summary([len(split) / s for s in seconds[1:]])} | facts | {"pictures": len(split)}
 
@@ -220,34 +220,34 @@ def head_setup(a: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:
     import jax
     import numpy as np
 
-    from jaxcats import job
     from jaxcats.data.index import FolderIndex, Split
+    from jaxcats.train import experiment
 
     config, rng = configuration(a), np.random.default_rng(0)
     splits, feats = {}, {}
-    model, preprocess = job.create_model(config, 2)
+    model, preprocess = experiment.create_model(config, 2)
     rows = a.limit or HEAD_ROWS
     for name, n in (("train", rows), ("valid", max(rows // 2, 1))):
         splits[name] = Split(Path("."), ("",) * n, rng.integers(0, 2, n, np.int32), ("",) * n)
         feats[name] = rng.standard_normal((n, model.feature_size), np.float32)
     index = FolderIndex(Path("."), ("a", "b"), splits, (), 0.0, 0)
     params, stats = jax.jit(model.init)(jax.random.key(0))
-    return job.Setup(config, index, model, preprocess, job.cache_of(config)), params, stats, feats
+    return experiment.Setup(config, index, model, preprocess, experiment.cache_of(config)), params, stats, feats
 
 
 def run_head(a: argparse.Namespace) -> dict[str, Any]:
     """Three epochs of the lesson's head with the evaluation after each, by the drivers that train uses."""
     import jax
 
-    from jaxcats import inputs, job
     from jaxcats.core.scan import epoch_order
     from jaxcats.core.state import copy
+    from jaxcats.train import drivers, evaluator, experiment
 
     setup, params, stats, feats = head_setup(a)
-    plan, valid = job.plans(setup)[0], setup.index.splits["valid"]
-    step, create = job.make_phase(setup, plan)
-    drive = inputs.make_driver(setup, plan, step, feats["train"])
-    evaluate = inputs.Evaluator(setup.model, valid, feats=feats["valid"], **inputs.decoding(setup))
+    plan, valid = experiment.plans(setup)[0], setup.index.splits["valid"]
+    step, create = experiment.make_phase(setup, plan)
+    drive = drivers.make_driver(setup, plan, step, feats["train"])
+    evaluate = evaluator.Evaluator(setup.model, valid, feats=feats["valid"], **drivers.decoding(setup))
     begin, seconds, n = create(params, stats), [], len(feats["train"])
     trained = EPOCHS * plan.steps_per_epoch * min(a.batch, n)
     for _ in range(a.rounds + 1):
@@ -275,24 +275,24 @@ def run_lr_find(a: argparse.Namespace) -> dict[str, Any]:
     """lr_find of 100 iterations on cached features: its program, and the whole call, which traces it anew."""
     import jax
 
-    from jaxcats import find_lr, job
-    from jaxcats.compiling import jit
+    from jaxcats.common.compile_cache import jit
     from jaxcats.core import scan
+    from jaxcats.train import experiment, lr_finder
 
     setup, params, stats, feats = head_setup(a)
-    plan = job.plans(setup)[0]
+    plan = experiment.plans(setup)[0]
     calls = []
     for _ in range(a.rounds + 1):
         start = time.perf_counter()
-        stopped = find_lr.find_lr(setup, plan, params, stats, feats["train"]).stopped
+        stopped = lr_finder.find_lr(setup, plan, params, stats, feats["train"]).stopped
         calls.append(time.perf_counter() - start)
-    params, stats = find_lr.head_only(params), find_lr.head_only(stats)
-    rates = find_lr.group_rates(plan, find_lr.START, find_lr.END, find_lr.ITERATIONS)
-    step, create = job.make_phase(setup, plan, rates=rates, params=params)
-    program, seconds = jit(scan.make_range_test(step, iterations=find_lr.ITERATIONS)), []
+    params, stats = lr_finder.head_only(params), lr_finder.head_only(stats)
+    rates = lr_finder.group_rates(plan, lr_finder.START, lr_finder.END, lr_finder.ITERATIONS)
+    step, create = experiment.make_phase(setup, plan, rates=rates, params=params)
+    program, seconds = jit(scan.make_range_test(step, iterations=lr_finder.ITERATIONS)), []
     begin = scan.begin_range_test(create(params, stats))
-    order = find_lr.cycled_order(setup, plan, find_lr.ITERATIONS, seed=0)
-    [(arrays, order)] = find_lr.chunks(setup, plan, order, feats["train"])
+    order = lr_finder.cycled_order(setup, plan, lr_finder.ITERATIONS, seed=0)
+    [(arrays, order)] = lr_finder.chunks(setup, plan, order, feats["train"])
     for _ in range(a.rounds + 1):
         start = time.perf_counter()
         test, losses = program(begin, arrays, order)
@@ -309,7 +309,7 @@ def run_ceiling(a: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxcats.compiling import jit
+    from jaxcats.common.compile_cache import jit
 
     dtype = jnp.bfloat16 if a.dtype == "bfloat16" else jnp.float32
     precision = None if a.dtype == "bfloat16" else "highest"  # no TF32 where the numbers are called float32

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw
 
 from jaxcats.data.files import look_at
-from jaxcats.data.preprocess import Preprocess, evaluation_pixels
+from jaxcats.data.images import Preprocess, evaluation_pixels
 
 FIELDS = ((230, 30, 30), (30, 200, 40), (40, 50, 220), (255, 255, 255))
 ORIENTATION = 0x0112

@@ -21,10 +21,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from jaxcats.command import Parser, run_command
-from jaxcats.data.holdout import Rule, hold_out
-from jaxcats.errors import UserError, nearest
-from jaxcats.storage.atomic import write_bytes, write_json
+from jaxcats.common.cli import Parser, run_command
+from jaxcats.common.errors import UserError, nearest
+from jaxcats.common.io import write_bytes, write_json
+from jaxcats.data.splits import Rule, hold_out
 
 MARKER, SPLIT = "prepared.json", "split.json"
 USED = ("train", "validation", "test")  # of the splits that TFDS may have

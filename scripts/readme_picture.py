@@ -7,8 +7,8 @@ import argparse
 import csv
 from pathlib import Path
 
-from jaxcats.cli import from_file
-from jaxcats.results.plots import gallery
+from jaxcats.common.cli import from_file
+from jaxcats.plots import gallery
 
 
 def main() -> None:

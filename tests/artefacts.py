@@ -9,10 +9,10 @@ import numpy as np
 import tiny  # noqa: F401  registers the tiny backbone
 
 from jaxcats import models
-from jaxcats.data.preprocess import Preprocess
-from jaxcats.exporting import write
-from jaxcats.results.calibration import Calibration
-from jaxcats.storage import artifact
+from jaxcats.data.images import Preprocess
+from jaxcats.evaluate.calibration import Calibration
+from jaxcats.export import artifact
+from jaxcats.export.program import write
 
 CLASSES = ("cats", "dogs", "é\u200b")
 HOW = Preprocess(size=24)

@@ -15,11 +15,13 @@ import pytest
 import tiny  # noqa: F401
 from PIL import Image
 
-from jaxcats import command as commands
-from jaxcats import evaluate, export, judging, outcome, train
-from jaxcats.cli import from_file
-from jaxcats.command import run_command
-from jaxcats.results import metrics
+from jaxcats.common import cli
+from jaxcats.common.cli import from_file, run_command
+from jaxcats.evaluate import __main__ as evaluate_command
+from jaxcats.evaluate import metrics, predictions
+from jaxcats.evaluate import run as run_module
+from jaxcats.export import __main__ as export_command
+from jaxcats.train import __main__ as train_command
 
 TINY = [
     "--model.backbone",
@@ -67,7 +69,7 @@ def trained(tmp_path_factory, cache) -> Path:
     top = tmp_path_factory.mktemp("trained")
     write_pictures(top / "pictures", train=8, valid=4)
     argv = [*TINY, "--data.root", top / "pictures", "--workdir", top / "run", "--cache_dir", cache]
-    assert run_command(train.main, [str(a) for a in argv]) == 0
+    assert run_command(train_command.main, [str(a) for a in argv]) == 0
     return top / "run"
 
 
@@ -78,7 +80,7 @@ def run(cache, pictures, tmp_path):
     def do(*argv, workdir=None) -> Path:
         workdir = workdir or tmp_path / "run"
         argv = [*TINY, "--data.root", pictures, "--workdir", workdir, "--cache_dir", cache, *argv]
-        assert run_command(train.main, [str(a) for a in argv]) == 0
+        assert run_command(train_command.main, [str(a) for a in argv]) == 0
         return workdir
 
     return do
@@ -123,7 +125,7 @@ def said(message: str, *words: object) -> None:
 
 def test_a_missing_folder(mistake, tmp_path):
     said(
-        mistake(train, *TINY, "--data.root", tmp_path / "absent"),
+        mistake(train_command, *TINY, "--data.root", tmp_path / "absent"),
         tmp_path / "absent",
         "no such folder",
         "give the folder",
@@ -133,7 +135,11 @@ def test_a_missing_folder(mistake, tmp_path):
 def test_a_folder_without_train_and_valid(mistake, tmp_path):
     (tmp_path / "flat").mkdir()
     said(
-        mistake(train, *TINY, "--data.root", tmp_path / "flat"), tmp_path / "flat", "train/", "valid/", "valid_fraction"
+        mistake(train_command, *TINY, "--data.root", tmp_path / "flat"),
+        tmp_path / "flat",
+        "train/",
+        "valid/",
+        "valid_fraction",
     )
 
 
@@ -144,14 +150,19 @@ def test_no_class_folders(mistake, pictures):
     for folder in list(loose.iterdir()):
         if folder.is_dir():
             folder.rmdir()
-    said(mistake(train, *TINY, "--data.root", pictures), loose, "24 pictures but no class folders", "cats/ and dogs/")
+    said(
+        mistake(train_command, *TINY, "--data.root", pictures),
+        loose,
+        "24 pictures but no class folders",
+        "cats/ and dogs/",
+    )
 
 
 def test_an_empty_class(mistake, pictures):
     shutil.rmtree(pictures / "valid" / "dogs")
     (pictures / "valid" / "dogs").mkdir()
     said(
-        mistake(train, *TINY, "--data.root", pictures),
+        mistake(train_command, *TINY, "--data.root", pictures),
         pictures / "valid" / "dogs",
         "no pictures",
         "add some, or remove",
@@ -160,7 +171,7 @@ def test_an_empty_class(mistake, pictures):
 
 def test_one_class(mistake, tmp_path):
     root = write_pictures(tmp_path / "one", train=4, valid=2, classes=("cats",))
-    said(mistake(train, *TINY, "--data.root", root), root, "only one class (cats)", "two")
+    said(mistake(train_command, *TINY, "--data.root", root), root, "only one class (cats)", "two")
 
 
 def test_a_corrupt_picture_is_skipped_counted_and_named(run, pictures, capfd):
@@ -182,14 +193,16 @@ def test_a_corrupt_picture_is_skipped_counted_and_named(run, pictures, capfd):
 
 def test_a_corrupt_picture_ends_the_run_when_it_should(mistake, pictures):
     (pictures / "train" / "cats" / "text.png").write_text("no picture")
-    message = mistake(train, *TINY, "--data.root", pictures, "--data.on_bad_file", "fail")
+    message = mistake(train_command, *TINY, "--data.root", pictures, "--data.on_bad_file", "fail")
     said(message, "1 of 35", "train/cats/text.png", "on_bad_file to skip")
 
 
 def test_a_name_with_a_line_break_stays_on_one_line(mistake, pictures):
     (pictures / "train" / "cats" / "two\nlines.png").write_text("no picture")
     said(
-        mistake(train, *TINY, "--data.root", pictures, "--data.on_bad_file", "fail"), "lines.png", "on_bad_file to skip"
+        mistake(train_command, *TINY, "--data.root", pictures, "--data.on_bad_file", "fail"),
+        "lines.png",
+        "on_bad_file to skip",
     )
 
 
@@ -221,13 +234,15 @@ WRONG = [
 def test_wrong_settings(argv, words, mistake, pictures):
     Path("c.yaml").write_text("model: {backbone: tiny, pretrained: false}\n")
     argv = [str(pictures) if a == "PICTURES" else a for a in argv]
-    said(mistake(train, *(["--model.backbone", "resnet18"] if "--model.weights" in argv else []), *argv), *words)
+    said(
+        mistake(train_command, *(["--model.backbone", "resnet18"] if "--model.weights" in argv else []), *argv), *words
+    )
 
 
 def test_a_file_that_is_not_yaml_at_all(mistake, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_bytes(b"seed: \0\1")
-    said(mistake(train, "--config", file), file, "not valid YAML")
+    said(mistake(train_command, "--config", file), file, "not valid YAML")
 
 
 def test_a_run_folder_that_cannot_be_written(mistake, pictures, tmp_path):
@@ -235,7 +250,7 @@ def test_a_run_folder_that_cannot_be_written(mistake, pictures, tmp_path):
     taken.write_text("")
     for workdir in (taken, taken / "run"):
         said(
-            mistake(train, *TINY, "--data.root", pictures, "--workdir", workdir),
+            mistake(train_command, *TINY, "--data.root", pictures, "--workdir", workdir),
             "--workdir",
             workdir,
             "can't be written",
@@ -247,7 +262,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(mistake, pictures, tmp_p
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     said(
-        mistake(train, *TINY, "--data.root", pictures, "--workdir", tmp_path / "other"),
+        mistake(train_command, *TINY, "--data.root", pictures, "--workdir", tmp_path / "other"),
         "not empty",
         "Name a new folder",
     )
@@ -260,7 +275,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(mistake, pictures, tmp_p
 def test_a_mended_slip_may_use_the_same_run_folder(slip, mistake, run, pictures, tmp_path):
     """Whoever mistypes something corrects it and presses return: nothing has been trained yet."""
     workdir = tmp_path / "run"
-    mistake(train, *TINY, "--data.root", pictures, "--workdir", workdir, *slip)
+    mistake(train_command, *TINY, "--data.root", pictures, "--workdir", workdir, *slip)
     assert json.loads((run(workdir=workdir) / "metrics.json").read_text())["n"] == 10
 
 
@@ -301,40 +316,44 @@ def test_evaluate_needs_a_run_folder(kind, mistake, tmp_path):
         run.write_text("")
     elif kind == "another folder":
         run.mkdir()
-    said(mistake(evaluate, "--run", run), f"--run {run}", "not a run folder", "Give a folder that train wrote")
+    said(mistake(evaluate_command, "--run", run), f"--run {run}", "not a run folder", "Give a folder that train wrote")
 
 
 def test_evaluate_says_which_flag_is_missing_or_unknown(mistake):
-    said(mistake(evaluate), "run", "required")
-    said(mistake(evaluate, "--runs", "x"), "--runs", "Did you mean '--run'")
+    said(mistake(evaluate_command), "run", "required")
+    said(mistake(evaluate_command, "--runs", "x"), "--runs", "Did you mean '--run'")
 
 
 def test_evaluate_on_other_classes(mistake, run_folder, tmp_path):
     other = write_pictures(tmp_path / "other", train=4, valid=2, classes=("cats", "horses"))
-    message = mistake(evaluate, "--run", run_folder, "--data", other / "train")
+    message = mistake(evaluate_command, "--run", run_folder, "--data", other / "train")
     said(message, other / "train", "missing dogs", "unknown horses", "expected exactly cats, dogs")
 
 
 def test_evaluate_on_nothing(mistake, run_folder, tmp_path):
-    said(mistake(evaluate, "--run", run_folder, "--data", tmp_path / "absent"), "absent", "no such folder")
+    said(mistake(evaluate_command, "--run", run_folder, "--data", tmp_path / "absent"), "absent", "no such folder")
     (tmp_path / "empty").mkdir()
-    said(mistake(evaluate, "--run", run_folder, "--data", tmp_path / "empty"), "empty", "no pictures")
+    said(mistake(evaluate_command, "--run", run_folder, "--data", tmp_path / "empty"), "empty", "no pictures")
 
 
 def test_evaluate_where_it_cannot_write(mistake, run_folder, tmp_path):
     (tmp_path / "file").write_text("")
-    said(mistake(evaluate, "--run", run_folder, "--out", tmp_path / "file"), tmp_path / "file", "can't be written")
+    said(
+        mistake(evaluate_command, "--run", run_folder, "--out", tmp_path / "file"),
+        tmp_path / "file",
+        "can't be written",
+    )
 
 
 def test_a_run_without_checkpoints(mistake, run_folder):
     shutil.rmtree(run_folder / "checkpoints")
-    said(mistake(evaluate, "--run", run_folder), run_folder, "no checkpoint", "--resume")
+    said(mistake(evaluate_command, "--run", run_folder), run_folder, "no checkpoint", "--resume")
     (run_folder / "checkpoints").mkdir()
-    said(mistake(evaluate, "--run", run_folder), run_folder, "no complete checkpoint", "train")
+    said(mistake(evaluate_command, "--run", run_folder), run_folder, "no complete checkpoint", "train")
 
 
 def test_a_checkpoint_that_is_not_there(mistake, run_folder):
-    said(mistake(evaluate, "--run", run_folder, "--checkpoint", "7"), "--checkpoint 7", "last, best", "2")
+    said(mistake(evaluate_command, "--run", run_folder, "--checkpoint", "7"), "--checkpoint 7", "last, best", "2")
 
 
 def cut(path: Path) -> None:
@@ -353,14 +372,14 @@ def alter(path: Path) -> None:
 @pytest.mark.parametrize("part", ["state/ocdbt.process_0/d/*", "meta/metadata"])
 def test_a_damaged_checkpoint(part, damage, mistake, run_folder):
     damage(max((run_folder / "checkpoints").glob(f"*/{part}"), key=lambda p: p.stat().st_size))
-    message = mistake(evaluate, "--run", run_folder)
+    message = mistake(evaluate_command, "--run", run_folder)
     said(message, run_folder / "checkpoints" / "2", "train again")
     assert "bound method" not in message
 
 
 def test_damaged_metrics_of_a_checkpoint_are_a_mistake_too(mistake, run_folder):
     cut(next((run_folder / "checkpoints").glob("*/metrics/metrics")))
-    said(mistake(evaluate, "--run", run_folder), run_folder / "checkpoints")
+    said(mistake(evaluate_command, "--run", run_folder), run_folder / "checkpoints")
 
 
 @pytest.mark.parametrize("content", [b"phases: [", b"- a\n", b"\xff\xfe", b"seed: \0", b"data: {sise: 3}\n"])
@@ -368,9 +387,9 @@ def test_damaged_metrics_of_a_checkpoint_are_a_mistake_too(mistake, run_folder):
 def test_a_damaged_config_in_the_run(content, command, mistake, run_folder):
     (run_folder / "config.yaml").write_bytes(content)
     if command == "evaluate":
-        message = mistake(evaluate, "--run", run_folder)
+        message = mistake(evaluate_command, "--run", run_folder)
     else:
-        message = mistake(train, "--resume", "--workdir", run_folder)
+        message = mistake(train_command, "--resume", "--workdir", run_folder)
     said(message, run_folder / "config.yaml")
     assert (run_folder / "config.yaml").read_bytes() == content
 
@@ -378,7 +397,7 @@ def test_a_damaged_config_in_the_run(content, command, mistake, run_folder):
 def test_a_config_that_is_not_the_checkpoints_does_not_advise_to_remove_it(mistake, run_folder):
     file = run_folder / "config.yaml"
     file.write_text(file.read_text().replace("head: linear", "head: lesson"))
-    message = mistake(evaluate, "--run", run_folder)
+    message = mistake(evaluate_command, "--run", run_folder)
     said(message, "config.yaml")
     assert "Remove" not in message
 
@@ -388,14 +407,14 @@ def test_evaluate_names_the_pictures_that_it_skips(run_folder, tmp_path, capfd):
     (other / "train" / "cats" / "text.png").write_text("no picture")
     out = tmp_path / "out"
     argv = ["--run", str(run_folder), "--data", str(other / "train"), "--out", str(out)]
-    assert run_command(evaluate.main, argv) == 0
+    assert run_command(evaluate_command.main, argv) == 0
     said(capfd.readouterr().out, "cats/text.png", "of 4 (")
     assert json.loads((out / "metrics.json").read_text())["bad_files"] == 1
 
 
 def test_evaluate_keeps_what_training_measured(run_folder):
     before = json.loads((run_folder / "metrics.json").read_text())
-    assert run_command(evaluate.main, ["--run", str(run_folder)]) == 0
+    assert run_command(evaluate_command.main, ["--run", str(run_folder)]) == 0
     after = json.loads((run_folder / "metrics.json").read_text())
     assert {k: before[k] for k in ("n", "errors", "interval")} == {k: after[k] for k in ("n", "errors", "interval")}
     assert {k: after["seconds"].get(k) for k in ("head.features", "head.train")} == {
@@ -421,7 +440,7 @@ def test_a_finished_run_resumed_twice_says_the_same(run_folder, capfd):
     before = (run_folder / "predictions.csv").read_bytes()
     rows = (run_folder / "metrics.jsonl").read_text()
     for _ in range(2):
-        assert run_command(train.main, ["--resume", "--workdir", str(run_folder)]) == 0
+        assert run_command(train_command.main, ["--resume", "--workdir", str(run_folder)]) == 0
         assert "of 4 (" in capfd.readouterr().out
         assert (run_folder / "predictions.csv").read_bytes() == before
         assert (run_folder / "metrics.jsonl").read_text() == rows
@@ -430,9 +449,9 @@ def test_a_finished_run_resumed_twice_says_the_same(run_folder, capfd):
 def test_a_refused_resume_changes_nothing(run_folder, pictures, mistake):
     before = {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file() and p.name != ".lock"}
     for root, words in ((run_folder / "typo", "no such folder"), (pictures, "the pictures have changed")):
-        said(mistake(train, "--resume", "--workdir", run_folder, "--data.root", root), words)
+        said(mistake(train_command, "--resume", "--workdir", run_folder, "--data.root", root), words)
         assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
-    assert run_command(train.main, ["--resume", "--workdir", str(run_folder)]) == 0
+    assert run_command(train_command.main, ["--resume", "--workdir", str(run_folder)]) == 0
 
 
 def test_what_a_kill_left_half_written_is_swept_by_the_next_start(run_folder):
@@ -441,9 +460,12 @@ def test_what_a_kill_left_half_written_is_swept_by_the_next_start(run_folder):
     for folder in left + theirs:
         folder.mkdir(parents=True)
         (folder / "model.json").write_text("{}")
-    assert run_command(train.main, ["--workdir", str(run_folder), "--config", str(run_folder / "config.yaml")]) == 2
+    assert (
+        run_command(train_command.main, ["--workdir", str(run_folder), "--config", str(run_folder / "config.yaml")])
+        == 2
+    )
     assert all(path.exists() for path in left)  # a slip changes nothing
-    assert run_command(train.main, ["--resume", "--workdir", str(run_folder)]) == 0
+    assert run_command(train_command.main, ["--resume", "--workdir", str(run_folder)]) == 0
     assert not any(path.exists() for path in left)
     assert all(path.exists() for path in theirs)
 
@@ -452,16 +474,16 @@ def test_the_calibration_of_another_training_is_not_taken(run, tmp_path, capsys)
     """Trained again in the same folder, and killed before its own evaluation: the old metrics.json is of equal steps."""
     old = run(workdir=tmp_path / "old")
     saved = json.loads((old / "metrics.json").read_text())
-    assert outcome.kept_calibration(old, saved["checkpoint"]) is not None
+    assert predictions.kept_calibration(old, saved["checkpoint"]) is not None
     new = run("--phases.head.lr", 0.5, workdir=tmp_path / "new")
-    checkpoint = judging.load_run(new).checkpoint
+    checkpoint = run_module.load_run(new).checkpoint
     assert checkpoint["step"] == saved["checkpoint"]["step"]
     for damaged in ("[1]", '"x"', "null"):
         (new / "metrics.json").write_text(f'{{"checkpoint": {damaged}}}')
-        assert outcome.kept_calibration(new, checkpoint) is None
+        assert predictions.kept_calibration(new, checkpoint) is None
     shutil.copy(old / "metrics.json", new)
-    assert outcome.kept_calibration(new, checkpoint) is None
-    assert run_command(export.main, ["--run", str(new)]) == 0
+    assert predictions.kept_calibration(new, checkpoint) is None
+    assert run_command(export_command.main, ["--run", str(new)]) == 0
     assert "No temperature is known" in capsys.readouterr().out
 
 
@@ -481,13 +503,13 @@ def test_the_best_epoch_is_one_that_was_saved(judged, every, best, run, monkeypa
         errors, loss = next(said_by_turns)
         return {"n": 10, "errors": errors, "accuracy": 1 - errors / 10, "interval": [0.0, 1.0], "log_loss": loss}
 
-    monkeypatch.setattr("jaxcats.fit.metrics", SimpleNamespace(**vars(metrics) | {"summary": summary}))
+    monkeypatch.setattr("jaxcats.train.loop.metrics", SimpleNamespace(**vars(metrics) | {"summary": summary}))
     workdir = run("--phases.head.epochs", len(judged), "--checkpoint.every_epochs", every, "--checkpoint.use", "best")
     step = json.loads((workdir / "metrics.json").read_text())["checkpoint"]["step"]
     if best:
         assert step == best
     assert (workdir / "checkpoints" / str(step)).is_dir()
-    assert run_command(evaluate.main, ["--run", str(workdir), "--checkpoint", "best"]) == 0
+    assert run_command(evaluate_command.main, ["--run", str(workdir), "--checkpoint", "best"]) == 0
     assert json.loads((workdir / "metrics.json").read_text())["checkpoint"]["step"] == step
 
 
@@ -495,26 +517,26 @@ def test_the_best_epoch_is_one_that_was_saved(judged, every, best, run, monkeypa
 
 
 def test_jaxcats_alone_lists_its_commands(capsys):
-    assert commands.main([]) == 0
+    assert cli.main([]) == 0
     out = capsys.readouterr().out
-    said(out, "usage: jaxcats COMMAND", *commands.COMMANDS)
-    assert commands.main(["--help"]) == 0
+    said(out, "usage: jaxcats COMMAND", *cli.COMMANDS)
+    assert cli.main(["--help"]) == 0
     assert capsys.readouterr().out == out
 
 
 def test_an_unknown_command_gets_the_nearest(capsys):
-    assert commands.main(["trian"]) == 2
+    assert cli.main(["trian"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     said(err, "error: ", "trian", "Did you mean 'train'", "evaluate")
 
 
 def test_jaxcats_train_does_what_the_module_does(capsys):
-    assert commands.main(["train", "--print_config", "--seed", "4"]) == 0
+    assert cli.main(["train", "--print_config", "--seed", "4"]) == 0
     printed = capsys.readouterr().out
-    train.main(["--print_config", "--seed", "4"])
+    train_command.main(["--print_config", "--seed", "4"])
     assert capsys.readouterr().out == printed
-    assert commands.main(["train", "--seed", "x"]) == 2
+    assert cli.main(["train", "--seed", "x"]) == 2
     assert capsys.readouterr().err.startswith("error: seed: ")
 
 
@@ -522,18 +544,21 @@ def test_a_printed_config_reads_back_to_the_same_run(tmp_path, capsys):
     configs = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
     assert configs
     for file in configs:
-        assert run_command(train.main, ["--config", str(file), "--data.valid_fraction", "0.25", "--print_config"]) == 0
+        assert (
+            run_command(train_command.main, ["--config", str(file), "--data.valid_fraction", "0.25", "--print_config"])
+            == 0
+        )
         printed = tmp_path / file.name
         printed.write_text(capsys.readouterr().out)
         assert from_file(printed).data.valid_fraction == 0.25
-        assert run_command(train.main, ["--config", str(printed), "--print_config"]) == 0
+        assert run_command(train_command.main, ["--config", str(printed), "--print_config"]) == 0
         assert capsys.readouterr().out == printed.read_text()
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_help_is_readable(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        commands.main([command, "--help"])
+        cli.main([command, "--help"])
     assert not stop.value.code
     out = capsys.readouterr().out
     for python in ("<class", "Literal[", "Phase(", "NoneType", "Optional[", "Union[", "dataclass", "see below"):
@@ -558,7 +583,7 @@ except SystemExit as stop:
 heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "matplotlib", "PIL"}
 print("LOADED", sorted(heavy & set(sys.modules)))
 """
-    for command in commands.COMMANDS:
+    for command in cli.COMMANDS:
         done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == "LOADED []"

@@ -10,8 +10,9 @@ from math import comb
 import numpy as np
 import pytest
 
-from jaxcats.compare import Answer, compare_predictions, main, mcnemar_exact, paired_interval
-from jaxcats.errors import UserError
+from jaxcats.common.errors import UserError
+from jaxcats.compare import main
+from jaxcats.evaluate.comparison import Answer, compare_predictions, mcnemar_exact, paired_interval
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 1), (0, 5), (6, 0), (3, 3), (2, 9), (10, 25), (400, 460)])

@@ -5,10 +5,10 @@ import typing
 
 import pytest
 
-from jaxcats.cli import from_file, parse
-from jaxcats.config import Config, Phase, flat, sgdr_epochs, to_yaml
-from jaxcats.errors import UserError
-from jaxcats.resumption import training_changes
+from jaxcats.common.cli import from_file, parse
+from jaxcats.common.config import Config, Phase, flat, sgdr_epochs, to_yaml
+from jaxcats.common.errors import UserError
+from jaxcats.train.run_folder import training_changes
 
 FILE = """
 data: {size: 128}

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from folders import write_pictures
 
-from jaxcats import distributed
-from jaxcats.errors import UserError
+from jaxcats.common import distributed
+from jaxcats.common.errors import UserError
 
 CONFIG = """
 report: false

@@ -13,14 +13,11 @@ import tiny  # noqa: F401
 from PIL import Image, ImageOps
 
 from jaxcats import doctor, models
-from jaxcats.command import run_command
-from jaxcats.data import look
-from jaxcats.data.duplicates import alike_features, group_of, near_links
-from jaxcats.data.examine import Layout
+from jaxcats.common.cli import run_command
+from jaxcats.data import quality
 from jaxcats.data.files import list_pictures
-from jaxcats.data.findings import findings, summary
 from jaxcats.data.index import scan
-from jaxcats.data.look import starts_like_a_picture
+from jaxcats.data.quality import Layout, alike_features, findings, group_of, near_links, starts_like_a_picture, summary
 
 EACH = 16
 ONCE = "copy that training does not see"
@@ -543,7 +540,7 @@ def test_a_picture_too_large_for_the_memory_is_not_called_damaged(tmp_path, monk
         raise MemoryError
 
     picture(0).save(tmp_path / "large.jpg")
-    monkeypatch.setattr(look, "upright_with_remarks", short)
+    monkeypatch.setattr(quality, "upright_with_remarks", short)
     assert kinds(tmp_path)["unreadable"][0]["detail"] == "too large for the memory that is free"
 
 

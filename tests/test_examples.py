@@ -13,12 +13,13 @@ import pytest
 import tiny  # noqa: F401
 
 import jaxcats as jc
-from jaxcats import presentation, train
-from jaxcats.command import run_command
+from jaxcats.common.cli import run_command
 from jaxcats.data.augment import each_picture
-from jaxcats.judging import load_run
+from jaxcats.evaluate import report
+from jaxcats.evaluate.run import load_run
 from jaxcats.models import efficientnet_lite
-from jaxcats.own import Own, name_of
+from jaxcats.train import __main__ as train_command
+from jaxcats.train.user_functions import Own, name_of
 
 EXAMPLES = Path(__file__).parent.parent / "scripts" / "examples"
 FILES = sorted(EXAMPLES.glob("*.py"))
@@ -93,12 +94,12 @@ def test_a_loss_of_ones_own(script, pictures, tmp_path):
     assert json.loads((run / "versions.json").read_text())["own"] == own
     assert json.loads((run / "metrics.json").read_text())["checkpoint"]["own"] == own
     loaded = load_run(run)
-    assert presentation.trained(loaded, {})["own functions"] == "head: loss_fn loss.focal"
-    assert "train again" not in presentation._commands(loaded)  # it would train something else
+    assert report.trained(loaded, {})["own functions"] == "head: loss_fn loss.focal"
+    assert "train again" not in report._commands(loaded)  # it would train something else
 
     plain = ["--resume", "--workdir", str(run)]
-    assert run_command(train.main, plain) == 2
-    assert train.command(loss_fn=lambda logits, labels: logits.sum(1), argv=plain) == 2
+    assert run_command(train_command.main, plain) == 2
+    assert train_command.command(loss_fn=lambda logits, labels: logits.sum(1), argv=plain) == 2
     code, out, _ = script("loss", *plain)
     assert code == 0
     assert "Finished already" in out
@@ -107,10 +108,10 @@ def test_a_loss_of_ones_own(script, pictures, tmp_path):
 def test_what_resuming_with_another_loss_says(script, pictures, tmp_path, capsys):
     run = tmp_path / "run"
     argv = [*SMALL, *BARE, "--data.root", str(pictures), "--workdir", str(run), "--phases.head.epochs", "1"]
-    assert run_command(train.main, argv) == 0
+    assert run_command(train_command.main, argv) == 0
     assert script("loss", *argv, "--resume")[0] == 2
     focal = example("loss")["focal"]
-    assert train.command(loss_fn=functools.partial(focal, gamma=1.0), argv=[*argv, "--resume"]) == 2
+    assert train_command.command(loss_fn=functools.partial(focal, gamma=1.0), argv=[*argv, "--resume"]) == 2
     message = capsys.readouterr().err
     assert "(none; now head: loss_fn loss.focal(gamma=1.0))" in message
     assert message.count("\n") == 1
@@ -138,7 +139,7 @@ def test_a_learner_remembers_whose_loss_it_was(learn, script, capsys):
     again.load("one")
     again.fit(0.01)
     folder = again.save("two")
-    assert run_command(train.main, ["--resume", "--workdir", str(folder), *BARE]) == 2
+    assert run_command(train_command.main, ["--resume", "--workdir", str(folder), *BARE]) == 2
     assert "fit1: loss_fn loss.focal; now none" in capsys.readouterr().err
 
 
@@ -151,7 +152,7 @@ def test_an_augmentation_of_ones_own(script, pictures, tmp_path):
         assert "head: augment augmentation.cutout" in out
         losses[name] = epochs(tmp_path / name)[0]["train_loss"]
     assert losses["a"] == losses["b"] != losses["after"]
-    assert run_command(train.main, [*map(str, argv), "--workdir", str(tmp_path / "plain")]) == 0
+    assert run_command(train_command.main, [*map(str, argv), "--workdir", str(tmp_path / "plain")]) == 0
     assert epochs(tmp_path / "plain")[0]["train_loss"] != losses["a"]
     code, _, err = script("augmentation", *argv, "--phases.head.precompute", "true", "--workdir", tmp_path / "c")
     assert code == 2
@@ -194,11 +195,11 @@ def test_a_metric_is_logged_in_a_run_folder(pictures, tmp_path, capsys):
         "--phases.head.epochs",
         "1",
     ]
-    assert train.command(metrics=lambda logits, labels: {"answers": len(labels), "odd": np.nan}, argv=argv) == 0
+    assert train_command.command(metrics=lambda logits, labels: {"answers": len(labels), "odd": np.nan}, argv=argv) == 0
     assert "answers 10   odd -" in capsys.readouterr().out
     assert epochs(tmp_path / "run")[0]["metrics"] == {"answers": 10.0, "odd": None}
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["own_metrics"] == {"answers": 10.0, "odd": None}
-    assert run_command(train.main, ["--resume", "--workdir", str(tmp_path / "run")]) == 0  # it decides nothing
+    assert run_command(train_command.main, ["--resume", "--workdir", str(tmp_path / "run")]) == 0  # it decides nothing
 
 
 def test_a_network_of_ones_own(script, pictures, tmp_path, monkeypatch):
@@ -265,7 +266,7 @@ def test_a_slip_in_an_example_s_arguments_is_one_line(script, tmp_path):
 )
 def test_a_slip_is_named_before_anything_is_computed(learn, own, message, monkeypatch):
     learn.precompute = False
-    monkeypatch.setattr("jaxcats.learner.Fitter", None)
+    monkeypatch.setattr("jaxcats.learner.learner.Fitter", None)
     with pytest.raises(jc.UserError, match=message):
         learn.fit(0.01, **own)
     assert not learn.history

@@ -16,13 +16,13 @@ import tiny  # noqa: F401
 from folders import write_pictures
 from PIL import Image
 
-from jaxcats import train
-from jaxcats.command import run_command
+from jaxcats.common.cli import run_command
+from jaxcats.common.errors import UserError
+from jaxcats.data.images import Preprocess
 from jaxcats.data.index import scan
 from jaxcats.data.pipeline import evaluation_batches
-from jaxcats.data.preprocess import Preprocess
-from jaxcats.errors import UserError
-from jaxcats.runs import Trainer
+from jaxcats.train import __main__ as train_command
+from jaxcats.train.loop import Trainer
 
 CONFIG = """
 model: {backbone: tiny, pretrained: false, head: linear}
@@ -267,7 +267,7 @@ def test_no_feature_is_kept_under_the_content_of_another_picture(place, monkeypa
 
     def command(name: str) -> int:
         words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / name]
-        return run_command(train.main, [str(w) for w in words])
+        return run_command(train_command.main, [str(w) for w in words])
 
     monkeypatch.setattr(Trainer, "run", late)
     assert command("run") == 2
@@ -301,7 +301,7 @@ def test_what_a_file_holds_can_neither_steer_the_terminal_nor_break_the_line(pic
         (["--data.root", pictures, "--data.labels", tmp_path / "labels.csv"], r"p\x1b[2Jath\x00, la\r\nbel"),
         (["--config", tmp_path / "c.yaml"], "special characters are not allowed"),
     ):
-        assert run_command(train.main, [str(w) for w in (*words, "--workdir", tmp_path / "run")]) == 2
+        assert run_command(train_command.main, [str(w) for w in (*words, "--workdir", tmp_path / "run")]) == 2
         said = capfd.readouterr().err
         assert said.count("\n") == 1
         assert said[:-1].isprintable()

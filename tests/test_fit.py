@@ -15,12 +15,13 @@ import pytest
 import tiny  # noqa: F401
 from folders import write_pictures
 
-from jaxcats import evaluate, fit, job, train
-from jaxcats.cli import parse
-from jaxcats.command import run_command
-from jaxcats.results.metrics import wilson_interval
-from jaxcats.runs import Trainer
-from jaxcats.storage.checkpoint import Checkpoints
+from jaxcats.common.cli import parse, run_command
+from jaxcats.common.stats import wilson_interval
+from jaxcats.evaluate import __main__ as evaluate_command
+from jaxcats.train import __main__ as train_command
+from jaxcats.train import experiment, loop
+from jaxcats.train.checkpoint import Checkpoints
+from jaxcats.train.loop import Trainer
 
 BASE = [
     "--report",
@@ -52,16 +53,16 @@ def config_of(*argv):
 
 
 def run(*argv) -> int:
-    return run_command(train.main, [str(a) for a in argv])
+    return run_command(train_command.main, [str(a) for a in argv])
 
 
 def last_state(workdir: Path):
     saved = Checkpoints(workdir / "checkpoints", read_only=True)
     config = job_config(workdir)
-    model, _ = job.create_model(config, 2)
+    model, _ = experiment.create_model(config, 2)
     step = saved.pick("last")
     name = saved.meta(step)["phase"]
-    return saved.restore(step, job.abstract_state(model, job.Plan(0, name, config.phases[name], 0, 0, 1)))
+    return saved.restore(step, experiment.abstract_state(model, experiment.Plan(0, name, config.phases[name], 0, 0, 1)))
 
 
 def job_config(workdir: Path):
@@ -162,7 +163,7 @@ train.main(sys.argv[2:])
 @pytest.fixture
 def orders(monkeypatch):
     """The rows of every step that the drivers are given from here on, as [epoch, rows]."""
-    seen, make = [], fit.make_driver
+    seen, make = [], loop.make_driver
 
     def noting(*args):
         drive = make(*args)
@@ -173,7 +174,7 @@ def orders(monkeypatch):
 
         return noted
 
-    monkeypatch.setattr(fit, "make_driver", noting)
+    monkeypatch.setattr(loop, "make_driver", noting)
     return seen
 
 
@@ -221,9 +222,9 @@ def test_phases_freeze_what_they_say_and_use_their_rates(pictures, tmp_path):
     file = tmp_path / "two.yaml"
     file.write_text(TWO_PHASES)
     config = config_of("--config", file, "--data.root", pictures)
-    setup = job.setup(config)
-    start = job.initial_params(setup)[:2]
-    head_only, every = job.plans(setup)
+    setup = experiment.setup(config)
+    start = experiment.initial_params(setup)[:2]
+    head_only, every = experiment.plans(setup)
     assert every.first_step == 12
     states = {}
     for plan in (head_only, every):
@@ -231,10 +232,10 @@ def test_phases_freeze_what_they_say_and_use_their_rates(pictures, tmp_path):
         progress = trainer_progress(plan)
         feats = None
         if plan.phase.precompute:
-            from jaxcats.inputs import precompute
+            from jaxcats.train.features import precompute
 
             feats, _ = precompute(setup, *start)
-        from jaxcats.storage.log import RunLog
+        from jaxcats.train.run_folder import RunLog
 
         trainer.log = RunLog(tmp_path / plan.name)
         states[plan.name] = trainer.run_phase(plan, progress, None, start, feats)
@@ -254,7 +255,7 @@ def test_phases_freeze_what_they_say_and_use_their_rates(pictures, tmp_path):
 
 
 def trainer_progress(plan):
-    from jaxcats.fit import Progress
+    from jaxcats.train.loop import Progress
 
     return Progress(plan=plan.index, epoch=plan.first_epoch, step=plan.first_step)
 
@@ -286,17 +287,23 @@ def test_evaluate_repeats_the_result_and_judges_other_folders(pictures, tmp_path
     workdir = tmp_path / "run"
     assert run(*BASE, "--data.root", pictures, "--workdir", workdir) == 0
     before = (workdir / "predictions.csv").read_bytes()
-    assert run_command(evaluate.main, ["--run", str(workdir)]) == 0
+    assert run_command(evaluate_command.main, ["--run", str(workdir)]) == 0
     assert (workdir / "predictions.csv").read_bytes() == before
     other = tmp_path / "out"
     capsys.readouterr()
     assert (
-        run_command(evaluate.main, ["--run", str(workdir), "--data", str(pictures / "train"), "--out", str(other)]) == 0
+        run_command(
+            evaluate_command.main, ["--run", str(workdir), "--data", str(pictures / "train"), "--out", str(other)]
+        )
+        == 0
     )
     assert "of 24 (" in capsys.readouterr().out
     assert json.loads((other / "metrics.json").read_text())["n"] == 24
     loose = pictures / "train" / "cats"
-    assert run_command(evaluate.main, ["--run", str(workdir), "--data", str(loose), "--out", str(other / "loose")]) == 0
+    assert (
+        run_command(evaluate_command.main, ["--run", str(workdir), "--data", str(loose), "--out", str(other / "loose")])
+        == 0
+    )
     rows = list(csv.DictReader((other / "loose" / "predictions.csv").open()))
     assert len(rows) == 12
     assert {r["label"] for r in rows} == {""}
@@ -313,17 +320,17 @@ def test_a_test_split_is_judged_only_when_asked_for(pictures, tmp_path, capsys):
     judged = {r["path"] for r in csv.DictReader((workdir / "predictions.csv").open())}
     assert len(judged) == 10
     before = (workdir / "metrics.json").read_bytes()
-    assert run_command(evaluate.main, ["--run", str(workdir), "--split", "test"]) == 0
+    assert run_command(evaluate_command.main, ["--run", str(workdir), "--split", "test"]) == 0
     assert "Test pictures: neither training nor a choice has seen them." in capsys.readouterr().out
     tested = {r["path"] for r in csv.DictReader((workdir / "evaluations/test/predictions.csv").open())}
     assert len(tested) == 6
     assert not tested & judged
     assert json.loads((workdir / "evaluations/test/metrics.json").read_text())["split"] == "test"
     assert (workdir / "metrics.json").read_bytes() == before
-    assert run_command(evaluate.main, ["--run", str(workdir), "--split", "test", "--data", "x"]) == 2
+    assert run_command(evaluate_command.main, ["--run", str(workdir), "--split", "test", "--data", "x"]) == 2
     for path in list(pictures.glob("*.jpg")):  # the same pictures under other names, and so in another order
         path.rename(path.with_name(path.name.replace(".", f".x{9 - int(path.stem[-1])}", 1)))
-    assert run_command(evaluate.main, ["--run", str(workdir)]) == 0
+    assert run_command(evaluate_command.main, ["--run", str(workdir)]) == 0
     assert len({r["path"] for r in csv.DictReader((workdir / "predictions.csv").open())} & judged) == 0
     assert json.loads((workdir / "metrics.json").read_text())["errors"] == json.loads(before)["errors"]
     assert (
@@ -357,9 +364,9 @@ def test_a_run_on_a_grown_folder_outlives_the_cache(tmp_path, monkeypatch, capsy
     shutil.rmtree(tmp_path / "elsewhere")
     assert run(*argv, "--workdir", tmp_path / "third") == 0  # split afresh, for want of anything else
     assert (tmp_path / "third" / "predictions.csv").read_bytes() != before
-    assert run_command(evaluate.main, ["--run", str(tmp_path / "second")]) == 0
+    assert run_command(evaluate_command.main, ["--run", str(tmp_path / "second")]) == 0
     assert run("--resume", "--workdir", tmp_path / "second") == 0
-    assert run_command(evaluate.main, ["--run", str(tmp_path / "second")]) == 0
+    assert run_command(evaluate_command.main, ["--run", str(tmp_path / "second")]) == 0
     assert (tmp_path / "second" / "predictions.csv").read_bytes() == before
 
 

@@ -22,15 +22,15 @@ from folders import write_pictures
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from jaxcats import command
-from jaxcats.cli import from_file
-from jaxcats.config import Config, to_yaml
-from jaxcats.data.features import cached_features
+from jaxcats.common import cli
+from jaxcats.common.cli import from_file
+from jaxcats.common.config import Config, to_yaml
+from jaxcats.common.errors import UserError
 from jaxcats.data.index import Split, scan
-from jaxcats.data.table import read_table
-from jaxcats.errors import UserError
+from jaxcats.data.labels import read_table
+from jaxcats.export import artifact
 from jaxcats.models.torch_file import load_torch_file
-from jaxcats.storage import artifact
+from jaxcats.train.features import cached_features
 
 SECONDS = float(os.environ.get("JAXCATS_FUZZ_SECONDS", "60"))
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,7 +83,7 @@ def fuzz(good: bytes, words: tuple[bytes, ...], look: Callable[[bytes], str], *,
 
 def refused(error: UserError) -> str:
     """What the command prints is one line, and no flood."""
-    said = command.one_line(error)
+    said = cli.one_line(error)
     assert said.isprintable(), said
     assert 20 < len(said) < 2000, said
     return "refused"

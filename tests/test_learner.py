@@ -14,11 +14,12 @@ import tiny  # noqa: F401
 from folders import write_pictures
 
 import jaxcats as jc
-from jaxcats import evaluate, train
-from jaxcats.command import run_command
+from jaxcats.common.cli import run_command
+from jaxcats.common.stats import log_softmax
 from jaxcats.core.state import tree_hash
-from jaxcats.learner_options import spread
-from jaxcats.results.metrics import log_softmax
+from jaxcats.evaluate import __main__ as evaluate_command
+from jaxcats.learner.learner import spread
+from jaxcats.train import __main__ as train_command
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_the_three_lines_do_what_the_command_does(pictures, learn, tmp_path, cap
         "--export",
         "false",
     ]
-    assert run_command(train.main, argv) == 0
+    assert run_command(train_command.main, argv) == 0
     with (tmp_path / "run" / "predictions.csv").open() as f:
         rows = list(csv.DictReader(f))
     assert [r["path"] for r in rows] == [p.relative_to(pictures).as_posix() for p in learn.data.val_paths]
@@ -164,7 +165,7 @@ def test_save_and_load(learn, data, tmp_path, capsys):
     assert weights_of(learn) == before
     np.testing.assert_array_equal(learn.predict(), answers)
     learn.save("a")  # again, over its own
-    assert run_command(evaluate.main, ["--run", str(folder), "--report", "no"]) == 0
+    assert run_command(evaluate_command.main, ["--run", str(folder), "--report", "no"]) == 0
     assert jc.sentence(*learn.errors()) in capsys.readouterr().out
     with pytest.raises(jc.UserError, match="holds nothing"):
         learn.load("b")
@@ -201,7 +202,7 @@ def test_what_was_done_can_be_done_again_by_the_command(learn, tmp_path, picture
         "--export",
         "false",
     ]
-    assert run_command(train.main, argv) == 0
+    assert run_command(train_command.main, argv) == 0
     rows = list(csv.DictReader((tmp_path / "again" / "predictions.csv").open()))
     found = [[float(r["p_cats"]), float(r["p_dogs"])] for r in rows]
     np.testing.assert_allclose(np.exp(learn.predict()), found, rtol=1e-5)

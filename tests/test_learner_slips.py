@@ -11,12 +11,13 @@ import tiny  # noqa: F401
 from folders import write_pictures
 
 import jaxcats as jc
-from jaxcats import evaluate, train
-from jaxcats.command import run_command
-from jaxcats.config import Config, Phase, flat
+from jaxcats.common.cli import run_command
+from jaxcats.common.config import Config, Phase, flat
+from jaxcats.common.errors import UserError
 from jaxcats.core.state import tree_hash
-from jaxcats.errors import UserError
-from jaxcats.resumption import training_changes
+from jaxcats.evaluate import __main__ as evaluate_command
+from jaxcats.train import __main__ as train_command
+from jaxcats.train.run_folder import training_changes
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_the_best_epoch_s_bias_is_said_wherever_it_is_judged(learn, capsys):
     learn.fit(0.05, 3, keep="best")
     assert "flatters" in capsys.readouterr().out
     folder = learn.save("best")
-    assert run_command(evaluate.main, ["--run", str(folder), "--report", "no"]) == 0
+    assert run_command(evaluate_command.main, ["--run", str(folder), "--report", "no"]) == 0
     assert "also chose the best epoch" in capsys.readouterr().out
     assert json.loads((folder / "metrics.json").read_text())["checkpoint"]["valid_used_for"]
 
@@ -144,7 +145,7 @@ def test_load_brings_the_history_back_and_takes_finished_runs_only(learn, tmp_pa
         str(pictures),
     ]
     argv += ["--phases.head.batch_size", "4", "--workdir", str(run), "--report", "false", "--export", "false"]
-    assert run_command(train.main, argv) == 0
+    assert run_command(train_command.main, argv) == 0
     learn.load(run)
     saved = json.loads((run / "metrics.json").read_text())["errors"]
     assert learn.errors()[0] == saved
@@ -177,7 +178,7 @@ def test_lr_find_takes_rates_as_fit_does(learn):
 def test_auto_for_a_trained_head_never_asks_fresh_ones(learn, monkeypatch):
     """Their rate says nothing about a head that is trained."""
     learn.fit(0.01)
-    monkeypatch.setattr("jaxcats.fit.find_lr_band", lambda *a, **k: pytest.fail("fresh heads were asked"))
+    monkeypatch.setattr("jaxcats.train.loop.find_lr_band", lambda *a, **k: pytest.fail("fresh heads were asked"))
     with contextlib.suppress(jc.RunError):  # whether its own test gives a rate is not the question here
         learn.fit("auto")
 
@@ -195,9 +196,9 @@ def test_a_run_of_an_older_version_lacks_keys_and_is_the_same_run():
 def test_tta_of_an_earlier_evaluation_does_not_stay(learn, capsys):
     learn.fit(0.01)
     folder = learn.save("a")
-    assert run_command(evaluate.main, ["--run", str(folder), "--tta", "1", "--report", "no"]) == 0
+    assert run_command(evaluate_command.main, ["--run", str(folder), "--tta", "1", "--report", "no"]) == 0
     assert "tta" in json.loads((folder / "metrics.json").read_text())
-    assert run_command(evaluate.main, ["--run", str(folder), "--report", "no"]) == 0
+    assert run_command(evaluate_command.main, ["--run", str(folder), "--report", "no"]) == 0
     assert "tta" not in json.loads((folder / "metrics.json").read_text())
     assert not (folder / "predictions_tta.csv").exists()
 

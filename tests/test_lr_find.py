@@ -8,9 +8,12 @@ import pytest
 import tiny  # noqa: F401
 from PIL import Image
 
-from jaxcats import evaluate, find_lr, lr_find, train
-from jaxcats.command import run_command
-from jaxcats.results.range_test import LRFindBand, LRFindResult
+from jaxcats import lr_find
+from jaxcats.common.cli import run_command
+from jaxcats.evaluate import __main__ as evaluate_command
+from jaxcats.train import __main__ as train_command
+from jaxcats.train import lr_finder
+from jaxcats.train.lr_finder import LRFindBand, LRFindResult
 
 BASE = [
     "--report",
@@ -49,13 +52,13 @@ def separable(tmp_path):
 def answering(monkeypatch):
     """A recorded healthy curve in place of the measured one, which depends on the machine's last bits."""
     curves = json.loads((Path(__file__).parent / "golden" / "lr_find.json").read_text())["curves"]
-    measured, really = [], find_lr.find_lr
+    measured, really = [], lr_finder.find_lr
 
     def found(*args, **kwargs):
         measured.append(really(*args, **kwargs))
         return LRFindResult.from_dict(curves["late divergence"])
 
-    monkeypatch.setattr("jaxcats.fit.find_lr", found)
+    monkeypatch.setattr("jaxcats.train.loop.find_lr", found)
     return measured
 
 
@@ -120,7 +123,7 @@ def test_auto_takes_the_valley_and_keeps_it_when_resumed(separable, tmp_path, ca
     measured = answering(monkeypatch)
     workdir = tmp_path / "run"
     argv = [*BASE, "--data.root", separable, "--workdir", workdir, "--phases.head.lr", "auto"]
-    assert command(train.main, *argv) == 0
+    assert command(train_command.main, *argv) == 0
     out = capsys.readouterr().out
     record = json.loads((workdir / "lr_find_head.json").read_text())
     rate = record["suggestions"]["valley"]
@@ -129,9 +132,9 @@ def test_auto_takes_the_valley_and_keeps_it_when_resumed(separable, tmp_path, ca
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     np.testing.assert_allclose([r["lr"] for r in rows if "lr" in r], rate, rtol=1e-6)
     assert len(measured) == 1
-    assert command(train.main, *argv, "--resume") == 0
+    assert command(train_command.main, *argv, "--resume") == 0
     assert len(measured) == 1
-    assert command(evaluate.main, "--run", workdir) == 0
+    assert command(evaluate_command.main, "--run", workdir) == 0
 
 
 def test_auto_is_refused_where_lr_find_is(separable, tmp_path, capsys):
@@ -140,7 +143,7 @@ def test_auto_is_refused_where_lr_find_is(separable, tmp_path, capsys):
         for i, path in enumerate(sorted((separable / part).rglob("*.png"))):
             Image.fromarray(np.full((32, 32, 3), 100 + i % 3, np.uint8)).save(path)
     argv = [*BASE, "--data.root", separable, "--workdir", tmp_path / "run", "--phases.head.lr", "auto"]
-    assert command(train.main, *argv) == 1
+    assert command(train_command.main, *argv) == 1
     err = capsys.readouterr().err
     assert "lr_find gives no rate" in err
     assert "Set phases.head.lr to a number" in err
@@ -156,7 +159,7 @@ def test_auto_works_for_phases_on_pictures_too(separable, tmp_path, monkeypatch)
         "  head: {epochs: 1, precompute: true, batch_size: 8}\n"
         "  all: {epochs: 1, lr: auto, freeze: nothing, augment: side_on, batch_size: 8}\n"
     )
-    assert command(train.main, "--config", file, "--data.root", separable, "--workdir", tmp_path / "run") == 0
+    assert command(train_command.main, "--config", file, "--data.root", separable, "--workdir", tmp_path / "run") == 0
     assert len(measured) == 1
     assert (tmp_path / "run" / "lr_find_all.json").is_file()
     assert not (tmp_path / "run" / "lr_find_head.json").exists()
@@ -164,10 +167,10 @@ def test_auto_works_for_phases_on_pictures_too(separable, tmp_path, monkeypatch)
 
 def test_evaluate_reports_tta_beside_the_plain_result(separable, tmp_path, capsys):
     workdir = tmp_path / "run"
-    assert command(train.main, *BASE, "--data.root", separable, "--workdir", workdir) == 0
+    assert command(train_command.main, *BASE, "--data.root", separable, "--workdir", workdir) == 0
     plain = (workdir / "predictions.csv").read_bytes()
     capsys.readouterr()
-    assert command(evaluate.main, "--run", workdir, "--tta", 3, "--tta_weight", 0.25) == 0
+    assert command(evaluate_command.main, "--run", workdir, "--tta", 3, "--tta_weight", 0.25) == 0
     out = capsys.readouterr().out
     assert "with TTA (3 x side_on, plain weight 0.25): " in out
     found = json.loads((workdir / "metrics.json").read_text())
@@ -176,5 +179,5 @@ def test_evaluate_reports_tta_beside_the_plain_result(separable, tmp_path, capsy
     assert (workdir / "predictions.csv").read_bytes() == plain
     assert (workdir / "predictions_tta.csv").read_bytes() != plain
     for wrong in (["--tta", "-1"], ["--tta_weight", "0.5"], ["--tta", "2", "--tta_weight", "2"]):
-        assert command(evaluate.main, "--run", workdir, *wrong) == 2
+        assert command(evaluate_command.main, "--run", workdir, *wrong) == 2
         assert "tta" in capsys.readouterr().err

@@ -11,9 +11,14 @@ import tiny  # noqa: F401
 from folders import write_pictures
 
 import jaxcats as jc
-from jaxcats import compare, evaluate, export, inputs, job, judging, train
-from jaxcats.command import run_command
-from jaxcats.results import metrics
+from jaxcats import compare
+from jaxcats.common import stats
+from jaxcats.common.cli import run_command
+from jaxcats.evaluate import __main__ as evaluate_command
+from jaxcats.evaluate import run as run_module
+from jaxcats.export import __main__ as export_command
+from jaxcats.train import __main__ as train_command
+from jaxcats.train import experiment, features
 
 FIGURES = {
     "losses",
@@ -64,7 +69,7 @@ def trained(tmp_path_factory, compiled) -> Path:
         top / "cache",
     ]
     argv += ["--phases.head.batch_size", "4", "--data.root", pictures, "--workdir", top / "run", "--max_error", "0.2"]
-    assert command(train, *argv) == 0
+    assert command(train_command, *argv) == 0
     return top / "run"
 
 
@@ -94,7 +99,7 @@ def test_the_numbers_agree_with_each_other(trained):
     unsure = [r for r in rows if r["abstain"] == "yes"]
     assert found["abstain"]["answered"] == 21 - len(unsure)
     raw = np.array([[float(r["p_cats"]), float(r["p_dogs"])] for r in rows])
-    scaled = np.exp(metrics.log_softmax(np.log(raw) / found["calibration"]["temperature"])).max(1)
+    scaled = np.exp(stats.log_softmax(np.log(raw) / found["calibration"]["temperature"])).max(1)
     np.testing.assert_allclose([float(r["probability"]) for r in rows], scaled, atol=1e-6)
     assert {"export", "report", "total"} <= set(found["seconds"])
 
@@ -102,7 +107,7 @@ def test_the_numbers_agree_with_each_other(trained):
 def test_the_page_says_what_happened(trained):
     page = (trained / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
     found = read(trained / "metrics.json")
-    assert metrics.sentence(found["errors"], found["n"]) in page
+    assert stats.sentence(found["errors"], found["n"]) in page
     assert "train/cats/cats.0.jpg = valid/cats/leak.jpg" in page  # the leak that was planted
     assert page.count("<svg") >= 6
     assert "tiny" in page
@@ -123,7 +128,7 @@ def test_the_artefact_says_what_evaluate_says(trained):
 
 def test_another_folder_takes_the_calibration_as_it_is(run, capsys):
     other = write_pictures(run.parent / "other", train=4, valid=12, seed=1)
-    assert command(evaluate, "--run", run, "--data", other / "valid") == 0
+    assert command(evaluate_command, "--run", run, "--data", other / "valid") == 0
     (folder,) = (run / "evaluations").iterdir()
     found, own = read(folder / "metrics.json"), read(run / "metrics.json")
     assert found["n"] == 12
@@ -139,7 +144,7 @@ def test_another_folder_takes_the_calibration_as_it_is(run, capsys):
 def test_pictures_seen_before_are_said(run, capsys):
     valid = run.parent / "again"
     shutil.copytree(Path(read_root(run)) / "valid", valid)
-    assert command(evaluate, "--run", run, "--data", valid, "--report", "no") == 0
+    assert command(evaluate_command, "--run", run, "--data", valid, "--report", "no") == 0
     out = capsys.readouterr().out
     assert "21 of the run's own valid pictures were found: the result flatters." in out
     assert "1 of the run's own train pictures" in out  # the leak
@@ -152,9 +157,9 @@ def test_a_checkpoint_of_unknown_temperature_is_said(run, capsys):
     (run / "metrics.json").write_text(json.dumps(kept))
     valid = run.parent / "valid"
     shutil.copytree(Path(read_root(run)) / "valid", valid)
-    assert command(evaluate, "--run", run, "--data", valid, "--report", "no") == 0
+    assert command(evaluate_command, "--run", run, "--data", valid, "--report", "no") == 0
     assert "No temperature is known for this checkpoint" in capsys.readouterr().out
-    assert command(export, "--run", run) == 0
+    assert command(export_command, "--run", run) == 0
     assert "No temperature is known for this checkpoint" in capsys.readouterr().out
     assert jc.load(run).facts["abstain"]["threshold"] is None
 
@@ -166,30 +171,30 @@ def read_root(run: Path) -> str:
 
 
 def test_suspects_are_ranked_and_come_into_the_page(run, capsys):
-    assert command(evaluate, "--run", run, "--split", "train") == 0
+    assert command(evaluate_command, "--run", run, "--split", "train") == 0
     suspects = rows_of(run / "suspects.csv")
     assert suspects
     assert {s["split"] for s in suspects} <= {"train", "valid"}
     assert (run / "figures" / "suspects.png").is_file()
     assert f"{len(suspects):,} of 53 pictures" in capsys.readouterr().out
-    assert command(evaluate, "--run", run) == 0
+    assert command(evaluate_command, "--run", run) == 0
     assert suspects[0]["path"] in (run / "report.html").read_text()
 
 
 def test_evaluate_takes_the_features_that_train_computed(run):
-    loaded = judging.load_run(run)
-    split = judging.own_pictures(loaded).splits["valid"]
+    loaded = run_module.load_run(run)
+    split = run_module.own_pictures(loaded).splits["valid"]
     how = {"preprocess": loaded.preprocess, "batch_size": loaded.config.feature_batch, "workers": None}
     weights = {"params": loaded.state.params, "batch_stats": loaded.state.batch_stats}
-    cache = job.cache_of(loaded.config)
-    got = inputs.backbone_features(loaded.model, split, **weights, **how, cache_dir=cache)
+    cache = experiment.cache_of(loaded.config)
+    got = features.backbone_features(loaded.model, split, **weights, **how, cache_dir=cache)
     assert (got.reused, got.computed) == (21, 0)
 
 
 def test_another_max_error_gives_another_threshold_and_export_takes_it(run):
-    assert command(evaluate, "--run", run, "--max_error", "0.5", "--report", "no") == 0
+    assert command(evaluate_command, "--run", run, "--max_error", "0.5", "--report", "no") == 0
     assert read(run / "metrics.json")["abstain"]["max_error"] == 0.5
-    assert command(export, "--run", run) == 0
+    assert command(export_command, "--run", run) == 0
     assert jc.load(run).facts["abstain"]["max_error"] == 0.5
 
 
@@ -206,7 +211,7 @@ def test_another_max_error_gives_another_threshold_and_export_takes_it(run):
     ],
 )
 def test_slips_in_evaluate_are_one_line(trained, argv, words, capfd):
-    assert command(evaluate, "--run", trained, *argv) == 2
+    assert command(evaluate_command, "--run", trained, *argv) == 2
     err = capfd.readouterr().err
     assert len(err.splitlines()) == 1
     for word in words:
@@ -214,26 +219,24 @@ def test_slips_in_evaluate_are_one_line(trained, argv, words, capfd):
 
 
 def test_evaluate_wants_a_run(capfd):
-    assert command(evaluate) == 2
+    assert command(evaluate_command) == 2
     assert capfd.readouterr().err == "error: --run: is required.\n"
 
 
 def test_a_picture_that_has_gone_does_not_stop_the_report(run, capfd, monkeypatch):
-    from jaxcats import presentation, run_figures
-    from jaxcats.data.preprocess import PictureError
+    from jaxcats.data.images import PictureError
+    from jaxcats.evaluate import figures, report
 
     def gone(judged):
         raise PictureError("no such file")
 
-    monkeypatch.setattr(run_figures, "heat_maps", gone)
+    monkeypatch.setattr(figures, "heat_maps", gone)
     shutil.rmtree(run / "figures")
-    assert presentation.run_figures is run_figures
-    assert command(evaluate, "--run", run) == 0
+    assert report.run_figures is figures
+    assert command(evaluate_command, "--run", run) == 0
     assert "The galleries are not drawn" in capfd.readouterr().err
     assert (run / "report.html").is_file()
-    assert {p.stem for p in (run / "figures").iterdir()} == {n for n in FIGURES if n in presentation.CAPTIONS} - {
-        "heat_maps"
-    }
+    assert {p.stem for p in (run / "figures").iterdir()} == {n for n in FIGURES if n in report.CAPTIONS} - {"heat_maps"}
 
 
 def test_a_run_compared_with_itself_can_not_be_told_apart(trained, capsys):
@@ -249,12 +252,12 @@ def test_a_notebook_judges_shows_and_ships(tmp_path, monkeypatch):
     learn.fit(0.01, 1)
     found = learn.judge()
     assert found["errors"] == learn.errors()[0]
-    assert metrics.sentence(*learn.errors()) in repr(found)
+    assert stats.sentence(*learn.errors()) in repr(found)
     for draw in (learn.plot_confusion, learn.plot_reliability, learn.plot_risk_coverage, learn.plot_heat_maps):
         assert draw()._repr_png_().startswith(b"\x89PNG")
     assert learn.report("page").read_text().startswith("<!")
     answers = jc.load(learn.export("shipped")).predict(data.val_paths)
-    scaled = np.exp(metrics.log_softmax(learn.predict() / found["calibration"]["temperature"]))
+    scaled = np.exp(stats.log_softmax(learn.predict() / found["calibration"]["temperature"]))
     np.testing.assert_allclose(answers.probabilities, scaled, atol=1e-5)
 
 

@@ -16,11 +16,12 @@ from artefacts import CLASSES, HOW, export
 from PIL import Image
 
 import jaxcats
-from jaxcats import predict, predictor
-from jaxcats.command import run_command
-from jaxcats.data.preprocess import evaluation_pixels
-from jaxcats.errors import RunError, UserError
-from jaxcats.storage import artifact, program
+from jaxcats import predict
+from jaxcats.common.cli import run_command
+from jaxcats.common.errors import RunError, UserError
+from jaxcats.data.images import evaluation_pixels
+from jaxcats.export import artifact
+from jaxcats.export import classifier as classifier_module
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(original) -> Path:
-    program.remember((original / artifact.PROGRAM).read_bytes())
+    artifact.remember((original / artifact.PROGRAM).read_bytes())
     return original
 
 
@@ -40,8 +41,8 @@ def model(original) -> Path:
 def loaded(original):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCATS_CACHE", str(original.parent))
-        program.remember((original / artifact.PROGRAM).read_bytes())
-        return predictor.Classifier(artifact.read(original))
+        artifact.remember((original / artifact.PROGRAM).read_bytes())
+        return classifier_module.Classifier(artifact.read(original))
 
 
 @pytest.fixture(scope="module")
@@ -332,9 +333,9 @@ def test_a_submission_has_every_id_once_in_order(original, photos_, tmp_path, mo
                 p = {"10.png": 1.0, "2.png": 0.25, "dog.3.png": 1e-9}.get(Path(path).name)
                 error = None if p is not None else "not a picture"
                 both = np.array([1 - (p or 0), p or 0], np.float32)
-                yield predictor.Prediction(path, "dogs", float(both.max()), False, error, both)
+                yield classifier_module.Prediction(path, "dogs", float(both.max()), False, error, both)
 
-    monkeypatch.setattr(predictor, "load", lambda _: Two())
+    monkeypatch.setattr(classifier_module, "load", lambda _: Two())
     code, out, _ = command("--model", original, folder, "--kaggle", tmp_path / "s.csv")
     assert (code, out) == (1, "")
     assert (tmp_path / "s.csv").read_text() == "id,label\n2,0.25\n3,0.005\n7,0.5\n10,0.995\n"
@@ -351,7 +352,7 @@ def test_ctrl_c_leaves_no_half_file(model, files, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predictor.Classifier, "_rows", stop)
+    monkeypatch.setattr(classifier_module.Classifier, "_rows", stop)
     code, *_ = command("--model", model, *files, "--csv", tmp_path / "p.csv")
     assert (code, list(tmp_path.iterdir())) == (130, [])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxcats.command import run_command
+from jaxcats.common.cli import run_command
 from jaxcats.data.index import scan
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -21,14 +21,18 @@ import yaml
 from folders import write_pictures
 from PIL import Image
 
-from jaxcats import evaluate, inputs, job, judging, models, train
-from jaxcats.cli import from_file, parse
-from jaxcats.command import run_command
-from jaxcats.config import Config, Phase
-from jaxcats.core import state as states
+from jaxcats import models
+from jaxcats.common.cli import from_file, parse, run_command
+from jaxcats.common.config import Config, Phase
+from jaxcats.core import state as state_module
+from jaxcats.evaluate import __main__ as evaluate_command
+from jaxcats.evaluate import run as run_module
 from jaxcats.models import registry
 from jaxcats.models.conv import ConvNorm
-from jaxcats.storage.checkpoint import Checkpoints
+from jaxcats.train import __main__ as train_command
+from jaxcats.train import experiment
+from jaxcats.train import features as features_module
+from jaxcats.train.checkpoint import Checkpoints
 
 TINY = {
     "model.backbone": "tiny",
@@ -54,7 +58,7 @@ def command(which, *argv) -> int:
 def fit(pictures, workdir, settings=None, *options) -> int:
     """The exit code of a training run on some pictures."""
     settings = TINY | {"data.root": pictures, "workdir": workdir} | (settings or {})
-    return command(train, *flags(settings), *options)
+    return command(train_command, *flags(settings), *options)
 
 
 def metrics_of(folder: Path) -> dict:
@@ -133,7 +137,7 @@ def setup_of(pictures):
 
     def make(settings=None):
         argv = flags(TINY | {"phases.head.precompute": "true", "data.root": pictures} | (settings or {}))
-        return job.setup(parse(argv, prog="x", description="x")[0])
+        return experiment.setup(parse(argv, prog="x", description="x")[0])
 
     return make
 
@@ -169,14 +173,14 @@ store.close()
 """
 
 
-def small_state() -> states.TrainState:
+def small_state() -> state_module.TrainState:
     """A state whose bits don't depend on the process that makes it; some of them odd."""
     params = {"backbone": {"kernel": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}, "head": {}}
     params["head"]["bias"] = np.array([1e-45, -0.0, np.inf, 3.4e38], np.float32)
     stats = {"backbone": {"mean": np.arange(4, dtype=np.float32) / 3}, "head": {}}
     trainable = {"backbone": {"kernel": False}, "head": {"bias": True}}
     params, stats = jax.tree.map(jnp.asarray, (params, stats))
-    return states.create(params, stats, optax.adam(1e-3), trainable=trainable, step=7)
+    return state_module.create(params, stats, optax.adam(1e-3), trainable=trainable, step=7)
 
 
 def test_a_checkpoint_of_another_machine_restores_here(tmp_path):
@@ -198,7 +202,7 @@ def test_resume_notices_an_edited_config(trial, complaint):
     """The saved config.yaml was compared with itself, so that an edited one changed a run halfway unseen."""
     edit(trial / "run", "phases.head.lr", 0.5)
     before = (trial / "run" / "config.yaml").read_text()
-    assert "phases.head.lr: 0.01 -> 0.5" in complaint(train, "--resume", "--workdir", trial / "run")
+    assert "phases.head.lr: 0.01 -> 0.5" in complaint(train_command, "--resume", "--workdir", trial / "run")
     assert (trial / "run" / "config.yaml").read_text() == before
 
 
@@ -210,14 +214,14 @@ def test_evaluate_notices_an_edited_config(key, value, change, trial, complaint)
     """Pictures of another size go through the network without a murmur, and the number is another."""
     edit(trial / "run", key, value)
     before = (trial / "run" / "metrics.json").read_text()
-    assert change in complaint(evaluate, "--run", trial / "run")
+    assert change in complaint(evaluate_command, "--run", trial / "run")
     assert (trial / "run" / "metrics.json").read_text() == before
 
 
 def test_a_config_may_be_edited_where_it_decides_nothing(trial):
     edit(trial / "run", "data.workers", 1)
     before = (trial / "run" / "predictions.csv").read_bytes()
-    for words in ([evaluate, "--run"], [train, "--resume", "--workdir"]):
+    for words in ([evaluate_command, "--run"], [train_command, "--resume", "--workdir"]):
         (trial / "run" / "predictions.csv").unlink()
         assert command(*words, trial / "run") == 0
         assert (trial / "run" / "predictions.csv").read_bytes() == before
@@ -227,7 +231,7 @@ def test_resume_notices_renamed_pictures(trial, complaint):
     """The same pictures in another order make other batches, and so other weights."""
     first = min((trial / "pictures" / "train" / "cats").iterdir())
     first.rename(first.with_name("zz.jpg"))
-    message = complaint(train, "--resume", "--workdir", trial / "run")
+    message = complaint(train_command, "--resume", "--workdir", trial / "run")
     assert "pictures have changed" in message
     assert str(trial / "pictures") in message
 
@@ -235,22 +239,22 @@ def test_resume_notices_renamed_pictures(trial, complaint):
 def test_the_pictures_of_a_run_may_move(trial):
     before = (trial / "run" / "predictions.csv").read_bytes()
     (trial / "pictures").rename(trial / "moved")
-    assert command(train, "--resume", "--workdir", trial / "run", "--data.root", trial / "moved") == 0
+    assert command(train_command, "--resume", "--workdir", trial / "run", "--data.root", trial / "moved") == 0
     assert (trial / "run" / "predictions.csv").read_bytes() == before
     assert from_file(trial / "run" / "config.yaml").data.root == str(trial / "moved")
-    assert command(evaluate, "--run", trial / "run") == 0
+    assert command(evaluate_command, "--run", trial / "run") == 0
 
 
 def test_evaluate_notices_changed_pictures(trial, complaint, tmp_path, capfd):
     """Its number would look like training's, and be of other pictures."""
     result, before = trial / "run" / "metrics.json", metrics_of(trial / "run")
     (trial / "pictures" / "valid" / "dogs" / "dogs.0.jpg").unlink()
-    message = complaint(evaluate, "--run", trial / "run")
+    message = complaint(evaluate_command, "--run", trial / "run")
     assert "have changed since" in message
     assert "--data" in message
     assert json.loads(result.read_text()) == before
     out = tmp_path / "out"
-    assert command(evaluate, "--run", trial / "run", "--data", trial / "pictures" / "valid", "--out", out) == 0
+    assert command(evaluate_command, "--run", trial / "run", "--data", trial / "pictures" / "valid", "--out", out) == 0
     assert "of 3 (" in capfd.readouterr().out
     assert metrics_of(out)["n"] == 3
 
@@ -261,18 +265,18 @@ def test_a_line_of_the_log_that_is_no_row_does_not_stop_a_resume(line, trial):
     rows = log.read_text()
     assert rows
     log.write_text(rows + line + "\n")
-    assert command(train, "--resume", "--workdir", trial / "run") == 0
+    assert command(train_command, "--resume", "--workdir", trial / "run") == 0
     assert log.read_text() == rows
 
 
 # --- numbers ---
 
 
-def saved_states(workdir: Path) -> dict[int, states.TrainState]:
+def saved_states(workdir: Path) -> dict[int, state_module.TrainState]:
     """The states of all checkpoints of a run of one phase, by step."""
     config = from_file(workdir / "config.yaml")
-    model, _ = job.create_model(config, 2)
-    target = job.abstract_state(model, job.Plan(0, "head", config.phases["head"], 0, 0, 1))
+    model, _ = experiment.create_model(config, 2)
+    target = experiment.abstract_state(model, experiment.Plan(0, "head", config.phases["head"], 0, 0, 1))
     store = Checkpoints(workdir / "checkpoints", read_only=True)
     found = {step: store.restore(step, target) for step in store.steps()}
     store.close()
@@ -287,7 +291,7 @@ def test_weights_that_are_no_numbers_are_not_saved(pictures, tmp_path, capfd):
     assert fit(pictures, workdir, settings) == 1
     assert "lower learning rate (phases.head.lr" in capfd.readouterr().err
     assert saved_states(workdir) == {}
-    assert command(evaluate, "--run", workdir) == 2
+    assert command(evaluate_command, "--run", workdir) == 2
     out, err = capfd.readouterr()
     assert "no complete checkpoint" in err
     assert "errors of" not in out
@@ -303,7 +307,7 @@ def test_answers_that_are_no_numbers_are_no_result(pictures, tmp_path, capfd):
     found = saved_states(workdir)
     assert found
     assert all(np.isfinite(leaf).all() for state in found.values() for leaf in jax.tree.leaves(state.params))
-    assert command(evaluate, "--run", workdir) == 1
+    assert command(evaluate_command, "--run", workdir) == 1
     out, err = capfd.readouterr()
     assert "not numbers" in err
     assert "errors of" not in out
@@ -328,21 +332,21 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_its_precision(pictures, tmp
     workdir, out = tmp_path / "run", tmp_path / "out"
     settings = BACKBONE_LEARNS | {"precision": "bfloat16", "phases.head.freeze": "nothing"}
     assert fit(pictures, workdir, settings) == 0
-    run = judging.load_run(workdir)
+    run = run_module.load_run(workdir)
     leaves = jax.tree.leaves((run.state.params, run.state.batch_stats, run.state.opt_state))
     assert {x.dtype for x in leaves if x.ndim} == {np.dtype("float32")}
     assert len([x for x in leaves if x.ndim]) == 2 * 3 + 2 + 2 * 2 + 2 * 3 + 2  # params, averages, momentum
-    split = judging.own_pictures(run).splits["valid"]
+    split = run_module.own_pictures(run).splits["valid"]
     single = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="float32"))
     assert not np.array_equal(run.logits(split), single.logits(split))  # or this test would see nothing
     before, bits = metrics_of(workdir), (workdir / "predictions.csv").read_bytes()
-    assert command(evaluate, "--run", workdir, "--out", out) == 0
+    assert command(evaluate_command, "--run", workdir, "--out", out) == 0
     after = metrics_of(out)
     assert {k: after[k] for k in ("n", "errors", "log_loss")} == {k: before[k] for k in ("n", "errors", "log_loss")}
     assert (out / "predictions.csv").read_bytes() == bits
     (workdir / "predictions.csv").unlink()
     capfd.readouterr()
-    assert command(train, "--resume", "--workdir", workdir) == 0
+    assert command(train_command, "--resume", "--workdir", workdir) == 0
     assert "bfloat16" in capfd.readouterr().out
     assert (workdir / "predictions.csv").read_bytes() == bits
 
@@ -351,8 +355,8 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_its_precision(pictures, tmp
 def test_batch_norm_learns_averages_apart_from_what_is_frozen(bn, setup_of):
     """bn: train moves the averages of frozen layers too, but never their scale and bias; bn: frozen moves none."""
     setup = setup_of(BACKBONE_LEARNS | {"phases.head.freeze": "first", "phases.head.bn": bn})
-    params, stats, _ = job.initial_params(setup)
-    step, create = job.make_phase(setup, job.plans(setup)[0])
+    params, stats, _ = experiment.initial_params(setup)
+    step, create = experiment.make_phase(setup, experiment.plans(setup)[0])
     rng = np.random.default_rng(0)
     batch = {"image": rng.integers(0, 256, (4, 32, 32, 3), np.uint8), "label": np.array([0, 1, 0, 1], np.int32)}
     batch |= {"mask": np.ones(4, bool), "index": np.arange(4, dtype=np.int32)}
@@ -383,10 +387,10 @@ class Tanh(nn.Module):
 
 def test_features_are_reused_for_the_same_program_only(setup_of, retiny, tmp_path):
     """The weights alone don't decide features: the network's code does, and the batch size decides the last bits."""
-    params, stats, _ = job.initial_params(setup_of())
+    params, stats, _ = experiment.initial_params(setup_of())
 
     def features(**settings):
-        found, counts = inputs.precompute(setup_of(settings), params, stats)
+        found, counts = features_module.precompute(setup_of(settings), params, stats)
         return counts, np.concatenate([found["train"], found["valid"]]).tobytes()
 
     none, all_of_them = {"reused": 0, "computed": 34}, {"reused": 34, "computed": 0}
@@ -414,7 +418,7 @@ def test_a_name_can_be_registered_again_with_other_layers(pictures, tmp_path, re
     assert params["backbone"]["conv1"]["kernel"].shape == (3, 3, 6, 8)
     assert set(stats["backbone"]) == {"bn0", "bn1"}
     assert fit(pictures, tmp_path / "run") == 0
-    assert command(evaluate, "--run", tmp_path / "run") == 0
+    assert command(evaluate_command, "--run", tmp_path / "run") == 0
     (state,) = saved_states(tmp_path / "run").values()
     assert jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, params)
 
@@ -432,9 +436,9 @@ def raising(error):
 def test_a_folder_that_may_not_be_read_is_one_line(complaint, pictures, monkeypatch, tmp_path):
     """Monkeypatched, because root may read everything."""
     denied = PermissionError(errno.EACCES, "Permission denied", "some/folder")
-    monkeypatch.setattr(train, "open_run", raising(denied))
+    monkeypatch.setattr(train_command, "open_run", raising(denied))
     argv = flags(TINY | {"data.root": pictures, "workdir": tmp_path / "run"})
-    assert complaint(train, *argv) == "some/folder: Permission denied"
+    assert complaint(train_command, *argv) == "some/folder: Permission denied"
 
     usual = Path.is_file
 
@@ -444,14 +448,14 @@ def test_a_folder_that_may_not_be_read_is_one_line(complaint, pictures, monkeypa
         return usual(path, **kwargs)
 
     monkeypatch.setattr(Path, "is_file", is_file)
-    assert complaint(evaluate, "--run", tmp_path) == "some/folder: Permission denied"
+    assert complaint(evaluate_command, "--run", tmp_path) == "some/folder: Permission denied"
 
 
 def test_a_full_disk_is_one_line_and_no_mistake_of_the_user(complaint, pictures, monkeypatch, tmp_path):
     full = OSError(errno.ENOSPC, "No space left on device", "some/file")
-    monkeypatch.setattr(train, "open_run", raising(full))
+    monkeypatch.setattr(train_command, "open_run", raising(full))
     argv = flags(TINY | {"data.root": pictures, "workdir": tmp_path / "run"})
-    message = complaint(train, *argv, code=1, begins="stopped: ")
+    message = complaint(train_command, *argv, code=1, begins="stopped: ")
     assert "some/file" in message
     assert "No space left" in message
 
@@ -470,7 +474,7 @@ def test_a_value_left_empty_is_named(text, key, complaint, tmp_path):
     """YAML reads nothing as null, which the parser refused in Python's words or took for the default."""
     file = tmp_path / "c.yaml"
     file.write_text(text + "\n")
-    message = complaint(train, "--config", file, "--print_config")
+    message = complaint(train_command, "--config", file, "--print_config")
     assert f"'{key}' is empty" in message
     assert str(file) in message
 
@@ -496,7 +500,7 @@ def test_a_phase_that_is_no_mapping_is_refused(value, complaint, tmp_path):
     """An empty list is as little a phase as a full one; only nothing at all means the defaults."""
     file = tmp_path / "c.yaml"
     file.write_text(f"phases: {{head: {value}}}\n")
-    message = complaint(train, "--config", file, "--print_config")
+    message = complaint(train_command, "--config", file, "--print_config")
     assert "phases.head" in message
     assert "key: value" in message
 
@@ -506,7 +510,7 @@ def test_a_phase_that_can_be_no_name_is_refused(name, complaint, tmp_path):
     """The parser keeps phases as attributes: a hyphen got lost, and its own methods hid these two."""
     file = tmp_path / "c.yaml"
     file.write_text(f"phases: {{{name}: {{epochs: 1}}}}\n")
-    message = complaint(train, "--config", file, "--print_config")
+    message = complaint(train_command, "--config", file, "--print_config")
     assert f"'{name}'" in message
     assert "letters, digits and _" in message
 
@@ -521,7 +525,7 @@ def test_weights_that_can_be_no_source_are_one_line(weights, words, complaint, p
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     settings = TINY | {"model.pretrained": "true", "model.weights": weights}
     argv = flags(settings | {"data.root": pictures, "workdir": tmp_path / "run"})
-    assert words in complaint(train, *argv)
+    assert words in complaint(train_command, *argv)
 
 
 # --- judging other folders ---
@@ -533,7 +537,7 @@ def test_a_folder_in_the_home_folder_is_judged_as_labelled(words, trial, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     shutil.copytree(trial / "pictures" / "train", tmp_path / "home" / "x")
     out = tmp_path / "out"
-    assert command(evaluate, "--run", trial / "run", *words, "--out", out) == 0
+    assert command(evaluate_command, "--run", trial / "run", *words, "--out", out) == 0
     assert "of 8 (" in capfd.readouterr().out
     assert metrics_of(out)["n"] == 8
     assert [r["label"] for r in predictions(out)] == ["cats"] * 4 + ["dogs"] * 4
@@ -547,10 +551,10 @@ def test_nested_folders_without_labels_are_predicted_on(trial, tmp_path, complai
         pixels = np.random.default_rng(seed).integers(0, 256, (40, 48, 3), np.uint8)
         Image.fromarray(pixels).save(top / place)
     argv = ["--run", trial / "run", "--data", top, "--out", out]
-    message = complaint(evaluate, *argv)
+    message = complaint(evaluate_command, *argv)
     assert "unknown part1, part2" in message
     assert "--unlabelled" in message
-    assert command(evaluate, *argv, "--unlabelled") == 0
+    assert command(evaluate_command, *argv, "--unlabelled") == 0
     said = capfd.readouterr().out
     assert "2 pictures without labels" in said
     assert "predictions.csv" in said

@@ -14,12 +14,13 @@ import pytest
 import tiny  # noqa: F401
 from folders import write_pictures
 
-from jaxcats import fit, job, train
-from jaxcats.command import run_command
-from jaxcats.errors import UserError
-from jaxcats.stopping import Stopped, Stopping
-from jaxcats.storage import lock
-from jaxcats.storage.atomic import write_text
+from jaxcats.common import io
+from jaxcats.common.cli import run_command
+from jaxcats.common.errors import UserError
+from jaxcats.common.io import write_text
+from jaxcats.common.signals import Stopped, Stopping
+from jaxcats.train import __main__ as train_command
+from jaxcats.train import experiment, loop
 
 CONFIG = """
 report: false
@@ -67,7 +68,7 @@ def test_a_run_asked_to_end_saves_says_how_to_go_on_and_goes_on_to_the_bit(place
     first = start(place, "run", *how)
     until_training(place, "run", first)
     with pytest.raises(UserError, match=f"process {first.pid} on .* is training in it now"):
-        lock.hold(place / "run")
+        io.hold(place / "run")
     first.send_signal(signum)
     said = first.communicate(timeout=100)[1]
     assert first.returncode == 128 + signum, said
@@ -151,9 +152,9 @@ def test_struck_in_a_step_or_an_evaluation_it_goes_on_to_the_bit(
     words += ["--checkpoint.every_epochs", every]
 
     def command(name: str, *more: str) -> int:
-        return run_command(train.main, [str(w) for w in (*words, "--workdir", place / name, *more)])
+        return run_command(train_command.main, [str(w) for w in (*words, "--workdir", place / name, *more)])
 
-    owner, name = (fit.Evaluator, "__call__") if strike == "evaluate" else (fit.Fitter, "read")
+    owner, name = (loop.Evaluator, "__call__") if strike == "evaluate" else (loop.Fitter, "read")
     whole, calls = getattr(owner, name), []
 
     def struck(self, *arguments):
@@ -181,22 +182,22 @@ def test_struck_in_a_step_or_an_evaluation_it_goes_on_to_the_bit(
 
 
 def test_before_the_first_checkpoint_it_says_so(place, monkeypatch, capsys):
-    monkeypatch.setattr(job, "initial_params", lambda setup: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(experiment, "initial_params", lambda setup: signal.raise_signal(signal.SIGTERM))
     words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / "run"]
-    assert run_command(train.main, [str(w) for w in words]) == 143
+    assert run_command(train_command.main, [str(w) for w in words]) == 143
     assert f"To start again: python -m jaxcats.train --resume --workdir {place / 'run'}" in capsys.readouterr().err
 
 
 def test_a_folder_is_one_process_s_and_free_when_it_ends(tmp_path):
-    with (tmp_path / lock.NAME).open("w+") as other:
+    with (tmp_path / io.NAME).open("w+") as other:
         other.write("process 7 on elsewhere")
         other.flush()
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="process 7 on elsewhere is training in it now"):
-            lock.hold(tmp_path)
-    lock.hold(tmp_path)
-    lock.hold(tmp_path)  # this process's own
-    lock.release(tmp_path)
+            io.hold(tmp_path)
+    io.hold(tmp_path)
+    io.hold(tmp_path)  # this process's own
+    io.release(tmp_path)
 
 
 def test_links_stay_links_and_devices_stay_devices(tmp_path):

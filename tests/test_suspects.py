@@ -12,13 +12,14 @@ import pytest
 import tiny  # noqa: F401
 from PIL import Image
 
-from jaxcats import models, suspects
-from jaxcats.config import Config, DataConfig, ModelConfig, Phase
+from jaxcats import models
+from jaxcats.common.config import Config, DataConfig, ModelConfig, Phase
+from jaxcats.common.errors import RunError, UserError
 from jaxcats.core.folds import fold_orders, stratified_folds
 from jaxcats.core.scan import epoch_order
-from jaxcats.errors import RunError, UserError
-from jaxcats.job import Plan, Setup, initial_params, make_phase, name_number, setup
-from jaxcats.results.ranking import label_errors
+from jaxcats.evaluate import label_errors as label_errors_module
+from jaxcats.evaluate.ranking import label_errors
+from jaxcats.train.experiment import Plan, Setup, initial_params, make_phase, name_number, setup
 
 PHASE = Phase(precompute=True, epochs=5, lr=0.1, batch_size=8)
 
@@ -78,7 +79,7 @@ def test_all_folds_at_once_train_as_one_after_the_other(head):
     whole = on_features(head, seed=3)
     feats, labels = blobs(50, whole.model.feature_size)
     fold = stratified_folds(labels[:40], names(40), folds=3, seed=0)
-    found = suspects.judge_by_folds(whole, PHASE, feats, labels[:40], fold=fold)
+    found = label_errors_module.judge_by_folds(whole, PHASE, feats, labels[:40], fold=fold)
     base = jax.random.fold_in(jax.random.key(3), name_number("folds"))
     for k in range(3):
         rows, key = np.flatnonzero(fold != k), jax.random.fold_in(base, k)
@@ -99,10 +100,12 @@ def test_a_held_out_picture_leaves_no_trace():
     whole = on_features()
     feats, labels = blobs(50, 8)
     fold = stratified_folds(labels[:40], names(40), folds=4, seed=0)
-    before = suspects.judge_by_folds(whole, PHASE, feats, labels[:40], fold=fold)
+    before = label_errors_module.judge_by_folds(whole, PHASE, feats, labels[:40], fold=fold)
     held = np.append(fold == 1, np.ones(10, bool))  # fold 1 and the ten pictures that are only judged
     changed = np.where(held[:, None], feats * -3 + 1, feats)
-    after = suspects.judge_by_folds(whole, PHASE, changed, np.where(held, 1 - labels, labels)[:40], fold=fold)
+    after = label_errors_module.judge_by_folds(
+        whole, PHASE, changed, np.where(held, 1 - labels, labels)[:40], fold=fold
+    )
     assert np.array_equal(before[1][~held], after[1][~held])
     assert not np.array_equal(before[0][~held], after[0][~held])
 
@@ -110,9 +113,9 @@ def test_a_held_out_picture_leaves_no_trace():
 def test_each_picture_is_judged_by_the_heads_that_never_saw_it():
     probs = np.array([[[0.9, 0.1], [0.8, 0.2], [0.6, 0.4]], [[0.3, 0.7], [0.5, 0.5], [0.2, 0.8]]])
     logits = np.log(probs) + np.array([5.0, -7.0])[:, None, None]
-    found = np.exp(suspects.out_of_fold(logits, np.array([0, 1, -1])))
+    found = np.exp(label_errors_module.out_of_fold(logits, np.array([0, 1, -1])))
     np.testing.assert_allclose(found, [[0.9, 0.1], [0.5, 0.5], [0.4, 0.6]])
-    sure = suspects.out_of_fold(np.array([[[0.0, 2000.0]]]), np.array([0]))
+    sure = label_errors_module.out_of_fold(np.array([[[0.0, 2000.0]]]), np.array([0]))
     assert np.isfinite(sure).all()
 
 
@@ -124,15 +127,17 @@ def test_flipped_labels_come_first():
     noisy[flipped] = 1 - noisy[flipped]
     fold = stratified_folds(noisy, names(90), folds=5, seed=0)
     longer = dataclasses.replace(PHASE, epochs=20)
-    log_probs = suspects.out_of_fold(suspects.judge_by_folds(whole, longer, feats, noisy, fold=fold), fold)
+    log_probs = label_errors_module.out_of_fold(
+        label_errors_module.judge_by_folds(whole, longer, feats, noisy, fold=fold), fold
+    )
     assert sorted(label_errors(log_probs, noisy)[:4].tolist()) == flipped
 
 
 def test_the_heads_are_trained_as_the_run_trained_its_own():
     mine, other = Phase(precompute=True, epochs=7, accumulate=4), Phase(freeze="nothing")
-    assert suspects.head_recipe({"head": mine, "all": other}) == dataclasses.replace(mine, accumulate=1)
-    assert suspects.head_recipe({"all": other}) == Phase(precompute=True)
-    assert suspects.head_recipe({"head": Phase(precompute=True, lr="auto")}).lr == 0.01
+    assert label_errors_module.head_recipe({"head": mine, "all": other}) == dataclasses.replace(mine, accumulate=1)
+    assert label_errors_module.head_recipe({"all": other}) == Phase(precompute=True)
+    assert label_errors_module.head_recipe({"head": Phase(precompute=True, lr="auto")}).lr == 0.01
 
 
 def write_folder(root: Path) -> Path:
@@ -172,7 +177,7 @@ def run(tmp_path):
 
 
 def test_planted_pictures_are_listed_and_written(run, tmp_path):
-    found = suspects.find_suspects(run, run.index.splits)
+    found = label_errors_module.find_suspects(run, run.index.splits)
     assert [s.rank for s in found] == list(range(1, len(found) + 1))
     assert len(found) <= 6  # of 61
     by_path = {s.path: s for s in found}
@@ -193,15 +198,15 @@ def test_planted_pictures_are_listed_and_written(run, tmp_path):
     reasons = [s.reason.split(",")[0] for s in found]
     assert reasons == sorted(reasons)  # labels, then outliers
 
-    files = suspects.write_suspects(tmp_path / "out", found, run.index.root)
+    files = label_errors_module.write_suspects(tmp_path / "out", found, run.index.root)
     assert [f.relative_to(tmp_path / "out").as_posix() for f in files] == ["suspects.csv", "figures/suspects.png"]
     rows = list(csv.DictReader(files[0].open(newline="", encoding="utf-8")))
-    assert list(rows[0]) == [f.name for f in dataclasses.fields(suspects.Suspect)]
+    assert list(rows[0]) == [f.name for f in dataclasses.fields(label_errors_module.Suspect)]
     assert [r["path"] for r in rows] == [s.path for s in found]
     np.testing.assert_allclose([float(r["p_label"]) for r in rows], [s.p_label for s in found], rtol=1e-5)
     assert Image.open(files[1]).width > 300
 
-    files = suspects.write_suspects(tmp_path / "none", [], run.index.root)
+    files = label_errors_module.write_suspects(tmp_path / "none", [], run.index.root)
     assert files[0].read_text().startswith("rank,path")
     assert files[1].is_file()
 
@@ -213,30 +218,32 @@ def test_a_backbone_that_knows_the_labels_is_not_asked(run, monkeypatch):
         used.append(params)
         return SimpleNamespace(features=np.random.default_rng(0).normal(size=(len(split), 8)).astype(np.float32))
 
-    monkeypatch.setattr(suspects, "backbone_features", watched)
+    monkeypatch.setattr(label_errors_module, "backbone_features", watched)
     pretrained = jax.tree.map(np.zeros_like, run.state.params)
-    monkeypatch.setattr(suspects, "initial_params", lambda setup: (pretrained, run.state.batch_stats, {}))
+    monkeypatch.setattr(label_errors_module, "initial_params", lambda setup: (pretrained, run.state.batch_stats, {}))
     run.config = dataclasses.replace(run.config, model=ModelConfig("tiny", "linear", pretrained=True))
-    suspects.find_suspects(run, run.index.splits)
+    label_errors_module.find_suspects(run, run.index.splits)
     run.config = dataclasses.replace(run.config, phases=run.config.phases | {"all": Phase(freeze="first")})
-    suspects.find_suspects(run, run.index.splits)
+    label_errors_module.find_suspects(run, run.index.splits)
     jax.tree.map(np.testing.assert_array_equal, used[0], run.state.params)
     assert used[1] is pretrained
     run.config = dataclasses.replace(run.config, model=ModelConfig("tiny", "linear", pretrained=False))
     with pytest.raises(UserError, match="learned from these very labels"):
-        suspects.find_suspects(run, run.index.splits)
+        label_errors_module.find_suspects(run, run.index.splits)
 
 
 @pytest.mark.parametrize("folds", [1, 41])
 def test_impossible_folds_are_refused(run, folds):
     with pytest.raises(UserError, match=f"folds: {folds} can't be used; expected 2 to 40"):
-        suspects.find_suspects(run, run.index.splits, folds=folds)
+        label_errors_module.find_suspects(run, run.index.splits, folds=folds)
 
 
 def test_heads_that_diverge_say_so(run, monkeypatch):
-    monkeypatch.setattr(suspects, "_features", lambda setup, run, split: np.full((len(split), 8), np.nan, np.float32))
+    monkeypatch.setattr(
+        label_errors_module, "_features", lambda setup, run, split: np.full((len(split), 8), np.nan, np.float32)
+    )
     with pytest.raises(RunError, match="diverged"):
-        suspects.find_suspects(run, run.index.splits)
+        label_errors_module.find_suspects(run, run.index.splits)
 
 
 @pytest.mark.slow
@@ -249,7 +256,7 @@ def test_real_photos_that_are_wrong_are_listed(photos, tmp_path):
     run = SimpleNamespace(
         config=config, model=whole.model, preprocess=whole.preprocess, classes=whole.index.classes, state=state
     )
-    found = {Path(s.path).stem: s.reason for s in suspects.find_suspects(run, whole.index.splits)}
+    found = {Path(s.path).stem: s.reason for s in label_errors_module.find_suspects(run, whole.index.splits)}
     assert len(found) <= 0.06 * 3000
     assert found["cat.4085"].startswith("label")
     assert found["dog.4334"].startswith("label")

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from jaxcats import models, weights
-from jaxcats.command import run_command
-from jaxcats.data.preprocess import evaluation_pixels
-from jaxcats.errors import UserError
+from jaxcats.common.cli import run_command
+from jaxcats.common.errors import UserError
+from jaxcats.data.images import evaluation_pixels
 from jaxcats.models import pretrained, registry
 
 sys.path.append(str(Path(__file__).parent / "models"))

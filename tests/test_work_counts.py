@@ -8,10 +8,13 @@ import pytest
 import tiny  # noqa: F401
 from jax import monitoring
 
-from jaxcats import compiling, inputs, models, train
-from jaxcats.command import run_command
+from jaxcats import models
+from jaxcats.common import compile_cache
+from jaxcats.common.cli import run_command
 from jaxcats.core import optim, state
 from jaxcats.core.step import make_train_step, normalise
+from jaxcats.train import __main__ as train_command
+from jaxcats.train import drivers, evaluator
 
 SMALL = [
     "--report",
@@ -44,7 +47,7 @@ def compilations():
 
 def run(pictures, workdir, *argv):
     words = [*SMALL, "--data.root", str(pictures), "--workdir", str(workdir), *argv]
-    assert run_command(train.main, words) == 0
+    assert run_command(train_command.main, words) == 0
 
 
 def train_step(name):
@@ -75,7 +78,7 @@ def test_later_epochs_compile_nothing(precompute, pictures, tmp_path, compilatio
 
 def test_an_epoch_on_features_is_one_program_and_one_read(pictures, tmp_path, monkeypatch):
     launched, read = [], []
-    jit, get = inputs.jit, jax.device_get
+    jit, get = drivers.jit, jax.device_get
 
     def counting_jit(fun, **options):
         compiled = jit(fun, **options)
@@ -91,8 +94,8 @@ def test_an_epoch_on_features_is_one_program_and_one_read(pictures, tmp_path, mo
         read.append(tree)
         return get(tree)
 
-    monkeypatch.setattr(inputs, "jit", counting_jit)
-    monkeypatch.setattr(inputs, "_eval_program", inputs._eval_program.__wrapped__)
+    monkeypatch.setattr(drivers, "jit", counting_jit)
+    monkeypatch.setattr(evaluator, "_eval_program", evaluator._eval_program.__wrapped__)
     monkeypatch.setattr(jax, "device_get", counting_get)
     how = ["--phases.head.epochs", "3", "--phases.head.precompute", "true", "--phases.head.batch_size", "4"]
     run(pictures, tmp_path / "run", *how)
@@ -136,8 +139,8 @@ def test_sums_over_pixels_for_cpu_are_matrix_products():
 
 
 def test_programs_with_convolutions_get_the_compilers_options_and_others_do_not():
-    options = compiling.compiler_options("cpu")
-    with_them = compiling.jit(lambda x: x + 1).lower(1.0).compile()
+    options = compile_cache.compiler_options("cpu")
+    with_them = compile_cache.jit(lambda x: x + 1).lower(1.0).compile()
     assert with_them(1.0) == 2
     assert options is None or list(options) == ["xla_cpu_experimental_ynn_fusion_type"]
-    assert compiling.compiler_options("gpu") is None
+    assert compile_cache.compiler_options("gpu") is None

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcats.data.preprocess import Preprocess
-from jaxcats.errors import UserError
+from jaxcats.common.errors import UserError
+from jaxcats.data.images import Preprocess
 
 ZOOM = 8 / 7  # also of the source picture's side to the network's: 256 to 224
 

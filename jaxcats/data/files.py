@@ -6,7 +6,6 @@ import json
 import os
 import re
 import stat
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from typing import Any
 
 import PIL
 
-from jaxcats.command import one_line
-from jaxcats.data.preprocess import PictureError, bad_reason, open_picture, upright_with_remarks
-from jaxcats.errors import UserError
-from jaxcats.storage.atomic import cut, sweep, write_bytes
+from jaxcats.common.errors import UserError
+from jaxcats.common.io import cache_name, sweep, warn, write_bytes
+from jaxcats.data.images import PictureError, bad_reason, open_picture, upright_with_remarks
 
 # HEIC is listed so that a folder of them is answered with a reason (Pillow reads it with a plug-in only).
 IMAGE_EXTENSIONS = frozenset(
@@ -48,20 +46,6 @@ class FileRecord:
     format: str = ""
     bad: str | None = None
     note: str = ""
-
-
-def cache_folder() -> Path:
-    """Where jaxcats keeps what it can make again: JAXCATS_CACHE, else XDG_CACHE_HOME/jaxcats, else ~/.cache/jaxcats."""
-    if given := os.environ.get("JAXCATS_CACHE"):
-        return Path(os.path.expanduser(given))
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxcats"
-
-
-def cache_name(root: Path, more: str = "") -> str:
-    """What a file in the cache is called that is about the folder `root`, and of `more` that decides it."""
-    key = hashlib.sha256(os.fsencode(root) + more.encode()).hexdigest()[:16]
-    return f"{cut(root.name, 230) or 'root'}-{key}.json"
 
 
 def list_pictures(folder: Path, root: Path) -> list[str]:
@@ -225,11 +209,6 @@ def examine(
     return [records[path] for path in paths], reused
 
 
-def warn(message: str) -> None:
-    """One line on stderr."""
-    print(f"warning: {one_line(message)}", file=sys.stderr)
-
-
 def _same(path: Path, record: FileRecord) -> bool:
     try:
         status = path.stat()
@@ -281,3 +260,20 @@ def _save_records(store: Path, root: Path, records: dict[str, FileRecord]) -> No
         warn(
             f"the index cache {store} can't be written ({bad_reason(error)}): the pictures are checked again next time"
         )
+
+
+def check_targets(targets: dict[str, str | None], inputs: Sequence[str]) -> None:
+    """UserError for a file that an output may not replace; better known before ten thousand pictures than after."""
+    taken = {os.path.realpath(path) for path in inputs}
+    for name, file in targets.items():
+        if file is None or (file == "-" and name in ("csv", "jsonl")):
+            continue
+        wrong = Path(file).suffix.lower() != ".png" if name == "show" else Path(file).suffix.lower() in IMAGE_EXTENSIONS
+        if wrong or file == "-":  # as in --csv *.jpg, where the shell puts a photo
+            raise UserError(f"--{name} {file}: expected a {'.png' if name == 'show' else 'text'} file to write.")
+        if os.path.realpath(file) in taken:
+            raise UserError(f"--{name} {file}: is a file given already; name another.")
+        taken.add(os.path.realpath(file))
+        other = os.path.lexists(file) and not os.path.isfile(file)  # a folder, or a device that must not be replaced
+        if other or not os.access(Path(file).absolute().parent, os.W_OK):
+            raise UserError(f"--{name} {file}: can't be written; expected a file in a folder that is there.")

@@ -10,11 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from jaxcats.data.files import IMAGE_EXTENSIONS, FileRecord, cache_folder, examine, list_pictures
-from jaxcats.data.holdout import Rule, default_manifest, hold_out
-from jaxcats.data.labels import Labelled, find_labels, grouping, labelled_pictures
-from jaxcats.data.layout import existing_folder, extensions
-from jaxcats.errors import UserError
+from jaxcats.common.cli import one_line
+from jaxcats.common.errors import UserError
+from jaxcats.common.io import cache_folder
+from jaxcats.data.files import IMAGE_EXTENSIONS, FileRecord, examine, list_pictures
+from jaxcats.data.labels import Labelled, existing_folder, extensions, find_labels, grouping, labelled_pictures
+from jaxcats.data.splits import Rule, default_manifest, hold_out
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -316,3 +317,9 @@ def _split(root: Path, table: list[list[str]], good: Mapping[str, FileRecord], *
 
 def _listed(files: Sequence[BadFile]) -> str:
     return "; ".join(f"{file.path} ({file.reason})" for file in files)
+
+
+def skipped(bad: "Sequence[BadFile]", most: int = 5) -> list[str]:
+    """Lines that name the pictures left out, the first few of them."""
+    lines = [f"skipped {one_line(b.path)}: {b.reason}" for b in bad[:most]]
+    return lines + ([f"... and {len(bad) - most:,} more pictures skipped"] if len(bad) > most else [])

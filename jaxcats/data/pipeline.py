@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcats.command import quiet_tensorflow
+from jaxcats.common.cli import quiet_tensorflow
+from jaxcats.common.errors import UserError
+from jaxcats.data.images import Preprocess, bad_reason, evaluation_pixels
 from jaxcats.data.index import Split
-from jaxcats.data.preprocess import Preprocess, bad_reason, evaluation_pixels
-from jaxcats.errors import UserError
 
 if TYPE_CHECKING:
     import tensorflow as tf
+
 
 Batch = dict[str, np.ndarray]
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcats.models.lowering import normalise, shifted_depthwise, winograd
+from jaxcats.models.cpu_kernels import normalise, shifted_depthwise, winograd
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 Padding = str | int

@@ -14,9 +14,9 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from jaxcats.data.preprocess import Preprocess
-from jaxcats.errors import UserError, nearest
-from jaxcats.models import hub, transfer
+from jaxcats.common.errors import UserError, nearest
+from jaxcats.data.images import Preprocess
+from jaxcats.models import hub
 from jaxcats.models.torch_file import load_torch_file
 
 EXTENSIONS = (".safetensors", ".pth", ".pt", ".npz")
@@ -180,7 +180,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except MemoryError:
         raise UserError(f"{path}: does not fit in memory") from None
     except Exception as error:  # either library raises many kinds for a damaged file
-        raise UserError(f"{path}: not a readable {suffix} file ({transfer.reason(error)})") from None
+        raise UserError(f"{path}: not a readable {suffix} file ({hub.reason(error)})") from None
     raise UserError(f"weight file {path}: unknown extension {suffix!r}; expected {', '.join(EXTENSIONS)}")
 
 

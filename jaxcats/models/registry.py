@@ -8,8 +8,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxcats.data.preprocess import Preprocess
-from jaxcats.errors import UserError, nearest
+from jaxcats.common.errors import UserError, nearest
+from jaxcats.data.images import Preprocess
 from jaxcats.models import efficientnet_lite, resnet
 from jaxcats.models.pretrained import WeightSource
 
@@ -71,7 +71,7 @@ def get(name: str) -> Backbone:
     if name not in _BACKBONES:
         raise UserError(
             f"backbone: {unknown(name, names())} One of your own is known to the script that registers it: let that call "
-            f"jaxcats.command.main(), and it has every command (python mine.py evaluate ...)."
+            f"jaxcats.common.cli.main(), and it has every command (python mine.py evaluate ...)."
         )
     return _BACKBONES[name]
 

@@ -13,7 +13,7 @@ import sys
 import jax.numpy as jnp
 
 from jaxcats import models
-from jaxcats.command import main
+from jaxcats.common.cli import main
 from jaxcats.models.efficientnet_lite import EfficientNetLite0
 
 

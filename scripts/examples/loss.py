@@ -10,7 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from jaxcats.train import command
+from jaxcats.train.__main__ import command
 
 
 def focal(logits, labels, *, gamma=2.0):

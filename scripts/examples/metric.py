@@ -2,7 +2,7 @@
 
     python scripts/examples/metric.py [data/dogscats [BACKBONE]]
 
-It stands in the table of epochs, in `learn.history` and, with `jaxcats.train.command(metrics=cost)`, in the run folder.
+It stands in the table of epochs, in `learn.history` and, with `jaxcats.train.__main__.command(metrics=cost)`, in the run folder.
 """
 
 import sys
@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 import jaxcats as jc
-from jaxcats.command import run_command
+from jaxcats.common.cli import run_command
 
 COSTS = np.array([[0.0, 1.0], [5.0, 0.0]])  # [what it shows, what it is taken for], cats and dogs
 

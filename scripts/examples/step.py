@@ -5,26 +5,29 @@ python scripts/examples/step.py --config configs/dogscats_lite0.yaml --data.root
 
 import jax
 
-from jaxcats import inputs, job, sentence
-from jaxcats.cli import parse
-from jaxcats.command import run_command
+from jaxcats import sentence
+from jaxcats.common.cli import parse, run_command
+from jaxcats.common.stats import summary
 from jaxcats.core import scan
-from jaxcats.results.metrics import summary
+from jaxcats.train import drivers, experiment
+from jaxcats.train import features as features_module
 
 
 def main(argv):
-    setup = job.setup(parse(argv, prog="step.py", description="An average of the weights.")[0])
-    params, stats, _ = job.initial_params(setup)
-    features, _ = inputs.precompute(setup, params, stats)
-    valid, n, plan = setup.index.splits["valid"], len(setup.index.splits["train"]), job.plans(setup)[0]
-    step, create = job.make_phase(setup, plan)  # jaxcats.make_train_step with a configuration's loss and optimizer
+    setup = experiment.setup(parse(argv, prog="step.py", description="An average of the weights.")[0])
+    params, stats, _ = experiment.initial_params(setup)
+    features, _ = features_module.precompute(setup, params, stats)
+    valid, n, plan = setup.index.splits["valid"], len(setup.index.splits["train"]), experiment.plans(setup)[0]
+    step, create = experiment.make_phase(
+        setup, plan
+    )  # jaxcats.make_train_step with a configuration's loss and optimizer
 
     def averaged(carry, batch):  # whatever maps (carry, batch) to (carry, numbers) can be driven
         state, mean = carry
         state, sums = step(state, batch)
         return (state, jax.tree.map(lambda m, p: 0.95 * m + 0.05 * p, mean, state.params)), sums
 
-    run, arrays, carry = jax.jit(scan.make_scan(averaged)), inputs.resident(setup, plan, features["train"]), None
+    run, arrays, carry = jax.jit(scan.make_scan(averaged)), drivers.resident(setup, plan, features["train"]), None
     for epoch in range(plan.phase.epochs):
         order = scan.epoch_order(n, batch_size=plan.phase.batch_size, seed=setup.config.seed, epoch=epoch)
         carry, _ = run(carry or (create(params, stats), params), arrays, order)

@@ -7,7 +7,7 @@ import pytest
 from test_step import GROUPS, KEY, apply_fn, batch_of, params_of
 
 from jaxcats.core import optim, scan, schedules
-from jaxcats.core import state as states
+from jaxcats.core import state as state_module
 from jaxcats.core.step import make_train_step
 
 N = 40
@@ -24,7 +24,7 @@ def begin(*, start=1e-4, end=10.0, ratios=(0.1, 0.5, 1.0), count=None, iteration
             count.append(1)
         return step(state, batch)
 
-    return counted, states.create(params_of(), {"seen": jnp.zeros(())}, tx, trainable=trainable), step
+    return counted, state_module.create(params_of(), {"seen": jnp.zeros(())}, tx, trainable=trainable), step
 
 
 def order_of(iterations=N, batch=5):
@@ -48,9 +48,9 @@ def test_it_is_one_scan_and_the_step_is_traced_once():
 
 def test_the_caller_s_state_has_the_same_bits_afterwards():
     step, state, _ = begin()
-    before = states.tree_hash(jax.device_get(state))
+    before = state_module.tree_hash(jax.device_get(state))
     jax.jit(scan.make_range_test(step, iterations=N))(scan.begin_range_test(state), ARRAYS, order_of())
-    assert states.tree_hash(jax.device_get(state)) == before
+    assert state_module.tree_hash(jax.device_get(state)) == before
 
 
 def test_losses_are_those_of_the_step_called_by_hand_at_exponential_rates():
@@ -89,7 +89,7 @@ def test_it_freezes_after_its_end_and_says_why(end, reason):
     assert np.isnan(losses[count:]).all()
     again, (more, _) = run(test, ARRAYS, order_of())
     assert np.isnan(more).all()
-    assert states.tree_hash(jax.device_get(again)) == states.tree_hash(jax.device_get(test))
+    assert state_module.tree_hash(jax.device_get(again)) == state_module.tree_hash(jax.device_get(test))
     if reason == 2:
         assert count == 8
 

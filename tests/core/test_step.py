@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcats.core import optim, scan, schedules
-from jaxcats.core import state as states
+from jaxcats.core import state as state_module
 from jaxcats.core.step import cross_entropy, make_eval_step, make_train_step, normalise, smoothed_cross_entropy
 
 KEY = jax.random.key(0)
@@ -41,7 +41,7 @@ def setup(freeze="nothing", lrs=(0.1, 0.1, 0.1), kind="sgd", **kwargs):
     trainable = optim.trainable_mask(GROUPS, freeze)
     tx = optim.make_tx(kind, schedules=[schedules.constant(lr) for lr in lrs], groups=GROUPS, **kwargs)
     step = make_train_step(apply_fn=apply_fn, tx=tx, trainable=trainable, preprocess=lambda x: x, key=KEY)
-    return step, states.create(params_of(), {"seen": jnp.zeros(())}, tx, trainable=trainable)
+    return step, state_module.create(params_of(), {"seen": jnp.zeros(())}, tx, trainable=trainable)
 
 
 def test_step_equals_the_formula_of_sgd_with_momentum():
@@ -219,7 +219,7 @@ def test_four_parts_of_sixteen_equal_one_batch_of_sixty_four():
         step = make_train_step(
             apply_fn=apply_fn, tx=tx, trainable=trainable, preprocess=lambda x: x, key=KEY, accumulate=parts
         )
-        state = states.create(params_of(), {"seen": jnp.zeros(())}, tx, trainable=trainable)
+        state = state_module.create(params_of(), {"seen": jnp.zeros(())}, tx, trainable=trainable)
         batch = batch_of(64) | {"mask": np.arange(64) != 5}
         for _ in range(3):
             state, sums = jax.jit(step)(state, batch)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from jaxcats.common.errors import UserError
 from jaxcats.data.augment import (
     PRESETS,
     Augmentation,
@@ -26,8 +27,7 @@ from jaxcats.data.augment import (
     source_preprocess,
     source_size,
 )
-from jaxcats.data.preprocess import Preprocess, evaluation_pixels
-from jaxcats.errors import UserError
+from jaxcats.data.images import Preprocess, evaluation_pixels
 
 KEY = jax.random.key(3)
 SIDE, SIZE, N = 37, 32, 4000

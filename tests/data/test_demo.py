@@ -1,13 +1,14 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_images import draw
 from PIL import Image
 
-from jaxcats.data.demo import draw
+from jaxcats.common.errors import UserError
 from jaxcats.data.index import scan
-from jaxcats.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,15 @@ def test_too_few_pictures(tmp_path):
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, "-m", "jaxcats.data.demo", str(tmp_path / "a"), "--n_train", "2", "--n_valid", "2"]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[2] / "scripts" / "demo_images.py"),
+        str(tmp_path / "a"),
+        "--n_train",
+        "2",
+        "--n_valid",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "2 training and 2 validation pictures" in done.stdout

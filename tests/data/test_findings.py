@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from folders import write_pictures
 
-from jaxcats.data.findings import FEW, counts, findings
 from jaxcats.data.index import FolderIndex, Split, scan
+from jaxcats.data.quality import FEW, counts, findings
 
 
 def found(root) -> dict[str, dict]:

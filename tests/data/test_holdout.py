@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from jaxcats.common.errors import UserError
 from jaxcats.data.index import cache_folder, scan
-from jaxcats.errors import UserError
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxcats.common.errors import UserError
+from jaxcats.common.signals import Stopped
 from jaxcats.data import files, index
 from jaxcats.data.index import cache_folder, scan, scan_labelled, scan_unlabelled
-from jaxcats.errors import UserError
-from jaxcats.stopping import Stopped
 
 
 def saved_caches(kind="index"):

@@ -9,8 +9,8 @@ import unicodedata
 
 import pytest
 
+from jaxcats.common.errors import UserError
 from jaxcats.data.index import scan
-from jaxcats.errors import UserError
 
 NAME = r"^(?P<label>cat|dog)\."
 

@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 
+from jaxcats.common.errors import UserError
 from jaxcats.data.index import scan, scan_labelled
-from jaxcats.data.table import read_table
-from jaxcats.errors import UserError
+from jaxcats.data.labels import read_table
 
 NAME = r"^(?P<label>cat|dog)\."
 

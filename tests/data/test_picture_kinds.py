@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcats.data import rgb
-from jaxcats.data.examine import look
+from jaxcats.data import images
 from jaxcats.data.files import look_at
-from jaxcats.data.findings import findings
+from jaxcats.data.images import Preprocess, evaluation_pixels, open_upright, upright
 from jaxcats.data.index import scan
-from jaxcats.data.preprocess import Preprocess, evaluation_pixels, open_upright, upright
+from jaxcats.data.quality import findings, look
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -111,8 +110,8 @@ def test_large_pictures_are_converted_in_bands_as_if_at_once(mode, orientation, 
     picture = Image.fromarray(pixels).convert(mode)
     content = picture_kinds.encoded(picture, "PNG", orientation=orientation, icc_profile=profile, compress_level=0)
     in_bands = open_upright(content)
-    assert in_bands.width * in_bands.height > 2 * rgb.BAND
-    monkeypatch.setattr(rgb, "BAND", 2**30)
+    assert in_bands.width * in_bands.height > 2 * images.BAND
+    monkeypatch.setattr(images, "BAND", 2**30)
     np.testing.assert_array_equal(np.asarray(open_upright(content)), np.asarray(in_bands))
 
 

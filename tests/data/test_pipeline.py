@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxcats.common.errors import UserError
+from jaxcats.data.images import Preprocess, evaluation_pixels
 from jaxcats.data.index import scan, scan_unlabelled
 from jaxcats.data.pipeline import evaluation_batches, training_batches
-from jaxcats.data.preprocess import Preprocess, evaluation_pixels
-from jaxcats.errors import UserError
 
 SMALL = Preprocess(size=32)
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from jaxcats.data.findings import counts, findings
+from jaxcats.common.errors import UserError
 from jaxcats.data.index import cache_folder, scan
-from jaxcats.errors import UserError
+from jaxcats.data.quality import counts, findings
 
 SUBJECT = r"/s(?P<group>\d+)_"
 

@@ -11,8 +11,8 @@ import seeded
 from jax import export
 
 from jaxcats import models
+from jaxcats.common.errors import UserError
 from jaxcats.core.step import normalise
-from jaxcats.errors import UserError
 from jaxcats.models.conv import Conv
 
 REAL = ("resnet18", "resnet34", "resnet50", "efficientnet_lite0")

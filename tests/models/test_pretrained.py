@@ -19,7 +19,7 @@ import seeded
 from safetensors.numpy import save_file
 
 from jaxcats import models
-from jaxcats.errors import UserError
+from jaxcats.common.errors import UserError
 from jaxcats.models import pretrained
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxcats.errors import UserError
-from jaxcats.models import torch_file, torch_pickle
+from jaxcats.common.errors import UserError
+from jaxcats.models import torch_file
 from jaxcats.models.torch_file import load_torch_file
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -219,5 +219,5 @@ def test_what_is_said_of_a_damaged_file_is_short(tmp_path):
 
 
 def test_a_table_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_pickle, "MAX_OPCODES", 1000)
+    monkeypatch.setattr(torch_file, "MAX_OPCODES", 1000)
     assert "implausibly long" in refused(tmp_path, zipped(b"\x80\x02" + b"N" * 2000 + b"."))

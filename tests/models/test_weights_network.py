@@ -26,7 +26,7 @@ from typing import NamedTuple
 import pytest
 
 from jaxcats import models
-from jaxcats.errors import UserError
+from jaxcats.common.errors import UserError
 from jaxcats.models import hub as hub_module
 
 GOLDEN = Path(__file__).parents[1] / "golden"
