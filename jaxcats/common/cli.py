@@ -11,6 +11,7 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NoReturn
 
 from jaxcats.common.config import Config, Phase, field_types, known_keys, read_yaml, unknown_key, validate
@@ -106,7 +107,13 @@ def _dispatch(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    return run_command(importlib.import_module(f"jaxcats.{argv[0]}").main, argv[1:])
+    return run_command(command_module(argv[0]).main, argv[1:])
+
+
+def command_module(name: str) -> ModuleType:
+    """The module that holds the `main` of a command: a folder's `__main__`, or a file."""
+    module = importlib.import_module(f"jaxcats.{name}")
+    return importlib.import_module(f"jaxcats.{name}.__main__") if hasattr(module, "__path__") else module
 
 
 class Parser(argparse.ArgumentParser):
