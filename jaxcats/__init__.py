@@ -1,4 +1,4 @@
-"""Image classifiers by transfer learning, in JAX: a folder of pictures in, an honestly measured classifier out."""
+"""Image classifiers by transfer learning, in JAX: a folder of images in, an honestly measured classifier out."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""`python -m jaxcats.compare RUN_A RUN_B`: two runs on the same pictures, by a paired test."""
+"""`python -m jaxcats.compare RUN_A RUN_B`: two runs on the same images, by a paired test."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from jaxcats.common.stats import percent_digits, sentence
 from jaxcats.evaluate.comparison import Answer, Comparison, compare_predictions, flattered, read_predictions
 
 DESCRIPTION = (
-    "Compares two runs on the same pictures: the errors of each, the exact McNemar test, and the pictures that one gets "
+    "Compares two runs on the same images: the errors of each, the exact McNemar test, and the images that one gets "
     "right and the other wrong."
 )
 SHOWN = 20
@@ -30,14 +30,14 @@ def report(found: Comparison, *, names: Sequence[str]) -> list[str]:
     lines = [
         f"A: {_printable(names[0])}: {sentence(a_wrong, n)}",
         f"B: {_printable(names[1])}: {sentence(b_wrong, n)}",
-        f"{n:,} pictures compared" + (f"; left out: {', '.join(alone)}" if alone else "") + ".",
+        f"{n:,} images compared" + (f"; left out: {', '.join(alone)}" if alone else "") + ".",
         "",
         f"  {found.both_right:>7,}  both right",
         f"  {found.only_a_wrong:>7,}  only A wrong",
         f"  {found.only_b_wrong:>7,}  only B wrong",
         f"  {found.both_wrong:>7,}  both wrong",
         "",
-        f"{found.verdict} Exact McNemar test on the {found.only_a_wrong + found.only_b_wrong:,} pictures that only one gets right.",
+        f"{found.verdict} Exact McNemar test on the {found.only_a_wrong + found.only_b_wrong:,} images that only one gets right.",
         f"Accuracy of B less that of A: {100 * (a_wrong - b_wrong) / n:+.{d}f} points (95 % interval {low} to {high}).",
     ]
     if found.p >= 0.05 and found.interval[0] * found.interval[1] > 0:
@@ -57,7 +57,7 @@ def _printable(text: str) -> str:
 
 
 def write_changed(path: Path, changed: Sequence[tuple[str, Answer, Answer]]) -> None:
-    """The pictures that changed sides as CSV, with both answers and the probabilities of the actual class."""
+    """The images that changed sides as CSV, with both answers and the probabilities of the actual class."""
     text = io.StringIO(newline="")
     out = csv.writer(text)
     out.writerow(["path", "label", "predicted_a", "predicted_b", "probability_a", "probability_b"])
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     run: dict[str, Any] = {"help": "run folder, or a predictions.csv"}
     parser.add_argument("a", metavar="RUN_A", **run)
     parser.add_argument("b", metavar="RUN_B", **run)
-    parser.add_argument("--out", metavar="FILE.csv", help="where to write all pictures that changed sides")
+    parser.add_argument("--out", metavar="FILE.csv", help="where to write all images that changed sides")
     options = parser.parse_args(argv)
     (a, ours), (b, theirs) = read_predictions(options.a), read_predictions(options.b)
     if set(ours) != set(theirs):
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     print("\n".join(report(found, names=(options.a, options.b))))
     for name, place in (("A", options.a), ("B", options.b)):
         if flattered(place):
-            print(f"{name}'s best epoch was chosen on its validation pictures, so its number flatters.")
+            print(f"{name}'s best epoch was chosen on its validation images, so its number flatters.")
     if options.out:
         write_changed(Path(os.path.expanduser(options.out)), found.changed)
         print(f"Written: {options.out}")

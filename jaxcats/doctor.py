@@ -1,4 +1,4 @@
-"""`python -m jaxcats.doctor FOLDER`: what is wrong with a folder of pictures, and what to do; no file is changed."""
+"""`python -m jaxcats.doctor FOLDER`: what is wrong with a folder of images, and what to do; no file is changed."""
 
 import os
 import re
@@ -13,8 +13,8 @@ from jaxcats.common.cli import Parser, as_typed, one_line, run_command
 from jaxcats.common.errors import UserError, unwritable
 
 DESCRIPTION = (
-    "Examines a folder of pictures. Exit code 0: nothing grave; 1: bad files, leaks, label conflicts, too few "
-    "pictures or classes, or a folder that training refuses."
+    "Examines a folder of images. Exit code 0: nothing grave; 1: bad files, leaks, label conflicts, too few "
+    "images or classes, or a folder that training refuses."
 )
 SHOWN = 5  # items of a finding, and files of an item
 COPIES = (
@@ -26,7 +26,7 @@ COPIES = (
     "copy that training does not see",
 )
 # How the outputs begin, which may be replaced.
-JSON_START = re.compile(rb'\{\s*"folder": "(?:[^"\\]|\\.)*",\s*"pictures": \d+,\s*"seconds": ')
+JSON_START = re.compile(rb'\{\s*"folder": "(?:[^"\\]|\\.)*",\s*"images": \d+,\s*"seconds": ')
 HTML_START = re.compile(rb"<!doctype html>\n.{,300}<title>[^<]*: what a look at it found</title>", re.DOTALL)
 # Of features of EfficientNet-Lite0; see README for what it finds.
 COSINE = 0.95
@@ -38,37 +38,37 @@ KINDS = {
     "not laid out for training": (True, "With labels from folders, as by default, training refuses the folder in these words."),
     "class named like a split": (True, "Taken for a class. If it is a split, call it train, valid or test, in small letters."),
     "one class spelt in two ways": (True, "Training takes them for two classes. Give both folders one name."),
-    "class without pictures": (True, "Add pictures, or remove the class everywhere."),
+    "class without images": (True, "Add images, or remove the class everywhere."),
     "one class only": (True, "A classifier needs two at least. Add another, or give the folder that the class folders are in."),
     "look alike in two splits": (True, "Perhaps the same scene: the result flatters. Look at both; keep them in one split."),
-    "look alike": (False, "Look at both; they may be one picture twice, or have two labels."),
+    "look alike": (False, "Look at both; they may be one image twice, or have two labels."),
     "the same twice": (False, "The same file twice counts twice. Remove one."),
     "copy that training does not see": (False, "The same file again where training does not look, so it does not count twice. If one goes, let it be that one."),
     "training does not see them": (False, "With labels from folders, as by default, it sees what lies in class folders alone. Move them, or leave them out."),
-    "test folder left alone": (False, "Its class folders are not those of train, so its pictures are taken to have no labels. Mend its folders to have a test result."),
+    "test folder left alone": (False, "Its class folders are not those of train, so its images are taken to have no labels. Mend its folders to have a test result."),
     "wrong extension": (False, "The content is of another format than the name says. jaxcats reads it; rename it for other programs."),
-    "unusual picture": (False, "They are used, after what is said of each. Look whether that is meant."),
+    "unusual image": (False, "They are used, after what is said of each. Look whether that is meant."),
     "turned by EXIF": (False, "jaxcats turns them upright; other programs may not."),
     "tiny": (False, "Under 32 pixels wide or high: little to learn from. Find larger ones."),
     "long and narrow": (False, "More than 5 times as long as wide: the centre crop loses most of it."),
     "little of the range used": (False, "More than 8 bits a pixel, of which little is left to see. Rescale the values before training."),
     "blank": (False, "One even colour: nothing to learn from. Remove them."),
     "unequal classes": (False, "Look at the recall of the small classes; the share of right answers hides it."),
-    "picture without a picture's ending": (False, "Training does not see them. Rename them, with the ending that is said of each."),
-    "no picture": (False, "Training leaves them alone."),
+    "image without an image's ending": (False, "Training does not see them. Rename them, with the ending that is said of each."),
+    "no image": (False, "Training leaves them alone."),
     "left by an operating system": (False, "Training leaves them alone."),
     "hidden": (False, "Training leaves hidden names alone."),
 }  # fmt: skip
 
 
 def diagnose(root: Path, *, backbone: str | None = None, progress: bool = True) -> dict[str, Any]:
-    """{"folder", "pictures", "seconds", "understood", "findings": [{"kind", "grave", "meaning", "items": [...]}]}.
+    """{"folder", "images", "seconds", "understood", "findings": [{"kind", "grave", "meaning", "items": [...]}]}.
 
-    An item is {"paths", "detail"}; "understood" are the splits and classes that the pictures were taken for.
+    An item is {"paths", "detail"}; "understood" are the splits and classes that the images were taken for.
 
     Args:
         root: any folder.
-        backbone: also compares the features that this pretrained network gives the pictures.
+        backbone: also compares the features that this pretrained network gives the images.
     """
     from jaxcats.data.labels import existing_folder
     from jaxcats.data.quality import examine_folder
@@ -116,7 +116,7 @@ def feature_reader(root: Path, backbone: str) -> Callable[[Sequence[str], Sequen
 def lines(report: dict[str, Any], most: int = SHOWN) -> list[str]:
     """What is printed of a diagnosis."""
     rate = report["pictures"] / max(report["seconds"], 1e-3)
-    said = [f"{report['pictures']:,} pictures examined in {report['seconds']:.1f} s ({rate:,.0f} a second)."]
+    said = [f"{report['images']:,} images examined in {report['seconds']:.1f} s ({rate:,.0f} a second)."]
     said.append(f"Understood as {one_line(report['understood'])}.")
     for f in report["findings"]:
         said.append(f"\n{'GRAVE: ' * f['grave']}{f['kind']}: {len(f['items']):,}. {f['meaning']}")
@@ -136,8 +136,8 @@ def in_words(item: dict[str, Any], joint: str) -> str:
 def read_options(argv: Sequence[str]) -> Any:
     """The command's flags; UserError for an output that can't be written, or would replace a file of the user's."""
     parser = Parser(prog="python -m jaxcats.doctor", description=DESCRIPTION)
-    folder = "any folder of pictures: with train/ and valid/, with class folders, or flat"
-    page = "write a page with the pictures in question (without a name: doctor.html)"
+    folder = "any folder of images: with train/ and valid/, with class folders, or flat"
+    page = "write a page with the images in question (without a name: doctor.html)"
     backbone = "also compare features of this pretrained network, for example efficientnet_lite0"
     parser.add_argument("folder", nargs="?", help=folder)  # which it is only for a better answer to --html FOLDER
     parser.add_argument("--json", metavar="FILE", help="write every finding here")
@@ -152,12 +152,12 @@ def read_options(argv: Sequence[str]) -> Any:
                 raise UserError(f"--{name} {file}: is a folder, taken for the file to write; {way_out}")
         parser.error("the following arguments are required: folder")
     from jaxcats.data.files import check_targets
-    from jaxcats.data.quality import starts_like_a_picture
+    from jaxcats.data.quality import starts_like_a_image
 
     check_targets(outputs, [options.folder])
     for name, file in outputs.items():
-        if file and starts_like_a_picture(file):
-            raise UserError(f"--{name} {file}: is a picture; name another file to write.")
+        if file and starts_like_a_image(file):
+            raise UserError(f"--{name} {file}: is an image; name another file to write.")
         if file and not replaceable(file, JSON_START if name == "json" else HTML_START):
             raise UserError(f"--{name} {file}: is there, and not by doctor's --{name}; name another file to write.")
     return options

@@ -1,4 +1,4 @@
-"""`python -m jaxcats.predict --model DIR PATHS...`: pictures judged by an exported classifier."""
+"""`python -m jaxcats.predict --model DIR PATHS...`: images judged by an exported classifier."""
 
 import csv
 import glob
@@ -16,26 +16,26 @@ from jaxcats.common.cli import Parser, one_line, run_command
 from jaxcats.common.errors import RunError, UserError, unwritable
 
 DESCRIPTION = (
-    "Judges pictures with an exported classifier. Probabilities are calibrated on the validation pictures; 'unsure' marks "
+    "Judges images with an exported classifier. Probabilities are calibrated on the validation images; 'unsure' marks "
     "those below the threshold chosen there. Bad files are rows with their reason, and make the exit code 1."
 )
-SHOWN = 64  # pictures in a contact sheet
+SHOWN = 64  # images in a contact sheet
 HIGHEST = 0.995  # in a Kaggle submission, where one certain and wrong answer costs more than all others together
 
 
 def expand(words: Sequence[str]) -> list[str]:
-    """Files of paths, folders (every picture at any depth), patterns and `-` (a list on stdin)."""
-    from jaxcats.data.files import list_pictures
+    """Files of paths, folders (every image at any depth), patterns and `-` (a list on stdin)."""
+    from jaxcats.data.files import list_images
 
     found: list[str] = []
     for word in words:
         if word == "-":
             found += expand_list(sys.stdin.buffer.read())
         elif os.path.isdir(word):
-            pictures = list_pictures(Path(word), Path(word))
-            if not pictures:
-                raise UserError(f"{word}: no pictures in this folder.")
-            found += [os.path.join(word, name) for name in pictures]
+            images = list_images(Path(word), Path(word))
+            if not images:
+                raise UserError(f"{word}: no images in this folder.")
+            found += [os.path.join(word, name) for name in images]
         elif glob.has_magic(word) and not os.path.lexists(word):
             matches = sorted(name for name in glob.iglob(word, recursive=True) if not os.path.isdir(name))
             if not matches:
@@ -44,7 +44,7 @@ def expand(words: Sequence[str]) -> list[str]:
         else:
             found.append(word)
     if not found:
-        raise UserError("PATHS: no pictures to judge.")
+        raise UserError("PATHS: no images to judge.")
     return found
 
 
@@ -62,7 +62,7 @@ def as_csv(values: Sequence[Any]) -> str:
 
 
 def csv_row(row: Any) -> str:
-    """A Prediction as a line of CSV; a bad picture has nothing but its path and error."""
+    """A Prediction as a line of CSV; a bad image has nothing but its path and error."""
     if row.error is not None:
         return as_csv([row.path, "", "", "", row.error, *([""] * len(row.probabilities))])
     numbers = [f"{p:.9g}" for p in row.probabilities]
@@ -104,19 +104,19 @@ def ids(paths: Sequence[str]) -> list[int]:
 
 
 def submission(rows: Sequence[Any], numbers: Sequence[int]) -> str:
-    """A Kaggle submission: ids and the second class's probabilities, sorted by id; 0.5 for a bad picture."""
+    """A Kaggle submission: ids and the second class's probabilities, sorted by id; 0.5 for a bad image."""
     known = [0.5 if row.error is not None else float(row.probabilities[1]) for row in rows]
     kept = [min(max(p, 1 - HIGHEST), HIGHEST) for p in known]
     return "id,label\n" + "".join(f"{i},{p:.6g}\n" for i, p in sorted(zip(numbers, kept, strict=True)))
 
 
 def contact_sheet(rows: Sequence[Any]) -> bytes:
-    """The first pictures under what is said of them, as PNG."""
+    """The first images under what is said of them, as PNG."""
     from jaxcats.plots import gallery
 
     good = [row for row in rows if row.error is None][:SHOWN]
     if not good:
-        raise UserError("--show: none of the pictures can be used.")
+        raise UserError("--show: none of the images can be used.")
     titles = [f"{row.label} {row.probability:.3f}{' unsure' if row.abstain else ''}" for row in good]
     out = io.BytesIO()
     gallery([row.path for row in good], titles).savefig(out, format="png", dpi=100)
@@ -140,20 +140,20 @@ def write_file(path: str, content: str | bytes) -> None:
 def read_options(argv: Sequence[str]) -> Any:
     """The command's flags."""
     parser = Parser(prog="python -m jaxcats.predict", description=DESCRIPTION)
-    paths = "pictures, folders, quoted patterns such as 'photos/**/*.jpg', or - for a list of files on stdin"
+    paths = "images, folders, quoted patterns such as 'photos/**/*.jpg', or - for a list of files on stdin"
     parser.add_argument("paths", nargs="+", metavar="PATHS", help=paths)
     parser.add_argument("--model", required=True, help="folder that train or export wrote (model/ in a run folder)")
     parser.add_argument("--csv", metavar="FILE", help="write CSV instead of the table; - is stdout")
-    parser.add_argument("--jsonl", metavar="FILE", help="write a line of JSON per picture instead; - is stdout")
+    parser.add_argument("--jsonl", metavar="FILE", help="write a line of JSON per image instead; - is stdout")
     kaggle = (
         "write id,label as Kaggle's Dogs vs. Cats Redux wants it: the number in the file's name and the probability of the "
         f"second class (dogs), kept within {1 - HIGHEST:.3g} to {HIGHEST}, since its score is the log loss; 0.5 for a bad "
         "file. (The competition of 2013 wanted 0 or 1: round it.)"
     )
     parser.add_argument("--kaggle", metavar="FILE", help=kaggle)
-    parser.add_argument("--show", metavar="FILE", help=f"draw the first {SHOWN} pictures with their labels into a PNG")
-    parser.add_argument("--tta", type=int, default=0, help="also judge so many changed versions of each picture")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures per call of the network")
+    parser.add_argument("--show", metavar="FILE", help=f"draw the first {SHOWN} images with their labels into a PNG")
+    parser.add_argument("--tta", type=int, default=0, help="also judge so many changed versions of each image")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per call of the network")
     options = parser.parse_args(argv)
     if options.csv == options.jsonl == "-":
         raise UserError("--csv - --jsonl -: only one of them can go to stdout.")
@@ -179,7 +179,7 @@ def outputs(options: Any, classes: Sequence[str], paths: Sequence[str]) -> list[
 
 
 def judge(rows: Iterator[Any], options: Any, classes: Sequence[str], paths: Sequence[str]) -> int:
-    """Writes every output; the number of bad pictures."""
+    """Writes every output; the number of bad images."""
     wanted = outputs(options, classes, paths)
     texts = [[head] for _, head, _ in wanted]
     kept, bad = [], 0
@@ -223,9 +223,9 @@ def main(argv: Sequence[str]) -> None:
         return
     seconds = time.perf_counter() - started
     if len(paths) > 1:
-        print(f"{len(paths):,} pictures in {seconds:.1f} s ({len(paths) / seconds:,.0f} a second)", file=sys.stderr)
+        print(f"{len(paths):,} images in {seconds:.1f} s ({len(paths) / seconds:,.0f} a second)", file=sys.stderr)
     if bad:
-        raise RunError(f"{bad:,} of {len(paths):,} pictures could not be judged; their rows say why.")
+        raise RunError(f"{bad:,} of {len(paths):,} images could not be judged; their rows say why.")
 
 
 if __name__ == "__main__":

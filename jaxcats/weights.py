@@ -49,7 +49,7 @@ def _list(parser: Parser, argv: Sequence[str]) -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(
-        "\ntop-1: of ImageNet's validation pictures, as published, at that size. A backbone's first row is its default."
+        "\ntop-1: of ImageNet's validation images, as published, at that size. A backbone's first row is its default."
     )
     print(
         "Use one: --model.backbone resnet50 --model.weights resnet50.a1_in1k; fetch it ahead: jaxcats weights fetch NAME"

@@ -7,7 +7,7 @@
     python scripts/benchmark.py features --peer "python scripts/peers/torch_throughput.py --mode features" \\
         --peer-key features_img_s.median
 
-step: a train step, every weight learning, on random pictures. features: the frozen forward on random pictures; with
+step: a train step, every weight learning, on random images. features: the frozen forward on random images; with
 --root from the files. decode: files to uint8 batches. head: three warm epochs of the lesson's head on random features.
 lr_find: 100 iterations of the range test on them. job: the whole lesson, cold and warm. ceiling: what the machine can
 do: a matrix product, a copy, with --root the JPEG decoder alone. step, features, head, lr_find and ceiling on random
@@ -73,7 +73,7 @@ def in_turns(p: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
 
 def in_sizes(p: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
-    """One process for each number of pictures."""
+    """One process for each number of images."""
     root = parse(rest).root
     if not root:
         sys.exit("--scale: needs --root, the photos that the larger folders are made of.")
@@ -103,7 +103,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long a round is")
     parser.add_argument("--devices", type=int, default=1, help="step and features; on a CPU they are simulated")
     parser.add_argument("--root", help="folder of photos")
-    parser.add_argument("--limit", type=int, help="pictures of --root, spread evenly; head, lr_find: rows (2000)")
+    parser.add_argument("--limit", type=int, help="images of --root, spread evenly; head, lr_find: rows (2000)")
     parser.add_argument("--state", choices=["both", "cold", "warm"], default="both", help="job: what is run and shown")
     parser.add_argument("--cache", help="job: cache folder, kept; with --state warm one that a run has filled")
     parser.add_argument("--random-weights", action="store_true", help="job: where the weights can't be had")
@@ -120,7 +120,7 @@ def around() -> argparse.ArgumentParser:
     """The options that are the parent process's."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("in processes of their own")
-    group.add_argument("--scale", help="numbers of pictures, with commas between (features, decode, job)")
+    group.add_argument("--scale", help="numbers of images, with commas between (features, decode, job)")
     group.add_argument("--peer", metavar="COMMAND", help="run it in turns with this measurement")
     group.add_argument("--pairs", type=int, default=3)
     group.add_argument("--key", default="images_per_second.median", help="of our line; wall_seconds: whole process")

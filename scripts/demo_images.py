@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from drawing import animal_picture
+from drawing import animal_image
 
 from jaxcats.common.errors import UserError
 from jaxcats.common.io import write_json
@@ -23,17 +23,17 @@ CLASSES = ("cats", "dogs")
 def draw(folder: str | os.PathLike[str], *, n_train: int = 300, n_valid: int = 120, seed: int = 0) -> Path:
     """Draw cats and dogs into `folder`/train/{cats,dogs} and `folder`/valid/{cats,dogs}; returns the folder.
 
-    The same arguments give the same pictures (with the same Pillow); a folder that has them all is left alone.
+    The same arguments give the same images (with the same Pillow); a folder that has them all is left alone.
 
     Args:
-        n_train: pictures for training, half of them of each kind.
-        n_valid: pictures for validation, likewise.
+        n_train: images for training, half of them of each kind.
+        n_valid: images for validation, likewise.
 
     Raises UserError for a folder that holds something else, which is never touched.
     """
     root = Path(os.path.expanduser(folder))
     if min(n_train, n_valid) < 2:
-        raise UserError(f"n_train, n_valid: {n_train} and {n_valid}; a demo needs at least two pictures in each")
+        raise UserError(f"n_train, n_valid: {n_train} and {n_valid}; a demo needs at least two images in each")
     wanted = {
         "made_by": "jaxcats.data.demo",
         "version": DRAWING_VERSION,
@@ -50,7 +50,7 @@ def draw(folder: str | os.PathLike[str], *, n_train: int = 300, n_valid: int = 1
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         found = _read_marker(root)
         if found is None:
-            raise UserError(f"{root}: holds something other than demo pictures; give a new or an empty folder")
+            raise UserError(f"{root}: holds something other than demo images; give a new or an empty folder")
         if found == wanted | {"complete": True} and all(path.is_file() for path in jobs):
             return root
         for path in root.glob("*/*/*.jpg"):
@@ -70,7 +70,7 @@ def draw(folder: str | os.PathLike[str], *, n_train: int = 300, n_valid: int = 1
 
 def _save(path: Path, key: tuple[int, int, int, int]) -> None:
     rng = np.random.default_rng(key)
-    animal_picture(rng, cat=key[2] == 0).save(path, quality=int(rng.integers(35, 96)))
+    animal_image(rng, cat=key[2] == 0).save(path, quality=int(rng.integers(35, 96)))
 
 
 def _read_marker(root: Path) -> dict | None:
@@ -84,11 +84,11 @@ def _read_marker(root: Path) -> dict | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python scripts/demo_images.py FOLDER`."""
     parser = argparse.ArgumentParser(
-        prog="python scripts/demo_images.py", description="Draw demo pictures of cats and dogs."
+        prog="python scripts/demo_images.py", description="Draw demo images of cats and dogs."
     )
     parser.add_argument("folder", help="a new or empty folder")
-    parser.add_argument("--n_train", type=int, default=300, help="pictures for training (default 300)")
-    parser.add_argument("--n_valid", type=int, default=120, help="pictures for validation (default 120)")
+    parser.add_argument("--n_train", type=int, default=300, help="images for training (default 300)")
+    parser.add_argument("--n_valid", type=int, default=120, help="images for validation (default 120)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     try:
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{given.n_train} training and {given.n_valid} validation pictures in {folder}")
+    print(f"{given.n_train} training and {given.n_valid} validation images in {folder}")
     return 0
 
 

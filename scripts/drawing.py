@@ -1,4 +1,4 @@
-"""The animals of the demo pictures, drawn with Pillow from a random generator.
+"""The animals of the demo images, drawn with Pillow from a random generator.
 
 What tells cats from dogs is shape (ears, muzzle, whiskers, tongue, tail); colours, places, backgrounds and light are
 drawn alike for both.
@@ -217,8 +217,8 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     return _blurred(image, rng.uniform(0, 5))
 
 
-def animal_picture(rng: np.random.Generator, *, cat: bool) -> Image.Image:
-    """One animal somewhere in a picture of about 256 pixels, lit, blurred and grained."""
+def animal_image(rng: np.random.Generator, *, cat: bool) -> Image.Image:
+    """One animal somewhere in an image of about 256 pixels, lit, blurred and grained."""
     width, height = (int(side) for side in rng.integers(224, 321, 2))
     twice = (width * 2, height * 2)  # drawn at double size, so that edges come out smooth
     layer = Image.new("RGBA", twice, (0, 0, 0, 0))

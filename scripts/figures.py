@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from drawing import animal_picture
+from drawing import animal_image
 
 from jaxcats import plots
 from jaxcats.common import stats
@@ -117,7 +117,7 @@ def judgements(
 def galleries(
     logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], pictures: Sequence
 ) -> dict[str, plots.Figure]:
-    """Top losses, and the same pictures beside invented heat."""
+    """Top losses, and the same images beside invented heat."""
     log_probs = stats.log_softmax(logits)
     rows = ranking.top_losses(log_probs, labels, n=9)
     titles = plots.top_loss_titles(log_probs, labels, classes, rows)
@@ -161,7 +161,7 @@ def every_figure(args: argparse.Namespace) -> dict[str, plots.Figure]:
     found = {"schedules": all_schedules(), **curves()}
     if args.photo:
         found["augmentations"] = all_augmentations(args.photo)
-    drawn = [animal_picture(np.random.default_rng(i), cat=i % 2 == 0) for i in range(12)]
+    drawn = [animal_image(np.random.default_rng(i), cat=i % 2 == 0) for i in range(12)]
     many = [
         f"{a}{b}" for a in ("Abra", "Bole", "Cali", "Dora", "Elm") for b in [f" terrier {k:02d}" for k in range(20)]
     ]
@@ -172,7 +172,7 @@ def every_figure(args: argparse.Namespace) -> dict[str, plots.Figure]:
         "100_weak": (many, 5000, 0.75),
         "2_long": ((BREEDS[2], BREEDS[6]), 100_000, 0.999),
         "30": (many[:30], 900, 0.9),
-        "one_picture": (("cats", "dogs"), 1, 1.0),
+        "one_image": (("cats", "dogs"), 1, 1.0),
     }
     for name, (classes, n, accuracy) in cases.items():
         logits, labels = invented(n, len(classes), accuracy=accuracy)

@@ -2,7 +2,7 @@
 
     python scripts/flipped_labels.py --config configs/dogscats_lite0.yaml --root data/dogscats [--share 0.02] [--seeds 3]
 
-Labels are flipped in memory; no picture is copied or changed. Recall is the share of the flipped pictures that is listed,
+Labels are flipped in memory; no image is copied or changed. Recall is the share of the flipped images that is listed,
 precision the share of the list that was flipped. Labels that were wrong before count against precision.
 """
 
@@ -19,7 +19,7 @@ from jaxcats.train.experiment import initial_params, setup
 
 
 def listed(run: SimpleNamespace, split, *, folds: int) -> list[str]:
-    """Paths of the training pictures whose label looks wrong, in their order."""
+    """Paths of the training images whose label looks wrong, in their order."""
     return [s.path for s in find_suspects(run, {"train": split}, folds=folds) if s.reason.startswith("label")]
 
 

@@ -2,7 +2,7 @@
 
     python scripts/kill_campaign.py [--runs 50] [--seed 0] [--backbone efficientnet_lite0] [--out out.json]
 
-Each run has a folder and a cache of its own, on drawn pictures. A stage is chosen at random (start, index, features,
+Each run has a folder and a cache of its own, on drawn images. A stage is chosen at random (start, index, features,
 training, checkpoint, evaluation, report), and a moment in it; half of the runs are killed a second time while they
 resume. Then the run is given once more and must end like the undisturbed one: the same bytes in model.safetensors,
 predictions.csv and config.yaml, the same losses in metrics.jsonl, the same numbers in metrics.json, the same files, and
@@ -186,7 +186,7 @@ def main() -> None:
     p.add_argument("--backbone", default="efficientnet_lite0")
     p.add_argument("--random", action="store_true", help="a network of random weights")
     p.add_argument("--size", type=int, default=64)
-    p.add_argument("--pictures", type=int, default=96, help="for training; half as many for validation")
+    p.add_argument("--images", type=int, default=96, help="for training; half as many for validation")
     p.add_argument("--import", dest="module", help="a module that registers the backbone")
     p.add_argument("--out", type=Path, help="a JSON file for the result")
     args = p.parse_args()

@@ -14,7 +14,7 @@
 # # Cats or dogs?
 #
 # The first lesson of fast.ai's 2018 course, from its first line to its last, with jaxcats. You will train a
-# classifier of pictures in three lines, look at what it gets right and wrong, choose a learning rate, and then open
+# classifier of images in three lines, look at what it gets right and wrong, choose a learning rate, and then open
 # the box: what a convolution does, what the layers see, where the network looks, and how gradient descent finds its
 # weights.
 #
@@ -65,14 +65,14 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The fast.ai 2018 lesson 1, with jaxcats.")
     parser.add_argument("--root", default=default("ROOT", ""), help="folder with train/ and valid/; default: drawn")
     parser.add_argument("--backbone", default=default("BACKBONE", "efficientnet_lite0"))
-    parser.add_argument("--out", default=default("OUT", "runs/lesson1"), help="where figures and drawn pictures go")
-    parser.add_argument("--size", type=int, default=int(default("SIZE", "224")), help="side of the pictures in pixels")
+    parser.add_argument("--out", default=default("OUT", "runs/lesson1"), help="where figures and drawn images go")
+    parser.add_argument("--size", type=int, default=int(default("SIZE", "224")), help="side of the images in pixels")
     parser.add_argument(
         "--long", action="store_true", default=default("LONG", "") not in ("", "0"), help="part 9 on everything"
     )
     found = parser.parse_args([] if IN_NOTEBOOK else None)
     if found.root and not all(any(Path(found.root).glob(f"{part}/*/*")) for part in ("train", "valid")):
-        parser.error(f"--root: {found.root} needs pictures in train/CLASS/ and in valid/CLASS/")
+        parser.error(f"--root: {found.root} needs images in train/CLASS/ and in valid/CLASS/")
     return found
 
 
@@ -99,7 +99,7 @@ root = Path(args.root) if args.root else demo_images.draw(OUT / "pictures", n_tr
 # ## 1. Look at the data
 #
 # The folders are the labels: `train/` is learned from, `valid/` is kept aside to measure how good the result is, and
-# inside each there is a folder per class. Some sets also have `test1/`, pictures without labels.
+# inside each there is a folder per class. Some sets also have `test1/`, images without labels.
 
 # %%
 for folder in sorted(path for path in root.glob("*/**") if path.is_dir()):
@@ -109,13 +109,13 @@ for folder in sorted(path for path in root.glob("*/**") if path.is_dir()):
 n_train = sum(path.is_file() for path in root.glob("train/*/*"))
 
 # %% [markdown]
-# A picture is an array: rows, columns, and three numbers from 0 to 255 for the red, green and blue in each place.
-# That is all a network gets. Look at a small piece closely enough and the picture turns back into numbers.
+# An image is an array: rows, columns, and three numbers from 0 to 255 for the red, green and blue in each place.
+# That is all a network gets. Look at a small piece closely enough and the image turns back into numbers.
 
 
 # %%
-def picture_as_numbers(picture: np.ndarray, *, side: int = 8):
-    """The picture with a small square marked, that square enlarged, and its red values."""
+def image_as_numbers(picture: np.ndarray, *, side: int = 8):
+    """The image with a small square marked, that square enlarged, and its red values."""
     steps = np.abs(np.diff(picture.astype(float).mean(-1), axis=1))
     blocks = np.lib.stride_tricks.sliding_window_view(steps, (side, side - 1))[::side, ::side].sum((-2, -1))
     top, left = side * np.array(np.unravel_index(blocks.argmax(), blocks.shape))
@@ -141,15 +141,15 @@ first = sorted(path for path in root.glob("valid/*/*") if path.is_file())[0]
 picture = np.asarray(open_upright(first))
 print(first.relative_to(root), picture.shape, picture.dtype)
 print(picture[:2, :2])
-show(picture_as_numbers(picture), "01_one_picture")
+show(image_as_numbers(picture), "01_one_image")
 
 # %% [markdown]
 # ## 2. Three lines
 #
 # We don't start from nothing. The *backbone* has already learned to tell a thousand kinds of things apart in
 # ImageNet's photos, and what it learned on the way (edges, textures, eyes, fur) serves us too. We keep it as it is
-# and train a small new *head* on what it says about each picture. With `precompute=True` the backbone looks at every
-# picture once, and the head learns from these answers in seconds.
+# and train a small new *head* on what it says about each image. With `precompute=True` the backbone looks at every
+# image once, and the head learns from these answers in seconds.
 
 # %%
 batch_size = 64 if n_train >= 1000 else 16  # a small set in large batches would mean a handful of steps
@@ -158,9 +158,9 @@ learn = jc.Learner.pretrained(args.backbone, data, precompute=True)
 learn.fit(0.01, 3)
 
 # %% [markdown]
-# One line per epoch, which is one pass over the training pictures. The *train loss* says how surprised the model is
-# by the labels it learns from, the *valid loss* how surprised it is by pictures it never learned from: lower is
-# better. What you care about are the errors, and how far such a number can be trusted: other validation pictures
+# One line per epoch, which is one pass over the training images. The *train loss* says how surprised the model is
+# by the labels it learns from, the *valid loss* how surprised it is by images it never learned from: lower is
+# better. What you care about are the errors, and how far such a number can be trusted: other validation images
 # would have given another number, and the true share of right answers may lie anywhere in the interval.
 
 # %%
@@ -184,7 +184,7 @@ probs = np.exp(log_probs)
 print("guesses", guesses[:10], "probability of", data.classes[1], probs[:10, 1].round(3))
 
 # %% [markdown]
-# Numbers hide a lot, so look at pictures: some right answers, some wrong ones, those it was surest of, those where it
+# Numbers hide a lot, so look at images: some right answers, some wrong ones, those it was surest of, those where it
 # was surely wrong, and those it could not decide about. Wrong labels and bad photos show up here first. Each title is
 # the probability of the second class, and a wrong answer's is in another colour.
 
@@ -198,7 +198,7 @@ for right, word in ((True, "correct"), (False, "incorrect")):
 show(learn.plot_val_with_title(learn.most_uncertain(), "Most uncertain"), "05_most_uncertain")
 
 # %% [markdown]
-# Pictures without labels are what such a model is for. When there is a `test1/`, these are its first answers.
+# Images without labels are what such a model is for. When there is a `test1/`, these are its first answers.
 
 # %%
 if data.test is not None:
@@ -241,15 +241,15 @@ print("the lesson takes 0.01")
 # %% [markdown]
 # ## 5. How many epochs?
 #
-# Go on for long enough and the model starts to learn its training pictures by heart: the train loss keeps falling
+# Go on for long enough and the model starts to learn its training images by heart: the train loss keeps falling
 # while the valid loss stops, and then rises. That is overfitting. Stop where the valid loss is lowest; the table says
 # when it was, and `fit(..., keep="best")` goes back there. To see it happen, a new head trains for much too long
-# here, on at most 600 pictures made small (96 pixels), which makes the task harder.
+# here, on at most 600 images made small (96 pixels), which makes the task harder.
 
 
 # %%
-def some_pictures(root: Path, out: Path, *, train: int, valid: int) -> Path:
-    """A folder with at most so many pictures of `root`, evenly from its classes; `root` itself if it has no more."""
+def some_images(root: Path, out: Path, *, train: int, valid: int) -> Path:
+    """A folder with at most so many images of `root`, evenly from its classes; `root` itself if it has no more."""
     lists = {part: sorted(p for p in root.glob(f"{part}/*/*") if p.is_file()) for part in ("train", "valid")}
     if all(len(lists[part]) <= most for part, most in (("train", train), ("valid", valid))):
         return root
@@ -262,7 +262,7 @@ def some_pictures(root: Path, out: Path, *, train: int, valid: int) -> Path:
     return out
 
 
-few = some_pictures(root, OUT / "some_pictures", train=600, valid=1000)
+few = some_images(root, OUT / "some_images", train=600, valid=1000)
 small = jc.ImageClassifierData.from_paths(few, size=min(args.size, 96), batch_size=16)
 too_long = jc.Learner.pretrained(args.backbone, small, precompute=True)
 too_long.fit(0.01, 20)
@@ -271,9 +271,9 @@ show(too_long.sched.plot_loss(), "09_too_many_epochs")
 # %% [markdown]
 # ## 6. What a convolution does
 #
-# A convolution slides a small grid of weights, the *kernel*, over the picture. In each place it multiplies the nine
+# A convolution slides a small grid of weights, the *kernel*, over the image. In each place it multiplies the nine
 # weights with the nine pixels under them and adds up. With the right weights the sum is large exactly where the
-# picture has, say, an edge between bright above and dark below. *ReLU* then replaces negative numbers by zero, and
+# image has, say, an edge between bright above and dark below. *ReLU* then replaces negative numbers by zero, and
 # *max-pooling* keeps the largest of each 2 x 2 numbers: a quarter of the numbers, and still "there was an edge here".
 
 
@@ -295,7 +295,7 @@ def max_pool(values: np.ndarray) -> np.ndarray:
 
 
 def convolution_figure(grey: np.ndarray, kernels: dict[str, np.ndarray]):
-    """A row per kernel: picture, kernel, convolution, ReLU, max-pool."""
+    """A row per kernel: image, kernel, convolution, ReLU, max-pool."""
     figure, axes = plt.subplots(len(kernels), 5, figsize=(14, 3.1 * len(kernels)), layout="constrained")
     for row, (name, kernel) in zip(axes, kernels.items(), strict=True):
         sums = convolve(grey, kernel)
@@ -309,7 +309,7 @@ def convolution_figure(grey: np.ndarray, kernels: dict[str, np.ndarray]):
         row[4].imshow(max_pool(relu(sums)), cmap="gray", vmin=0, vmax=limit)
         shape = "{} x {}".format
         titles = (
-            f"picture, {shape(*grey.shape)}",
+            f"image, {shape(*grey.shape)}",
             name,
             "convolution\n(red: positive, blue: negative)",
             "after ReLU",
@@ -331,7 +331,7 @@ show(convolution_figure(pixels.mean(-1), kernels), "10_convolution")
 # ## 7. What the layers see
 #
 # Nobody chose the kernels of a trained network: training did. Those of the first layer look at pixels directly, so
-# they can be drawn as little colour pictures. Many are edges in one direction, others are contrasts of colour.
+# they can be drawn as little colour images. Many are edges in one direction, others are contrasts of colour.
 # (EfficientNet-Lite0's are only 3 x 3; run this with `--backbone resnet34` to see the famous 7 x 7 ones.)
 
 
@@ -343,7 +343,7 @@ def first_filters(backbone: dict) -> np.ndarray:
 
 
 def filters_figure(filters: np.ndarray, *, columns: int = 16):
-    """Each kernel as a picture: grey is zero, its own largest weight is full colour."""
+    """Each kernel as an image: grey is zero, its own largest weight is full colour."""
     rows = -(-len(filters) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(0.75 * columns, 0.78 * rows + 0.5), layout="constrained")
     for ax in axes.flat:
@@ -358,15 +358,15 @@ show(filters_figure(first_filters(learn.params["backbone"])), "11_first_layer")
 
 # %% [markdown]
 # Deeper kernels look at what earlier layers say, so drawing them tells us nothing. Zeiler and Fergus
-# (arXiv:1311.2901) had a better idea: find the pictures that excite a channel most, and look at the spot that did it.
-# Each block of nine below belongs to one channel and shows nine different pictures, cut out around their strongest
+# (arXiv:1311.2901) had a better idea: find the images that excite a channel most, and look at the spot that did it.
+# Each block of nine below belongs to one channel and shows nine different images, cut out around their strongest
 # place. From row to row the channels get choosier: edges and colours first, then textures, then parts of things.
 
 
 # %%
 @partial(jax.jit, static_argnums=0)
 def strongest(model, params, batch_stats, pictures):
-    """For each part of the backbone, each picture's largest value per channel and where it is: two arrays [N, C]."""
+    """For each part of the backbone, each image's largest value per channel and where it is: two arrays [N, C]."""
 
     def of_part(outputs):
         flat = outputs.reshape(len(outputs), -1, outputs.shape[-1])
@@ -391,7 +391,7 @@ def layers_to_show(model, params, batch_stats, size: int) -> dict[str, int]:
 
 
 def nine_patches(pictures: np.ndarray, values: np.ndarray, places: np.ndarray, *, side: int) -> np.ndarray:
-    """The nine pictures with the largest values, cut out around their places, as a mosaic; `side` of the outputs."""
+    """The nine images with the largest values, cut out around their places, as a mosaic; `side` of the outputs."""
     size, tile, gap = pictures.shape[1], 56, 3
     reach = min(size, max(12, 6 * size // side))
     mosaic = np.full((3 * tile + 2 * gap, 3 * tile + 2 * gap, 3), 255, np.uint8)
@@ -440,20 +440,20 @@ show(layers_figure(sample, found, layers), "12_what_excites_the_layers")
 # %% [markdown]
 # And where did the network look when it gave its answer? Grad-CAM (arXiv:1610.02391) asks how much each channel of
 # the last feature map speaks for an answer, and adds up the channels with these weights. The map is coarse, seven by
-# seven for a picture of 224 pixels, so read it as "around here". A network that is right for the wrong reason,
+# seven for an image of 224 pixels, so read it as "around here". A network that is right for the wrong reason,
 # because of the sofa and not the cat, gives itself away here.
 
 
 # %%
 @partial(jax.jit, static_argnums=0)
 def heat_of(model, params, batch_stats, pictures, labels):
-    """Grad-CAM of uint8 pictures [N, H, W, 3] for the classes asked about."""
+    """Grad-CAM of uint8 images [N, H, W, 3] for the classes asked about."""
     images = normalise(model.preprocess.mean, model.preprocess.std)(pictures)
     return grad_cam(model, params, batch_stats, images, labels)
 
 
 def heat_figure(pictures: np.ndarray, heats: np.ndarray, titles: list[str]):
-    """Each picture above the same picture with its heat laid over it."""
+    """Each image above the same image with its heat laid over it."""
     figure, axes = plt.subplots(2, len(pictures), figsize=(2.4 * len(pictures), 5.1), layout="constrained")
     for column, picture, heat, title in zip(axes.T, pictures, heats, titles, strict=True):
         smooth = Image.fromarray(heat).resize(picture.shape[1::-1], Image.Resampling.BICUBIC)
@@ -593,8 +593,8 @@ show(curves_figure(x.astype(np.float32), y.astype(np.float32)), "15_small_networ
 #
 # Three lines gave a good classifier. The lesson then tries for a better one, in four steps. Training the whole
 # network needs a hundred times the work of training a head, so unless you ask for `--long` this part takes the small
-# pictures again, and two cycles instead of three: enough to see each step work, too little for good numbers. It
-# starts with a new head, because smaller pictures look different to the backbone.
+# images again, and two cycles instead of three: enough to see each step work, too little for good numbers. It
+# starts with a new head, because smaller images look different to the backbone.
 
 # %%
 if not args.long:
@@ -604,9 +604,9 @@ learn.fit(0.01, 2)
 RESULTS.append((f"new head at {data.settings.size} px, precomputed", *learn.errors()))
 
 # %% [markdown]
-# **Augmentation.** A cat seen in a mirror, a little turned or a little darker is still a cat. Showing each picture
+# **Augmentation.** A cat seen in a mirror, a little turned or a little darker is still a cat. Showing each image
 # differently every time makes learning by heart harder. `side_on` is for photos taken from the side; for satellites
-# there is `top_down`. Precomputed answers know only the original pictures, so now the backbone has to look again
+# there is `top_down`. Precomputed answers know only the original images, so now the backbone has to look again
 # every time.
 
 # %%
@@ -637,7 +637,7 @@ RESULTS.append(("all layers, three rates", *learn.errors()))
 show(learn.sched.plot_lr(), "18_three_rates")
 
 # %% [markdown]
-# **Test-time augmentation.** Ask about each picture several times, as it is and augmented, and take the average.
+# **Test-time augmentation.** Ask about each image several times, as it is and augmented, and take the average.
 
 # %%
 averaged = learn.TTA(n=4)
@@ -647,8 +647,8 @@ RESULTS.append(("the same, averaged over 5 views (TTA)", *learn.errors(averaged)
 # ## 10. What changed?
 #
 # One line per step, as errors of n. Before you believe that a step helped, look at the intervals: when they overlap
-# by much, chance alone may have done it, and more validation pictures are the way to find out. Compare the first line
-# with the others only after `--long`; without it, the others saw fewer and smaller pictures.
+# by much, chance alone may have done it, and more validation images are the way to find out. Compare the first line
+# with the others only after `--long`; without it, the others saw fewer and smaller images.
 
 
 # %%
@@ -679,5 +679,5 @@ show(results_figure(RESULTS), "19_what_changed")
 # %% [markdown]
 # ## 11. Now yours
 #
-# Point `--root` at your own folder. Look at the pictures first, train three lines, look at the mistakes, choose a
+# Point `--root` at your own folder. Look at the images first, train three lines, look at the mistakes, choose a
 # rate, and go further only when the numbers say that it pays.

@@ -36,7 +36,7 @@ def activations() -> dict[str, np.ndarray]:
 
 
 def training_step() -> dict[str, np.ndarray]:
-    """ResNet18 after one SGD step on four pictures: loss, the change of sampled weights, BatchNorm's averages."""
+    """ResNet18 after one SGD step on four images: loss, the change of sampled weights, BatchNorm's averages."""
     net = reference.build("resnet18", size=seeded.STEP_SHAPE[1:3]).double().train()
     before = {name: value.detach().clone() for name, value in net.state_dict().items()}
     images = reference.to_torch(seeded.images(seeded.STEP_SHAPE), torch.float64)

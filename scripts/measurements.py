@@ -50,11 +50,11 @@ def measure(run: Callable[[], Any], a: argparse.Namespace, *, pictures: int | No
     Args:
         run: one call; gives what to wait for, and is called again before the last result has been waited for.
         a: the options.
-        pictures: of a call; None when `run` gives their number, and waits by itself.
+        images: of a call; None when `run` gives their number, and waits by itself.
     """
     import jax
 
-    def timed(calls: int) -> tuple[float, float]:  # seconds and pictures per second
+    def timed(calls: int) -> tuple[float, float]:  # seconds and images per second
         start, done, pending = time.perf_counter(), 0, None
         for _ in range(calls):
             out = run()
@@ -112,8 +112,8 @@ def spread(a: argparse.Namespace) -> tuple[Callable, Callable]:
     return lambda tree: jax.device_put(tree, mesh.replicated()), lambda tree: jax.device_put(tree, mesh.by_row())
 
 
-def pictures_on_host(a: argparse.Namespace, size: int) -> Any:
-    """Random pictures, uint8 [B, S, S, 3]."""
+def images_on_host(a: argparse.Namespace, size: int) -> Any:
+    """Random images, uint8 [B, S, S, 3]."""
     import numpy as np
 
     return np.random.default_rng(0).integers(0, 256, (a.batch, size, size, 3), np.uint8)
@@ -145,7 +145,7 @@ def run_step(a: argparse.Namespace) -> dict[str, Any]:
     )
     jitted, state = jit(step, donate_argnums=0), put(state_module.create(params, stats, tx, trainable=trainable))
     rows = np.arange(a.batch, dtype=np.int32)
-    batch = {"image": pictures_on_host(a, preprocess.size), "label": rows % 2, "mask": rows >= 0, "index": rows}
+    batch = {"image": images_on_host(a, preprocess.size), "label": rows % 2, "mask": rows >= 0, "index": rows}
 
     def run() -> Any:
         nonlocal state
@@ -156,7 +156,7 @@ def run_step(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_features(a: argparse.Namespace) -> dict[str, Any]:
-    """The frozen backbone to pooled features: of random pictures, or with --root of files through the real cache."""
+    """The frozen backbone to pooled features: of random images, or with --root of files through the real cache."""
     from jaxcats.common.compile_cache import keep_compiled
     from jaxcats.train import features
 
@@ -165,7 +165,7 @@ def run_features(a: argparse.Namespace) -> dict[str, Any]:
     if not a.root:
         put, put_batch = spread(a)
         program, (params, stats) = features.feature_program(model, preprocess), put((params, stats))
-        images = pictures_on_host(a, preprocess.size)
+        images = images_on_host(a, preprocess.size)
         return measure(lambda: program(params, stats, put_batch(images)), a, pictures=a.batch) | facts
     split, seconds = files_split(a), []
     how = {"params": params, "batch_stats": stats, "preprocess": preprocess, "batch_size": a.batch, "workers": None}

@@ -1,9 +1,9 @@
 """Does memory grow with the folder? Peak resident memory of the train command for folders of two sizes.
 
-    python scripts/memory_table.py --root PHOTOS [--pictures 3000 30000] [--size 64] [--backbone efficientnet_lite0]
+    python scripts/memory_table.py --root PHOTOS [--images 3000 30000] [--size 64] [--backbone efficientnet_lite0]
 
-Once with precomputed features, once with a stream of augmented pictures. The larger folder is filled with copies that
-differ after the picture's end, since equal files are computed once. Each run has a cache of its own.
+Once with precomputed features, once with a stream of augmented images. The larger folder is filled with copies that
+differ after the image's end, since equal files are computed once. Each run has a cache of its own.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def peak(folder: Path, config: str) -> tuple[int, float]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--root", type=Path, required=True)
-    p.add_argument("--pictures", type=int, nargs="+", default=[3000, 30000])
+    p.add_argument("--images", type=int, nargs="+", default=[3000, 30000])
     p.add_argument("--size", type=int, default=64)
     p.add_argument("--backbone", default="efficientnet_lite0")
     a = p.parse_args()
@@ -63,14 +63,14 @@ def main() -> None:
                 found[kind].append(memory)
                 index = sum(f.stat().st_size for f in (run / "cache" / "index").iterdir()) / n
                 print(
-                    f"{n:,} pictures, {kind}: {memory / 2**20:,.0f} MiB at most, {seconds:.0f} s; "
-                    f"index file {index:.0f} bytes a picture",
+                    f"{n:,} images, {kind}: {memory / 2**20:,.0f} MiB at most, {seconds:.0f} s; "
+                    f"index file {index:.0f} bytes an image",
                     flush=True,
                 )
     few, many = min(a.pictures), max(a.pictures)
     for kind, bytes_of in found.items():
         grown = max(bytes_of) - bytes_of[a.pictures.index(few)]
-        print(f"{kind}: {grown / max(many - few, 1):,.0f} bytes more for each further picture")
+        print(f"{kind}: {grown / max(many - few, 1):,.0f} bytes more for each further image")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A data set of TensorFlow Datasets as a folder of pictures that jaxcats trains on:
+"""A data set of TensorFlow Datasets as a folder of images that jaxcats trains on:
 
     python scripts/prepare_data.py cats_vs_dogs --out data/cats_vs_dogs
 
 train/ and valid/ (and test/ where there are three) with a folder per class. Splits are TFDS's own: validation, or else
-test, becomes valid/. A data set with one split has pictures held out, as many in each class as its share, chosen by
+test, becomes valid/. A data set with one split has images held out, as many in each class as its share, chosen by
 content and --seed: 2,000 of cats_vs_dogs, a fifth of others. Stopped at any moment and given again, the command goes on
-and ends with the same folder. Pictures are written as TFDS keeps them, byte for byte, where that is JPEG or PNG.
+and ends with the same folder. Images are written as TFDS keeps them, byte for byte, where that is JPEG or PNG.
 """
 
 import argparse
@@ -31,7 +31,7 @@ USED = ("train", "validation", "test")  # of the splits that TFDS may have
 HELD_OUT = {"cats_vs_dogs": 2000}
 # What the data sets' own sources say beyond what is seen here.
 KNOWN = {
-    "cats_vs_dogs": "TFDS leaves out 1,738 corrupt pictures of the original and encodes all others again as JPEG: pixels differ a little from the original's."
+    "cats_vs_dogs": "TFDS leaves out 1,738 corrupt images of the original and encodes all others again as JPEG: pixels differ a little from the original's."
 }
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
 
@@ -74,7 +74,7 @@ def folders(builder: Any, given: Sequence[str] | None) -> dict[str, str]:
 
 
 def keys(builder: Any, label: str | None) -> tuple[str, str, list[str]]:
-    """The names of the picture and the label in each example, and the classes."""
+    """The names of the image and the label in each example, and the classes."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -87,7 +87,7 @@ def keys(builder: Any, label: str | None) -> tuple[str, str, list[str]]:
         pictures = ["image"]
     if len(pictures) != 1 or label not in labels:
         raise UserError(
-            f"{builder.name}: no data set for a classifier of pictures: pictures {pictures}, labels {labels}; --label says which."
+            f"{builder.name}: no data set for a classifier of images: images {pictures}, labels {labels}; --label says which."
         )
     return pictures[0], label, [n.replace("/", "_") for n in features[label].names]
 
@@ -105,7 +105,7 @@ def examples(builder: Any, split: str, picture: str, label: str) -> Iterator[tup
 
 
 def as_file(content: bytes) -> tuple[bytes, str]:
-    """A picture's bytes and the ending of its name: as they are for JPEG and PNG, else as PNG."""
+    """An image's bytes and the ending of its name: as they are for JPEG and PNG, else as PNG."""
     with Image.open(io.BytesIO(content)) as image:
         if image.format in ENDINGS:
             return content, ENDINGS[image.format]
@@ -117,7 +117,7 @@ def as_file(content: bytes) -> tuple[bytes, str]:
 def begin(out: Path, wanted: dict[str, Any]) -> bool:
     """Makes or takes up the folder; True when it is finished. UserError for one that holds anything else.
 
-    Other settings start over while there is no picture: some are found impossible only when all pictures are counted.
+    Other settings start over while there is no image: some are found impossible only when all images are counted.
     """
     marker = out / MARKER
     inside = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
@@ -142,7 +142,7 @@ def begin(out: Path, wanted: dict[str, Any]) -> bool:
 
 def prepare(args: argparse.Namespace) -> None:
     if args.valid is not None and args.valid < 1:
-        raise UserError(f"--valid {args.valid}: one picture at least has to be held out.")
+        raise UserError(f"--valid {args.valid}: one image at least has to be held out.")
     builder = open_data(args.name, args.data_dir)
     picture, label, classes = keys(builder, args.label)
     own = folders(builder, args.splits)
@@ -157,7 +157,7 @@ def prepare(args: argparse.Namespace) -> None:
     counts, formats, unlabelled = collections.Counter(), collections.Counter(), 0
     for tfds_name, ours in own.items():
         # Closed at any error too, so that what is said of it has a line of its own.
-        with tqdm(examples(builder, tfds_name, picture, label), desc=tfds_name, unit="picture") as bar:
+        with tqdm(examples(builder, tfds_name, picture, label), desc=tfds_name, unit="image") as bar:
             for number, (content, y) in enumerate(bar):
                 if y < 0:
                     unlabelled += 1
@@ -172,7 +172,7 @@ def prepare(args: argparse.Namespace) -> None:
     facts = {"counts": dict(counts), "written": dict(formats), "without a label, left out": unlabelled}
     told = {"citation": builder.info.citation, "homepage": builder.info.homepage, "note": KNOWN.get(builder.name, "")}
     write_json(args.out / MARKER, {"settings": wanted, "complete": True} | facts | told)
-    print(f"{args.out}: {', '.join(f'{n:,} {part}' for part, n in counts.items())} pictures in {len(classes)} classes.")
+    print(f"{args.out}: {', '.join(f'{n:,} {part}' for part, n in counts.items())} images in {len(classes)} classes.")
     print(
         f"Written: {', '.join(f'{n:,} {how}' for how, n in formats.items())}; {unlabelled:,} without a label left out."
     )
@@ -181,9 +181,9 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def held_out(builder: Any, picture: str, label: str, classes: list[str], args: argparse.Namespace) -> dict[str, str]:
-    """The side of each picture's content; written down in the folder as well."""
+    """The side of each image's content; written down in the folder as well."""
     contents: dict[str, list[str]] = {name: [] for name in classes}
-    with tqdm(examples(builder, "train", picture, label), desc="hashing", unit="picture") as bar:
+    with tqdm(examples(builder, "train", picture, label), desc="hashing", unit="image") as bar:
         for content, y in bar:
             if y >= 0:
                 contents[classes[y]].append(hashlib.sha256(content).hexdigest())
@@ -191,7 +191,7 @@ def held_out(builder: Any, picture: str, label: str, classes: list[str], args: a
     total = sum(map(len, contents.values()))
     number = HELD_OUT.get(builder.name, total // 5) if args.valid is None else args.valid
     if not 0 < number < total:
-        raise UserError(f"--valid {number}: can't be held out of {total:,} pictures.")
+        raise UserError(f"--valid {number}: can't be held out of {total:,} images.")
     rule = Rule(number / total, args.seed)
     return hold_out(contents, rule=rule, manifest=args.out / SPLIT, given=True)
 
@@ -201,7 +201,7 @@ def main(argv: Sequence[str]) -> None:
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("name", help="as TFDS calls it: cats_vs_dogs, oxford_iiit_pet, imagenette/320px, ...")
     p.add_argument("--out", type=Path, required=True, help="a new folder, or one that this command began")
-    p.add_argument("--valid", type=int, help="pictures to hold out, where the data set has one split")
+    p.add_argument("--valid", type=int, help="images to hold out, where the data set has one split")
     p.add_argument("--label", help="which label, where there are several")
     p.add_argument("--splits", nargs="+", help="TFDS splits to use (default: all of train, validation and test)")
     p.add_argument("--seed", type=int, default=0)

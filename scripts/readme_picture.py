@@ -1,4 +1,4 @@
-"""Draws the README's picture from a finished quick start: python scripts/readme_picture.py [--run runs/quickstart].
+"""Draws the README's image from a finished quick start: python scripts/readme_image.py [--run runs/quickstart].
 
 Two right answers of each class, and the four answers that were most wrong or least sure.
 """

@@ -1,4 +1,4 @@
-"""How cost grows with pictures, pixels, batch and devices: measures and writes the last section of BENCHMARKS.md.
+"""How cost grows with images, pixels, batch and devices: measures and writes the last section of BENCHMARKS.md.
 
     python scripts/scale_table.py --root PHOTOS
 
@@ -75,7 +75,7 @@ def render(lines: dict[str, list[dict[str, Any]]]) -> str:
         both("size", SIZES, "`--size`, px"),
         both("batch", BATCHES, "`--batch`"),
         both("devices", DEVICES, "`--devices`"),
-        table(["pictures (`--scale`)", "what", ""], pictures),
+        table(["images (`--scale`)", "what", ""], pictures),
     ]
     return SCALE + "\n" + "\n".join(parts)
 

@@ -15,9 +15,9 @@ from measurements import CONFIGS, ROOT, summary
 
 
 def photo_folder(root: Path, n: int, into: Path) -> Path:
-    """A folder of n pictures: links to those of train/ and valid/ (or of all of root), each class in proportion.
+    """A folder of n images: links to those of train/ and valid/ (or of all of root), each class in proportion.
 
-    Beyond the pictures there are, copies that differ after the picture's end, since equal files are computed once.
+    Beyond the images there are, copies that differ after the image's end, since equal files are computed once.
     """
     parts = [root / p for p in ("train", "valid") if (root / p).is_dir()] or [root]
     files = sorted(p for part in parts for p in part.rglob("*.jpg"))

@@ -13,7 +13,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 import pytest
-from folders import write_pictures
+from folders import write_images
 
 PHOTOS = os.environ.get("JAXCATS_PHOTOS")
 
@@ -43,5 +43,5 @@ def photos() -> Path:
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """24 training and 10 validation pictures of two classes."""
-    return write_pictures(tmp_path / "pictures")
+    """24 training and 10 validation images of two classes."""
+    return write_images(tmp_path / "pictures")

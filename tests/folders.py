@@ -1,4 +1,4 @@
-"""Folders of small pictures for the tests of whole runs."""
+"""Folders of small images for the tests of whole runs."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image
 
 
-def write_pictures(
+def write_images(
     root: Path, *, train: int = 24, valid: int = 10, classes=("cats", "dogs"), size=(48, 40), seed=0
 ) -> Path:
-    """A folder of noisy pictures whose mean colour leans by class: learnable, not trivial."""
+    """A folder of noisy images whose mean colour leans by class: learnable, not trivial."""
     rng = np.random.default_rng(seed)
     for part, count in (("train", train), ("valid", valid)):
         for label, name in enumerate(classes):

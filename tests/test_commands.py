@@ -43,8 +43,8 @@ TINY = [
 ]
 
 
-def write_pictures(root: Path, *, train: int, valid: int, classes=("cats", "dogs")) -> Path:
-    """That many pictures in all, spread over the classes."""
+def write_images(root: Path, *, train: int, valid: int, classes=("cats", "dogs")) -> Path:
+    """That many images in all, spread over the classes."""
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("valid", valid)):
         for name in classes:
@@ -65,9 +65,9 @@ def cache(tmp_path_factory, compiled) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, cache) -> Path:
-    """A trained run with its pictures beside it, for `run_folder` to copy."""
+    """A trained run with its images beside it, for `run_folder` to copy."""
     top = tmp_path_factory.mktemp("trained")
-    write_pictures(top / "pictures", train=8, valid=4)
+    write_images(top / "pictures", train=8, valid=4)
     argv = [*TINY, "--data.root", top / "pictures", "--workdir", top / "run", "--cache_dir", cache]
     assert run_command(train_command.main, [str(a) for a in argv]) == 0
     return top / "run"
@@ -75,7 +75,7 @@ def trained(tmp_path_factory, cache) -> Path:
 
 @pytest.fixture
 def run(cache, pictures, tmp_path):
-    """run(*argv): trains on `pictures`, which must succeed; the run folder."""
+    """run(*argv): trains on `images`, which must succeed; the run folder."""
 
     def do(*argv, workdir=None) -> Path:
         workdir = workdir or tmp_path / "run"
@@ -120,7 +120,7 @@ def said(message: str, *words: object) -> None:
         assert str(word) in message
 
 
-# --- the pictures ---
+# --- the images ---
 
 
 def test_a_missing_folder(mistake, tmp_path):
@@ -153,7 +153,7 @@ def test_no_class_folders(mistake, pictures):
     said(
         mistake(train_command, *TINY, "--data.root", pictures),
         loose,
-        "24 pictures but no class folders",
+        "24 images but no class folders",
         "cats/ and dogs/",
     )
 
@@ -164,25 +164,23 @@ def test_an_empty_class(mistake, pictures):
     said(
         mistake(train_command, *TINY, "--data.root", pictures),
         pictures / "valid" / "dogs",
-        "no pictures",
+        "no images",
         "add some, or remove",
     )
 
 
 def test_one_class(mistake, tmp_path):
-    root = write_pictures(tmp_path / "one", train=4, valid=2, classes=("cats",))
+    root = write_images(tmp_path / "one", train=4, valid=2, classes=("cats",))
     said(mistake(train_command, *TINY, "--data.root", root), root, "only one class (cats)", "two")
 
 
-def test_a_corrupt_picture_is_skipped_counted_and_named(run, pictures, capfd):
+def test_a_corrupt_image_is_skipped_counted_and_named(run, pictures, capfd):
     cut = pictures / "valid" / "dogs" / "dogs.0.jpg"
     cut.write_bytes(cut.read_bytes()[:300])
-    (pictures / "train" / "cats" / "text.png").write_text("no picture")
+    (pictures / "train" / "cats" / "text.png").write_text("no image")
     workdir = run()
     out = capfd.readouterr().out
-    said(
-        out, "24 training and 9 validation pictures", "skipped train/cats/text.png: ", "skipped valid/dogs/dogs.0.jpg: "
-    )
+    said(out, "24 training and 9 validation images", "skipped train/cats/text.png: ", "skipped valid/dogs/dogs.0.jpg: ")
     listed = json.loads((workdir / "bad_files.json").read_text())
     assert [b["path"] for b in listed] == ["train/cats/text.png", "valid/dogs/dogs.0.jpg"]
     assert all(b["reason"] for b in listed)
@@ -191,14 +189,14 @@ def test_a_corrupt_picture_is_skipped_counted_and_named(run, pictures, capfd):
     assert cut.exists()
 
 
-def test_a_corrupt_picture_ends_the_run_when_it_should(mistake, pictures):
-    (pictures / "train" / "cats" / "text.png").write_text("no picture")
+def test_a_corrupt_image_ends_the_run_when_it_should(mistake, pictures):
+    (pictures / "train" / "cats" / "text.png").write_text("no image")
     message = mistake(train_command, *TINY, "--data.root", pictures, "--data.on_bad_file", "fail")
     said(message, "1 of 35", "train/cats/text.png", "on_bad_file to skip")
 
 
 def test_a_name_with_a_line_break_stays_on_one_line(mistake, pictures):
-    (pictures / "train" / "cats" / "two\nlines.png").write_text("no picture")
+    (pictures / "train" / "cats" / "two\nlines.png").write_text("no image")
     said(
         mistake(train_command, *TINY, "--data.root", pictures, "--data.on_bad_file", "fail"),
         "lines.png",
@@ -213,13 +211,13 @@ WRONG = [
     (["--data.rot", "x"], ["--data.rot", "Did you mean 'data.root'"]),
     (["--phases.head.epochs", "many"], ["phases.head.epochs", "many"]),
     (["--data.size", "8"], ["data.size", "8", "32 to 2048"]),
-    (["--model.backbone", "resnet35", "--data.root", "PICTURES"], ["resnet35", "resnet34"]),
+    (["--model.backbone", "resnet35", "--data.root", "IMAGES"], ["resnet35", "resnet34"]),
     (
-        ["--model.weights", "absent.pth", "--data.root", "PICTURES"],
+        ["--model.weights", "absent.pth", "--data.root", "IMAGES"],
         ["absent.pth", "does not exist", ".safetensors"],
     ),
     (
-        ["--model.weights", "package:no_such_thing/a.pth", "--data.root", "PICTURES"],
+        ["--model.weights", "package:no_such_thing/a.pth", "--data.root", "IMAGES"],
         ["no_such_thing", "not installed"],
     ),
     (["--config", "absent.yaml"], ["absent.yaml", "No such file"]),
@@ -233,7 +231,7 @@ WRONG = [
 @pytest.mark.parametrize(("argv", "words"), WRONG, ids=[" ".join(argv) for argv, _ in WRONG])
 def test_wrong_settings(argv, words, mistake, pictures):
     Path("c.yaml").write_text("model: {backbone: tiny, pretrained: false}\n")
-    argv = [str(pictures) if a == "PICTURES" else a for a in argv]
+    argv = [str(pictures) if a == "IMAGES" else a for a in argv]
     said(
         mistake(train_command, *(["--model.backbone", "resnet18"] if "--model.weights" in argv else []), *argv), *words
     )
@@ -325,7 +323,7 @@ def test_evaluate_says_which_flag_is_missing_or_unknown(mistake):
 
 
 def test_evaluate_on_other_classes(mistake, run_folder, tmp_path):
-    other = write_pictures(tmp_path / "other", train=4, valid=2, classes=("cats", "horses"))
+    other = write_images(tmp_path / "other", train=4, valid=2, classes=("cats", "horses"))
     message = mistake(evaluate_command, "--run", run_folder, "--data", other / "train")
     said(message, other / "train", "missing dogs", "unknown horses", "expected exactly cats, dogs")
 
@@ -333,7 +331,7 @@ def test_evaluate_on_other_classes(mistake, run_folder, tmp_path):
 def test_evaluate_on_nothing(mistake, run_folder, tmp_path):
     said(mistake(evaluate_command, "--run", run_folder, "--data", tmp_path / "absent"), "absent", "no such folder")
     (tmp_path / "empty").mkdir()
-    said(mistake(evaluate_command, "--run", run_folder, "--data", tmp_path / "empty"), "empty", "no pictures")
+    said(mistake(evaluate_command, "--run", run_folder, "--data", tmp_path / "empty"), "empty", "no images")
 
 
 def test_evaluate_where_it_cannot_write(mistake, run_folder, tmp_path):
@@ -402,9 +400,9 @@ def test_a_config_that_is_not_the_checkpoints_does_not_advise_to_remove_it(mista
     assert "Remove" not in message
 
 
-def test_evaluate_names_the_pictures_that_it_skips(run_folder, tmp_path, capfd):
-    other = write_pictures(tmp_path / "other", train=4, valid=2)
-    (other / "train" / "cats" / "text.png").write_text("no picture")
+def test_evaluate_names_the_images_that_it_skips(run_folder, tmp_path, capfd):
+    other = write_images(tmp_path / "other", train=4, valid=2)
+    (other / "train" / "cats" / "text.png").write_text("no image")
     out = tmp_path / "out"
     argv = ["--run", str(run_folder), "--data", str(other / "train"), "--out", str(out)]
     assert run_command(evaluate_command.main, argv) == 0
@@ -448,7 +446,7 @@ def test_a_finished_run_resumed_twice_says_the_same(run_folder, capfd):
 
 def test_a_refused_resume_changes_nothing(run_folder, pictures, mistake):
     before = {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file() and p.name != ".lock"}
-    for root, words in ((run_folder / "typo", "no such folder"), (pictures, "the pictures have changed")):
+    for root, words in ((run_folder / "typo", "no such folder"), (pictures, "the images have changed")):
         said(mistake(train_command, "--resume", "--workdir", run_folder, "--data.root", root), words)
         assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
     assert run_command(train_command.main, ["--resume", "--workdir", str(run_folder)]) == 0
@@ -572,7 +570,7 @@ def test_help_is_readable(command, capsys):
         said(out, "--run", "--data", "--checkpoint")
 
 
-def test_help_loads_neither_jax_nor_tensorflow_nor_a_picture_library():
+def test_help_loads_neither_jax_nor_tensorflow_nor_a_image_library():
     code = """
 import sys
 from jaxcats import command as commands

@@ -1,4 +1,4 @@
-"""Two runs on the same pictures: the test, the interval, what is printed, and what a slip gets."""
+"""Two runs on the same images: the test, the interval, what is printed, and what a slip gets."""
 
 import csv
 import json
@@ -74,13 +74,13 @@ def predictions(file, rows, *, classes=("cats", "dogs"), extra=()):
 
 
 def answers(wrong, n=100):
-    """n pictures of cats, those of `wrong` taken for dogs."""
+    """n images of cats, those of `wrong` taken for dogs."""
     return {
         f"valid/{i}.jpg": Answer("cats", "dogs" if i in wrong else "cats", 0.2 if i in wrong else 0.9) for i in range(n)
     }
 
 
-def test_the_four_kinds_of_pictures_are_counted():
+def test_the_four_kinds_of_images_are_counted():
     found = compare_predictions(answers({1, 2, 3, 4, 5}), answers({5, 6, 7}))
     assert (found.both_right, found.only_a_wrong, found.only_b_wrong, found.both_wrong) == (93, 4, 2, 1)
     assert (found.n, found.only_in_a, found.only_in_b) == (100, 0, 0)
@@ -118,7 +118,7 @@ def test_the_command_prints_counts_verdict_and_changes(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "a: 4 errors of 998 (" in said
     assert "b.csv: 1 error of 998 (" in said
-    assert "998 pictures compared; left out: 2 only in A, 1 only in B." in said
+    assert "998 images compared; left out: 2 only in A, 1 only in B." in said
     for line in ("993  both right", "4  only A wrong", "1  only B wrong", "0  both wrong"):
         assert line in said
     assert "A and B can't be told apart (p = 0.38)." in said
@@ -157,14 +157,14 @@ def test_strange_names_keep_to_their_line(tmp_path):
         assert [row["path"] for row in csv.DictReader(file)] == names
 
 
-def test_a_best_epoch_chosen_on_these_pictures_is_said(tmp_path, capsys):
+def test_a_best_epoch_chosen_on_these_images_is_said(tmp_path, capsys):
     for name, used in (("a", ["choosing the best epoch"]), ("b", [])):
         predictions(tmp_path / name / "predictions.csv", [("x.jpg", "cats", 0.1)])
         (tmp_path / name / "config.yaml").write_text("{}")
         (tmp_path / name / "metrics.json").write_text(json.dumps({"checkpoint": {"valid_used_for": used}}))
     main([str(tmp_path / "a"), str(tmp_path / "b")])
     said = capsys.readouterr().out
-    assert "A's best epoch was chosen on its validation pictures" in said
+    assert "A's best epoch was chosen on its validation images" in said
     assert "B's best epoch" not in said
 
 
@@ -176,8 +176,8 @@ HEAD = "path,label,predicted,p_cats,p_dogs\n"
     ("text", "words"),
     [
         (HEAD + "x.jpg,dogs,cats,1,0\n", "x.jpg: is 'cats' in A and 'dogs' in B"),
-        (HEAD + "z.jpg,cats,cats,1,0\n", "no picture in common"),
-        (HEAD, "no picture in common"),
+        (HEAD + "z.jpg,cats,cats,1,0\n", "no image in common"),
+        (HEAD, "no image in common"),
         (HEAD + "x.jpg,,cats,1,0\n", "x.jpg has no label"),
         (HEAD + "x.jpg,cats,cats,1,0\nx.jpg,cats,cats,1,0\n", "x.jpg is in it twice"),
         ("path,label,predicted,p_ants,p_bees\nx.jpg,ants,ants,1,0\n", "A has the classes cats, dogs; B has ants, bees"),

@@ -68,7 +68,7 @@ def test_saved_config_reads_back_equal(file, tmp_path):
         (["--phases.head.momentum", "[0.9, 0.8]", "--phases.head.schedule", "one_cycle"], ["momentum", "or three"]),
         (["--phases.head.momentum", "1"], ["phases.head.momentum", "x < 1"]),
         (["--phases.head.accumulate", "3"], ["phases.head.accumulate", "divisor of batch_size, 64"]),
-        (["--phases.head.accumulate", "64"], ["phases.head.accumulate", "two pictures"]),
+        (["--phases.head.accumulate", "64"], ["phases.head.accumulate", "two images"]),
         (["--phases.head.label_smoothing", "1"], ["phases.head.label_smoothing"]),
         (["--phases.head.clip", "-1"], ["phases.head.clip", "0 or more"]),
         (["--phases.head.cycle_len", "0"], ["phases.head.cycle_len"]),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from folders import write_pictures
+from folders import write_images
 
 from jaxcats.common import distributed
 from jaxcats.common.errors import UserError
@@ -29,7 +29,7 @@ PROGRAM = "import sys, tiny; from jaxcats import train; from jaxcats.command imp
 
 @pytest.fixture
 def place(tmp_path, own_cache) -> Path:
-    write_pictures(tmp_path / "photos", train=32, valid=22)
+    write_images(tmp_path / "photos", train=32, valid=22)
     (tmp_path / "c.yaml").write_text(CONFIG)
     return tmp_path
 
@@ -76,7 +76,7 @@ def same(place: Path, one: str, other: str) -> None:
         np.testing.assert_allclose(a[key], b[key], rtol=1e-5, atol=1e-5, err_msg=key)
     rows = [(place / name / "predictions.csv").read_text().splitlines() for name in (one, other)]
     assert [r.split(",")[:3] for r in rows[0]] == [r.split(",")[:3] for r in rows[1]]
-    assert len(rows[0]) == 23  # every validation picture once, and the head
+    assert len(rows[0]) == 23  # every validation image once, and the head
 
 
 @pytest.mark.slow
@@ -203,10 +203,10 @@ def test_processes_with_other_settings_are_refused_before_anything_is_made(place
 
 
 @pytest.mark.slow
-def test_processes_with_other_pictures_are_refused(place):
-    write_pictures(place / "fewer", train=30, valid=22)
+def test_processes_with_other_images_are_refused(place):
+    write_images(place / "fewer", train=30, valid=22)
     for line in refused(*apart(place, "many", (), ("--data.root", place / "fewer"))):
-        assert "The pictures or the precision of process 1 differ" in line
+        assert "The images or the precision of process 1 differ" in line
 
 
 @pytest.mark.slow

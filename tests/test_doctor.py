@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 from jaxcats import doctor, models
 from jaxcats.common.cli import run_command
 from jaxcats.data import quality
-from jaxcats.data.files import list_pictures
+from jaxcats.data.files import list_images
 from jaxcats.data.index import scan
-from jaxcats.data.quality import Layout, alike_features, findings, group_of, near_links, starts_like_a_picture, summary
+from jaxcats.data.quality import Layout, alike_features, findings, group_of, near_links, starts_like_a_image, summary
 
 EACH = 16
 ONCE = "copy that training does not see"
@@ -68,7 +68,7 @@ def plant(root):
             odd.putalpha(100)
         name = f"odd{i}.{'jpg' if odd.mode == 'CMYK' else 'png'}"
         odd.save(cats / name, **({"transparency": 0} if odd.mode == "P" else {}))
-        note("unusual picture", f"train/cats/{name}")
+        note("unusual image", f"train/cats/{name}")
         picture(new + 3).save(cats / f"turned{i}.jpg", exif=exif)
         note("turned by EXIF", f"train/cats/turned{i}.jpg")
         picture(new + 4, (20 + i % 12, 24)).save(cats / f"tiny{i}.jpg")
@@ -83,7 +83,7 @@ def plant(root):
         (deep if i % 3 == 2 else framed[0]).save(
             root / "valid/cats" / name, **({} if i % 3 == 2 else {"save_all": True, "append_images": framed[1:]})
         )
-        note("unusual picture", f"valid/cats/{name}")
+        note("unusual image", f"valid/cats/{name}")
         picture(new + 8).save(cats / f"flipped{i}.png")
         damaged = bytearray((cats / f"flipped{i}.png").read_bytes())
         damaged[200 + i] ^= 0xFF
@@ -91,9 +91,9 @@ def plant(root):
         note("unreadable", f"train/cats/flipped{i}.png")
         name = (f"noext{i}", f"photo{i}.jpg.bak", f"jpegas{i}.txt")[i % 3]
         picture(new + 9).save(cats / name, format=("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")[i % 6])
-        note("picture without a picture's ending", f"train/cats/{name}")
+        note("image without an image's ending", f"train/cats/{name}")
         (cats / f"notes{i}.txt").write_text(("x", "BMW and others", "")[i % 3])
-        note("no picture", f"train/cats/notes{i}.txt")
+        note("no image", f"train/cats/notes{i}.txt")
     for kind, name in (("left by an operating system", "train/Thumbs.db"), ("hidden", "train/cats/.hidden.jpg")):
         (root / name).write_bytes(b"x")
         note(kind, name)
@@ -136,7 +136,7 @@ def test_classes_that_are_missing_or_unequal(tmp_path):
     (root / "train/birds").mkdir()
     found = {f["kind"]: f["items"] for f in doctor.diagnose(root, progress=False)["findings"]}
     missing = ["train/birds", "valid/birds", "valid/dogs"]
-    assert sorted(item["paths"][0] for item in found["class without pictures"]) == missing
+    assert sorted(item["paths"][0] for item in found["class without images"]) == missing
     assert found["unequal classes"][0]["paths"] == ["train"]
 
 
@@ -153,7 +153,7 @@ def test_classes_that_are_missing_or_unequal(tmp_path):
         ("1.jpg", ("", "")),
     ],
 )
-def test_where_a_picture_stands(path, where):
+def test_where_a_image_stands(path, where):
     assert Layout({"train": "train", "val": "valid", "test": "test"}, ("cats", "dogs")).place(path) == where
 
 
@@ -161,7 +161,7 @@ def test_where_a_picture_stands(path, where):
     ("path", "where"),
     [("cats/a/1.jpg", ("train", "cats")), ("test/1.jpg", ("test", "")), ("1.jpg", ("train", ""))],
 )
-def test_where_a_picture_stands_in_a_folder_still_to_be_divided(path, where):
+def test_where_a_image_stands_in_a_folder_still_to_be_divided(path, where):
     assert Layout({"test": "test"}, ("cats", "dogs")).place(path) == where
 
 
@@ -211,16 +211,16 @@ def test_a_labelled_test_folder_is_looked_at(tmp_path):
     assert {kind: len(items) for kind, items in found.items()} == {
         "leak": 3,
         "label conflict": 3,
-        "class without pictures": 1,
+        "class without images": 1,
     }
-    assert found["class without pictures"][0]["paths"] == ["test/cats"]
+    assert found["class without images"][0]["paths"] == ["test/cats"]
 
 
 def test_a_valid_folder_without_classes_lacks_them(tmp_path):
     root = healthy(tmp_path, 2)
     shutil.rmtree(root / "valid")
     (root / "valid").mkdir()
-    paths = [item["paths"] for item in kinds(root)["class without pictures"]]
+    paths = [item["paths"] for item in kinds(root)["class without images"]]
     assert paths == [["valid/cats"], ["valid/dogs"]]
 
 
@@ -233,7 +233,7 @@ def test_leaks_through_linked_folders_are_found(tmp_path):
     (part / "valid/cats").symlink_to("../train/cats")
     (part / "valid/cats/notes.txt").write_text("x")
     found = kinds(part)
-    assert {kind: len(items) for kind, items in found.items()} == {"leak": 2, "no picture": 2}
+    assert {kind: len(items) for kind, items in found.items()} == {"leak": 2, "no image": 2}
     assert found["leak"][0]["paths"] == ["train/cats/0.jpg", "valid/cats/0.jpg"]
 
 
@@ -245,8 +245,8 @@ def test_loops_of_links_end(tmp_path):
     (a / "b").symlink_to(b)
     (b / "a").symlink_to(a)
     (a / "up").symlink_to(tmp_path)
-    assert list_pictures(tmp_path, tmp_path) == ["a/1.jpg", "a/b/1.jpg", "b/1.jpg", "b/a/1.jpg"]
-    assert list_pictures(a, tmp_path) == ["a/1.jpg", "a/b/1.jpg"]
+    assert list_images(tmp_path, tmp_path) == ["a/1.jpg", "a/b/1.jpg", "b/1.jpg", "b/a/1.jpg"]
+    assert list_images(a, tmp_path) == ["a/1.jpg", "a/b/1.jpg"]
 
 
 def test_folders_that_all_link_to_each_other_are_refused(tmp_path, capsys):
@@ -263,7 +263,7 @@ def test_folders_that_all_link_to_each_other_are_refused(tmp_path, capsys):
 def test_an_empty_folder_is_a_user_error(tmp_path, capsys):
     (tmp_path / "train/cats").mkdir(parents=True)
     assert run_command(doctor.main, [str(tmp_path)]) == 2
-    assert "no pictures found at any depth" in capsys.readouterr().err
+    assert "no images found at any depth" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("parts", [("train", "valid"), ("train",), ("",)])
@@ -285,12 +285,12 @@ def test_a_tiff_that_is_turned_as_it_is_decoded(tmp_path):
     assert kinds(tmp_path) == {"turned by EXIF": [{"paths": ["a.tif"], "detail": "orientation 6"}]}
 
 
-def test_only_pictures_without_an_ending(tmp_path):
+def test_only_images_without_an_ending(tmp_path):
     picture(1).save(tmp_path / "noext", format="JPEG")
     picture(1).save(tmp_path / "camera.nef", format="TIFF")
     found = kinds(tmp_path)
-    assert found.keys() == {"picture without a picture's ending", "no picture"}
-    assert found["picture without a picture's ending"] == [{"paths": ["noext"], "detail": ".jpg by its content"}]
+    assert found.keys() == {"image without an image's ending", "no image"}
+    assert found["image without an image's ending"] == [{"paths": ["noext"], "detail": ".jpg by its content"}]
 
 
 def test_odd_files_never_stop_the_page(tmp_path, capsys):
@@ -306,7 +306,7 @@ def test_odd_files_never_stop_the_page(tmp_path, capsys):
     assert page.read_text().count("<img") == 1  # the first of two frames
 
 
-def test_an_output_never_replaces_a_picture_and_is_checked_first(tmp_path, capsys, monkeypatch):
+def test_an_output_never_replaces_a_image_and_is_checked_first(tmp_path, capsys, monkeypatch):
     root = healthy(tmp_path / "pictures", 2)
     photo = root / "train/cats/0.jpg"
     (tmp_path / "link.json").symlink_to(photo)
@@ -333,7 +333,7 @@ def test_a_folder_taken_for_the_page_is_said(tmp_path, capsys):
     assert "folder: is required" in capsys.readouterr().err
 
 
-def test_pictures_of_two_classes_that_look_alike(tmp_path):
+def test_images_of_two_classes_that_look_alike(tmp_path):
     root = healthy(tmp_path, 4)
     picture(0).resize((60, 50)).save(root / "train/dogs/small.jpg")
     item = kinds(root)["look alike"][0]
@@ -341,7 +341,7 @@ def test_pictures_of_two_classes_that_look_alike(tmp_path):
     assert item["detail"].endswith("in the classes cats, dogs: perhaps a label is wrong")
 
 
-def test_many_alike_pictures_are_one_finding(tmp_path):
+def test_many_alike_images_are_one_finding(tmp_path):
     frame = picture(5)
     for name in ("cats", "dogs"):
         (tmp_path / name).mkdir()
@@ -359,7 +359,7 @@ def test_many_alike_pictures_are_one_finding(tmp_path):
     assert said.endswith(found["look alike"][0]["detail"])
 
 
-def test_ten_thousand_alike_pictures_are_linked_not_paired():
+def test_ten_thousand_alike_images_are_linked_not_paired():
     rng = np.random.default_rng(0)
     thumbs = rng.integers(0, 255, (1, 32, 32), np.uint8).repeat(10_000, 0)
     thumbs[:, 0, 0] = np.arange(10_000) % 200
@@ -394,7 +394,7 @@ def test_a_flat_folder_without_labels(tmp_path):
 
 
 def test_features_find_a_pair_that_the_hash_does_not_see(tmp_path, monkeypatch):
-    """A pooled feature hardly cares where in the picture something is; six colours are told apart even at random."""
+    """A pooled feature hardly cares where in the image something is; six colours are told apart even at random."""
     rng = np.random.default_rng(5)
 
     def weights(leaf):
@@ -437,14 +437,14 @@ def test_missing_folder_is_a_user_error(tmp_path, capsys):
 def test_train_says_two_lines_at_most(tmp_path):
     root = healthy(tmp_path / "pictures", 8)
     index = scan(root, cache_dir=tmp_path / "cache")
-    assert summary(findings(index)) == ["note: classes with fewer than 30 validation pictures (2)."]
+    assert summary(findings(index)) == ["note: classes with fewer than 30 validation images (2)."]
     plant_few = {"valid/cats/leak.jpg": "train/cats/1.jpg", "train/dogs/conflict.jpg": "train/cats/2.jpg"}
     for new, old in plant_few.items():
         (root / new).write_bytes((root / old).read_bytes())
     said = summary(findings(scan(root, cache_dir=tmp_path / "cache")))
     assert (
         said[0]
-        == "WARNING: the same picture in train and valid (1), the same picture under two classes (1): the result is in doubt."
+        == "WARNING: the same image in train and valid (1), the same image under two classes (1): the result is in doubt."
     )
     assert len(said) == 2
 
@@ -484,7 +484,7 @@ def test_an_output_replaces_an_earlier_one_and_nothing_else(tmp_path, capsys):
 )
 def test_formats_by_their_first_bytes(tmp_path, start, ending):
     (tmp_path / "nameless").write_bytes(start)
-    assert starts_like_a_picture(tmp_path / "nameless") == ending
+    assert starts_like_a_image(tmp_path / "nameless") == ending
 
 
 def test_a_copy_elsewhere_hides_no_leak_of_near_copies(tmp_path):
@@ -535,7 +535,7 @@ def test_deep_greys_that_fill_little_of_their_range(tmp_path):
     assert narrow["detail"] == f"its values fill only {share}: nearly even as it is read"
 
 
-def test_a_picture_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
+def test_a_image_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
     def short(*_):
         raise MemoryError
 
@@ -569,7 +569,7 @@ def test_a_folder_that_training_refuses(tmp_path, paths, said):
     assert run_command(doctor.main, [str(tmp_path)]) == 1
 
 
-def test_pictures_that_training_does_not_see(tmp_path, capsys):
+def test_images_that_training_does_not_see(tmp_path, capsys):
     root = healthy(tmp_path, 2)
     put(root, "1.jpg", "train/2.jpg", "valid/3.jpg", "extra/cats/4.jpg", "extra/dogs/5.jpg", "test1/6.jpg")
     found = kinds(root)
@@ -599,13 +599,13 @@ def test_a_test_folder_that_training_leaves_alone(tmp_path):
         ["train/cat.1.jpg", "train/dog.1.jpg", "valid/cat.2.jpg", "test/3.jpg", "4.jpg"],
         ["cat.1.jpg", "dog.1.jpg", "more/cat.2.jpg"],
         ["a/1.jpg", "b/2.jpg", "3.jpg", "test/4.jpg"],
-        ["pictures/1.jpg", "pictures/2.jpg"],
+        ["images/1.jpg", "images/2.jpg"],
     ],
 )
 def test_nothing_is_said_of_folders_labelled_in_another_way(tmp_path, paths):
     put(tmp_path, *paths)
     (tmp_path / "labels.csv").write_text("path,label\n" + "".join(f"{path},x{len(path)}\n" for path in paths))
-    assert kinds(tmp_path).keys() == {"no picture"}
+    assert kinds(tmp_path).keys() == {"no image"}
 
 
 @pytest.mark.parametrize(

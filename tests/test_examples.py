@@ -14,7 +14,7 @@ import tiny  # noqa: F401
 
 import jaxcats as jc
 from jaxcats.common.cli import run_command
-from jaxcats.data.augment import each_picture
+from jaxcats.data.augment import each_image
 from jaxcats.evaluate import report
 from jaxcats.evaluate.run import load_run
 from jaxcats.models import efficientnet_lite
@@ -159,10 +159,10 @@ def test_an_augmentation_of_ones_own(script, pictures, tmp_path):
     assert "augmentation.cutout has no effect" in err
 
 
-def test_cutout_depends_on_seed_epoch_and_picture_alone():
+def test_cutout_depends_on_seed_epoch_and_image_alone():
     cutout = example("augmentation")["cutout"]
     images = np.full((4, 30, 30, 3), 200, np.uint8)
-    apply = each_picture(cutout, key=jax.random.key(0))
+    apply = each_image(cutout, key=jax.random.key(0))
     first = np.asarray(apply(images, 0, np.arange(4)))
     assert first.shape == images.shape
     assert set(np.unique(first)) == {127.0, 200.0}
@@ -259,7 +259,7 @@ def test_a_slip_in_an_example_s_arguments_is_one_line(script, tmp_path):
         ({"loss_fn": lambda logits, labels: (logits[:, 0], labels)}, "gives a tuple; expected a loss"),
         ({"loss_fn": "focal"}, "loss_fn: 'focal' can't be used; expected a function"),
         ({"loss_fn": lambda x, y: y * 1.0, "label_smoothing": 0.1}, "label_smoothing: has no effect with"),
-        ({"augment": lambda image, key: image[1:]}, r"shape \(31, 32, 3\); expected a picture of the size"),
+        ({"augment": lambda image, key: image[1:]}, r"shape \(31, 32, 3\); expected an image of the size"),
         ({"metrics": lambda logits, labels: 0.5}, r"gives 0\.5; expected a dictionary"),
         ({"metrics": lambda logits, labels: {"a": "high"}}, "gives 'high' for 'a'; expected a number"),
     ],

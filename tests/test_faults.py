@@ -1,4 +1,4 @@
-"""Full disks, odd names, pictures that change under a run, and what killed processes leave: what is said, and that nothing is lost."""
+"""Full disks, odd names, images that change under a run, and what killed processes leave: what is said, and that nothing is lost."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny  # noqa: F401
-from folders import write_pictures
+from folders import write_images
 from PIL import Image
 
 from jaxcats.common.cli import run_command
@@ -52,7 +52,7 @@ def run(command: str, *words, **more: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def place(tmp_path, own_cache) -> Path:
-    write_pictures(tmp_path / "photos", train=32, valid=10)
+    write_images(tmp_path / "photos", train=32, valid=10)
     (tmp_path / "c.yaml").write_text(CONFIG)
     return tmp_path
 
@@ -244,7 +244,7 @@ SAID = "has changed since the folder was indexed; put the file back, or start ag
     [(replaced, SAID), (cut, SAID), (Path.unlink, r"can't be now \(no such file"), (lambda p: p.chmod(0), None)],
     ids=["replaced", "cut", "removed", "forbidden"],
 )
-def test_a_picture_that_changes_after_it_was_indexed_is_named(pictures, change, words):
+def test_a_image_that_changes_after_it_was_indexed_is_named(pictures, change, words):
     split = scan(pictures).splits["train"]
     change(pictures / split.paths[5])
     batches = evaluation_batches(split, preprocess=Preprocess(size=32), batch_size=4)
@@ -257,7 +257,7 @@ def test_a_picture_that_changes_after_it_was_indexed_is_named(pictures, change, 
 
 
 @pytest.mark.parametrize("change", [replaced, Path.unlink])
-def test_no_feature_is_kept_under_the_content_of_another_picture(place, monkeypatch, capfd, change):
+def test_no_feature_is_kept_under_the_content_of_another_image(place, monkeypatch, capfd, change):
     """Between the index and the first use; the same command again indexes the folder as it is."""
     victim, whole = place / "photos" / "train" / "cats" / "cats.3.jpg", Trainer.run
 

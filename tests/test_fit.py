@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny  # noqa: F401
-from folders import write_pictures
+from folders import write_images
 
 from jaxcats.common.cli import parse, run_command
 from jaxcats.common.stats import wilson_interval
@@ -107,7 +107,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(pictures, tmp_pa
     assert texts["a"] != texts["c"]
 
 
-def test_a_warm_run_reads_no_picture_and_imports_no_tensorflow(pictures, tmp_path):
+def test_a_warm_run_reads_no_image_and_imports_no_tensorflow(pictures, tmp_path):
     code = "import tiny, sys; from jaxcats import train; train.main(sys.argv[1:]); print('TF', 'tensorflow' in sys.modules)"
     printed = []
     for name in ("cold", "warm"):
@@ -198,7 +198,7 @@ def orders(monkeypatch):
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["scan-features", "stream-features", "stream-pictures", "scan-pictures"],
+    ids=["scan-features", "stream-features", "stream-images", "scan-images"],
 )
 def test_killed_in_the_middle_of_an_epoch_and_resumed_ends_with_the_same_bits(how, pictures, tmp_path, orders):
     if "--phases.head.precompute" not in how:
@@ -321,14 +321,14 @@ def test_a_test_split_is_judged_only_when_asked_for(pictures, tmp_path, capsys):
     assert len(judged) == 10
     before = (workdir / "metrics.json").read_bytes()
     assert run_command(evaluate_command.main, ["--run", str(workdir), "--split", "test"]) == 0
-    assert "Test pictures: neither training nor a choice has seen them." in capsys.readouterr().out
+    assert "Test images: neither training nor a choice has seen them." in capsys.readouterr().out
     tested = {r["path"] for r in csv.DictReader((workdir / "evaluations/test/predictions.csv").open())}
     assert len(tested) == 6
     assert not tested & judged
     assert json.loads((workdir / "evaluations/test/metrics.json").read_text())["split"] == "test"
     assert (workdir / "metrics.json").read_bytes() == before
     assert run_command(evaluate_command.main, ["--run", str(workdir), "--split", "test", "--data", "x"]) == 2
-    for path in list(pictures.glob("*.jpg")):  # the same pictures under other names, and so in another order
+    for path in list(pictures.glob("*.jpg")):  # the same images under other names, and so in another order
         path.rename(path.with_name(path.name.replace(".", f".x{9 - int(path.stem[-1])}", 1)))
     assert run_command(evaluate_command.main, ["--run", str(workdir)]) == 0
     assert len({r["path"] for r in csv.DictReader((workdir / "predictions.csv").open())} & judged) == 0
@@ -336,7 +336,7 @@ def test_a_test_split_is_judged_only_when_asked_for(pictures, tmp_path, capsys):
     assert (
         run(*BASE, "--data.root", pictures, "--workdir", workdir, *rule, "--data.test_fraction", "0.2", "--resume") == 2
     )
-    assert "the pictures have changed since this run was started" in capsys.readouterr().err
+    assert "the images have changed since this run was started" in capsys.readouterr().err
     seeded = [*rule, "--data.test_fraction", "0.2", "--seed", "1", "--data.manifest", tmp_path / "split.json"]
     for name, more in (("a", []), ("b", ["--seed", "2"])):  # one split, whatever the training's seed
         assert run(*BASE, "--data.root", pictures, "--workdir", tmp_path / name, *seeded, *more) == 0
@@ -348,9 +348,9 @@ def test_a_test_split_is_judged_only_when_asked_for(pictures, tmp_path, capsys):
 
 
 def test_a_run_on_a_grown_folder_outlives_the_cache(tmp_path, monkeypatch, capsys):
-    """Old pictures keep their sides as others come; which these are can't be found out again from the pictures alone."""
+    """Old images keep their sides as others come; which these are can't be found out again from the images alone."""
     root = tmp_path / "photos"
-    write_pictures(tmp_path / "a", train=16, valid=16)
+    write_images(tmp_path / "a", train=16, valid=16)
     (tmp_path / "a" / "train").rename(root)
     argv = [*BASE, "--data.root", root, "--data.valid_fraction", 0.3, "--phases.head.epochs", 1]
     assert run(*argv, "--workdir", tmp_path / "first") == 0
@@ -392,7 +392,7 @@ def test_resume_refuses_a_changed_training_field_by_name(pictures, tmp_path, cap
     assert "--resume" in capsys.readouterr().err
     next((pictures / "train" / "cats").iterdir()).unlink()
     assert run("--workdir", workdir, "--resume") == 2
-    assert "pictures have changed" in capsys.readouterr().err
+    assert "images have changed" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_with_the_step(pictures, tmp_path, capsys):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from artefacts import CLASSES, export
-from folders import write_pictures
+from folders import write_images
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -171,9 +171,9 @@ def test_feature_caches(tmp_path, forged):
 def test_index_caches(tmp_path, own_cache, forged):
     """`forged`: damaged JSON below the hash that says it is whole.
 
-    What it says of a picture is then believed where it is possible at all; there is nothing else to hold it against.
+    What it says of an image is then believed where it is possible at all; there is nothing else to hold it against.
     """
-    root = write_pictures(tmp_path / "photos", train=8, valid=4)
+    root = write_images(tmp_path / "photos", train=8, valid=4)
     whole = scan(root, progress=False)
     (store,) = (own_cache / "index").iterdir()
     body = store.read_bytes().partition(b"\n")[2] if forged else store.read_bytes()
@@ -212,7 +212,7 @@ def test_index_caches(tmp_path, own_cache, forged):
 
 
 def altered_fields(body: bytes):
-    """The JSON of an index in which some pictures' facts are others, of any type."""
+    """The JSON of an index in which some images' facts are others, of any type."""
     names = list(json.loads(body)["files"])
     leaf = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters(), max_size=9))
     value = st.one_of(leaf, st.lists(leaf, max_size=2), st.dictionaries(st.text(max_size=3), leaf, max_size=2))
@@ -234,7 +234,7 @@ def altered_fields(body: bytes):
 
 
 def sound(whole: Split, found: Split, believed: bool) -> None:
-    """The same pictures as in `whole`; of an index that was believed, some of them, with a hash and their own label."""
+    """The same images as in `whole`; of an index that was believed, some of them, with a hash and their own label."""
     if not believed:
         assert found.paths == whole.paths
         assert found.hashes == whole.hashes
@@ -246,7 +246,7 @@ def sound(whole: Split, found: Split, believed: bool) -> None:
 @pytest.mark.slow
 def test_split_manifests(tmp_path, own_cache):
     root = tmp_path / "photos"
-    write_pictures(tmp_path / "all", train=16, valid=4)
+    write_images(tmp_path / "all", train=16, valid=4)
     (tmp_path / "all" / "train").rename(root)
     manifest = tmp_path / "split.json"
 
@@ -305,7 +305,7 @@ def test_configurations(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_label_tables(tmp_path, encoding):
-    write_pictures(tmp_path, train=2, valid=2)
+    write_images(tmp_path, train=2, valid=2)
 
     def look(data: bytes) -> str:
         (tmp_path / "labels.csv").write_bytes(data)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny  # noqa: F401
-from folders import write_pictures
+from folders import write_images
 
 import jaxcats as jc
 from jaxcats.common.cli import run_command
@@ -69,9 +69,9 @@ def test_data_says_what_there_is(data, pictures):
     assert data.classes == ("cats", "dogs")
     assert (len(data.trn_y), len(data.val_y), len(data.test_paths)) == (24, 10, 3)
     assert data.val_paths[0] == pictures / "valid" / "cats" / "cats.0.jpg"
-    assert "24 train, 10 valid, 3 test pictures in 2 classes" in repr(data)
+    assert "24 train, 10 valid, 3 test images in 2 classes" in repr(data)
     np.testing.assert_array_equal(data.val_y, [p.parent.name == "dogs" for p in data.val_paths])
-    with pytest.raises(jc.UserError, match="There are no 'tests' pictures; there are train, valid, test"):
+    with pytest.raises(jc.UserError, match="There are no 'tests' images; there are train, valid, test"):
         data.split("tests")
     with pytest.raises(jc.UserError, match="side_on"):
         jc.ImageClassifierData.from_paths(pictures, augment="sideways")
@@ -83,7 +83,7 @@ def test_predictions_are_log_probabilities_in_the_order_of_the_files(learn):
         found = learn.predict(split)
         assert found.shape == (n, 2)
         np.testing.assert_allclose(np.exp(found).sum(1), 1, rtol=1e-6)
-    np.testing.assert_allclose(learn.predict("test"), learn.predict()[:3], atol=1e-6)  # the same pictures
+    np.testing.assert_allclose(learn.predict("test"), learn.predict()[:3], atol=1e-6)  # the same images
     wrong = (learn.predict().argmax(1) != learn.data.val_y).sum()
     assert learn.errors() == (wrong, 10)
     assert jc.sentence(*learn.errors()).startswith(f"{wrong} error")
@@ -248,14 +248,14 @@ def test_lr_find_changes_nothing_and_plots(learn):
     n = min(len(alone.losses), len(band.results[0].losses), 20)
     np.testing.assert_allclose(band.results[0].losses[:n], alone.losses[:n], rtol=1e-3)  # seed 0 is the run's own
     learn.precompute = False
-    assert len(learn.lr_find(iterations=7, batch_size=8).lrs) == 7  # pictures, in chunks of ten, gone through thrice
+    assert len(learn.lr_find(iterations=7, batch_size=8).lrs) == 7  # images, in chunks of ten, gone through thrice
     with pytest.raises(jc.UserError, match="precompute"):
         learn.lr_find(seeds=3)
     with pytest.raises(jc.UserError, match="start"):
         learn.lr_find(1.0, 0.1)
 
 
-def test_pictures_and_features_give_the_same_range_test(learn):
+def test_images_and_features_give_the_same_range_test(learn):
     features = learn.lr_find(1e-5, 1.0, iterations=12)
     learn.precompute = False
     pictures = learn.lr_find(1e-5, 1.0, iterations=12)
@@ -302,7 +302,7 @@ def test_galleries_choose_and_draw(learn):
 
 
 def test_more_than_two_classes(tmp_path):
-    root = write_pictures(tmp_path / "three", train=24, valid=9, classes=("a", "b", "c"))
+    root = write_images(tmp_path / "three", train=24, valid=9, classes=("a", "b", "c"))
     learn = jc.Learner.pretrained(
         "tiny", jc.ImageClassifierData.from_paths(root, size=32, batch_size=4), pretrained=False
     )
@@ -348,7 +348,7 @@ def test_the_readme_s_lines_in_a_fresh_session_with_a_local_resnet34(tmp_path):
     """The lesson's layout, the real depth; random weights in a file under torch's names."""
     from safetensors.numpy import save_file
 
-    write_pictures(tmp_path / "data" / "dogscats", train=16, valid=8, size=(260, 240))
+    write_images(tmp_path / "data" / "dogscats", train=16, valid=8, size=(260, 240))
     model = jc.models.create("resnet34", 1000, head="classifier")
     save_file(jc.models.to_state_dict(model, *model.init(jax.random.key(0))), tmp_path / "resnet34.safetensors")
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny  # noqa: F401
-from folders import write_pictures
+from folders import write_images
 
 import jaxcats as jc
 from jaxcats.common.cli import run_command
@@ -53,7 +53,7 @@ def learn(data, tmp_path):
         (lambda x: x.TTA(1.5), "tta"),
         (lambda x: x.TTA(1, augment="sideways"), "sideways"),
         (lambda x: x.freeze_to("1"), "freeze_to"),
-        (lambda x: x.errors(x.predict("train")), "validation pictures"),
+        (lambda x: x.errors(x.predict("train")), "validation images"),
         (lambda x: x.data.show_augmented(999), "999"),
     ],
 )
@@ -67,8 +67,8 @@ def test_a_slip_is_a_user_error_that_says_so_and_changes_nothing(learn, call, wo
     assert learn.history == []
 
 
-def test_too_few_pictures_for_the_parts_of_a_batch(tmp_path):
-    root = write_pictures(tmp_path / "few", train=6, valid=4)
+def test_too_few_images_for_the_parts_of_a_batch(tmp_path):
+    root = write_images(tmp_path / "few", train=6, valid=4)
     learn = jc.Learner.pretrained("tiny", jc.ImageClassifierData.from_paths(root, size=32), pretrained=False)
     with pytest.raises(jc.UserError, match="accumulate"):
         learn.fit(0.01, batch_size=12, accumulate=6)

@@ -142,7 +142,7 @@ def test_only_bent_networks_follow_a_curve(helpers):
 
 
 def test_patches_are_cut_around_the_strongest_place(helpers):
-    """Twelve pictures with one white dot each; the nine of the largest values, in order, dot in the middle."""
+    """Twelve images with one white dot each; the nine of the largest values, in order, dot in the middle."""
     size, side = 64, 16
     pictures = np.zeros((12, size, size, 3), np.uint8)
     cells = np.concatenate([np.arange(6) + row * side + 4 for row in (5, 10)])  # away from the border
@@ -170,10 +170,10 @@ def test_choosy_channels_come_first(helpers):
 
 
 def test_a_subset_is_even_over_the_classes_and_copies_only(helpers, pictures, tmp_path):
-    some = helpers["some_pictures"](pictures, tmp_path / "some", train=6, valid=4)
+    some = helpers["some_images"](pictures, tmp_path / "some", train=6, valid=4)
     counts = [len(list((some / part / name).iterdir())) for part in ("train", "valid") for name in CLASSES]
     assert counts == [3, 3, 2, 2]
-    assert helpers["some_pictures"](pictures, tmp_path / "all", train=24, valid=10) == pictures
+    assert helpers["some_images"](pictures, tmp_path / "all", train=24, valid=10) == pictures
     assert not (tmp_path / "all").exists()
     assert len(list(pictures.glob("train/*/*"))) == 24
 
@@ -196,11 +196,11 @@ def test_runs_as_a_script(tmp_path, pictures):
     assert len(re.findall(r"\d+ errors? of 10 \([\d.]+ %, 95 % interval", table)) == 5
 
 
-def test_a_folder_without_pictures_is_named(tmp_path):
+def test_a_folder_without_images_is_named(tmp_path):
     done = run([str(SCRIPT), "--root", str(tmp_path), "--out", str(tmp_path / "out")], tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert f"error: --root: {tmp_path} needs pictures in train/CLASS/ and in valid/CLASS/" in done.stderr
+    assert f"error: --root: {tmp_path} needs images in train/CLASS/ and in valid/CLASS/" in done.stderr
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def command(main, *argv) -> int:
 
 @pytest.fixture
 def separable(tmp_path):
-    """Dark and light pictures: whatever the seed, the loss falls."""
+    """Dark and light images: whatever the seed, the loss falls."""
     rng = np.random.default_rng(0)
     for part, n in (("train", 32), ("valid", 8)):
         for name, level in (("dark", 60), ("light", 190)):
@@ -151,7 +151,7 @@ def test_auto_is_refused_where_lr_find_is(separable, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_auto_works_for_phases_on_pictures_too(separable, tmp_path, monkeypatch):
+def test_auto_works_for_phases_on_images_too(separable, tmp_path, monkeypatch):
     measured = answering(monkeypatch)
     file = tmp_path / "two.yaml"
     file.write_text(

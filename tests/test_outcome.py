@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny  # noqa: F401
-from folders import write_pictures
+from folders import write_images
 
 import jaxcats as jc
 from jaxcats import compare
@@ -52,11 +52,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, compiled) -> Path:
-    """A run with everything switched on; its cache folder and its pictures are beside it."""
+    """A run with everything switched on; its cache folder and its images are beside it."""
     top = tmp_path_factory.mktemp("outcome")
     (top / "cache").mkdir()
     (top / "cache" / "xla").symlink_to(compiled)
-    pictures = write_pictures(top / "pictures", train=32, valid=20)
+    pictures = write_images(top / "pictures", train=32, valid=20)
     shutil.copy(pictures / "train/cats/cats.0.jpg", pictures / "valid/cats/leak.jpg")
     argv = [
         "--model.backbone",
@@ -127,7 +127,7 @@ def test_the_artefact_says_what_evaluate_says(trained):
 
 
 def test_another_folder_takes_the_calibration_as_it_is(run, capsys):
-    other = write_pictures(run.parent / "other", train=4, valid=12, seed=1)
+    other = write_images(run.parent / "other", train=4, valid=12, seed=1)
     assert command(evaluate_command, "--run", run, "--data", other / "valid") == 0
     (folder,) = (run / "evaluations").iterdir()
     found, own = read(folder / "metrics.json"), read(run / "metrics.json")
@@ -141,13 +141,13 @@ def test_another_folder_takes_the_calibration_as_it_is(run, capsys):
     assert "No temperature" not in capsys.readouterr().out
 
 
-def test_pictures_seen_before_are_said(run, capsys):
+def test_images_seen_before_are_said(run, capsys):
     valid = run.parent / "again"
     shutil.copytree(Path(read_root(run)) / "valid", valid)
     assert command(evaluate_command, "--run", run, "--data", valid, "--report", "no") == 0
     out = capsys.readouterr().out
-    assert "21 of the run's own valid pictures were found: the result flatters." in out
-    assert "1 of the run's own train pictures" in out  # the leak
+    assert "21 of the run's own valid images were found: the result flatters." in out
+    assert "1 of the run's own train images" in out  # the leak
     assert read(next((run / "evaluations").iterdir()) / "metrics.json")["seen_before"] == {"train": 1, "valid": 21}
 
 
@@ -176,14 +176,14 @@ def test_suspects_are_ranked_and_come_into_the_page(run, capsys):
     assert suspects
     assert {s["split"] for s in suspects} <= {"train", "valid"}
     assert (run / "figures" / "suspects.png").is_file()
-    assert f"{len(suspects):,} of 53 pictures" in capsys.readouterr().out
+    assert f"{len(suspects):,} of 53 images" in capsys.readouterr().out
     assert command(evaluate_command, "--run", run) == 0
     assert suspects[0]["path"] in (run / "report.html").read_text()
 
 
 def test_evaluate_takes_the_features_that_train_computed(run):
     loaded = run_module.load_run(run)
-    split = run_module.own_pictures(loaded).splits["valid"]
+    split = run_module.own_images(loaded).splits["valid"]
     how = {"preprocess": loaded.preprocess, "batch_size": loaded.config.feature_batch, "workers": None}
     weights = {"params": loaded.state.params, "batch_stats": loaded.state.batch_stats}
     cache = experiment.cache_of(loaded.config)
@@ -202,7 +202,7 @@ def test_another_max_error_gives_another_threshold_and_export_takes_it(run):
     ("argv", "words"),
     [
         (["--split", "train", "--data", "x"], ["--split train", "--data"]),
-        (["--split", "test"], ["--split test", "has no test pictures"]),
+        (["--split", "test"], ["--split test", "has no test images"]),
         (["--split", "tset"], ["--split", "'tset' is not one of valid, test, train"]),
         (["--max_error", "2"], ["--max_error 2", "0 < x < 1"]),
         (["--tta", "two"], ["--tta", "expected a whole number, got 'two'"]),
@@ -223,12 +223,12 @@ def test_evaluate_wants_a_run(capfd):
     assert capfd.readouterr().err == "error: --run: is required.\n"
 
 
-def test_a_picture_that_has_gone_does_not_stop_the_report(run, capfd, monkeypatch):
-    from jaxcats.data.images import PictureError
+def test_a_image_that_has_gone_does_not_stop_the_report(run, capfd, monkeypatch):
+    from jaxcats.data.images import ImageError
     from jaxcats.evaluate import figures, report
 
     def gone(judged):
-        raise PictureError("no such file")
+        raise ImageError("no such file")
 
     monkeypatch.setattr(figures, "heat_maps", gone)
     shutil.rmtree(run / "figures")
@@ -246,7 +246,7 @@ def test_a_run_compared_with_itself_can_not_be_told_apart(trained, capsys):
 
 def test_a_notebook_judges_shows_and_ships(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pictures = write_pictures(tmp_path / "pictures")
+    pictures = write_images(tmp_path / "pictures")
     data = jc.ImageClassifierData.from_paths(pictures, size=32, batch_size=4)
     learn = jc.Learner.pretrained("tiny", data, pretrained=False, precompute=True)
     learn.fit(0.01, 1)

@@ -1,4 +1,4 @@
-"""Pictures judged by an exported classifier, from Python and from the command line."""
+"""Images judged by an exported classifier, from Python and from the command line."""
 
 import csv
 import io
@@ -66,7 +66,7 @@ def answers(found: artifact.Artifact, paths) -> np.ndarray:
     return np.asarray(found.exported.call(found.tensors, pixels))
 
 
-def test_every_kind_of_picture_gets_the_programs_answer(model, files, photos_):
+def test_every_kind_of_image_gets_the_programs_answer(model, files, photos_):
     classifier = jaxcats.load(model)
     expected = answers(artifact.read(model), files[:5])
     first = expected[:1]
@@ -105,7 +105,7 @@ def test_the_columns_and_rows_say_the_same(loaded, files):
     assert "tiny, 3 classes (cats, dogs" in repr(loaded)
 
 
-def test_a_pictures_numbers_are_its_own(loaded, files):
+def test_a_images_numbers_are_its_own(loaded, files):
     """Alone or among others, in any order, with any batch size."""
     together = loaded.predict(files).probabilities
     alone = np.concatenate([loaded.predict(f).probabilities for f in files])
@@ -115,13 +115,13 @@ def test_a_pictures_numbers_are_its_own(loaded, files):
         np.testing.assert_allclose(turned[::-1], together, atol=1e-5)
 
 
-def test_few_programs_are_compiled_however_many_pictures(loaded, files):
+def test_few_programs_are_compiled_however_many_images(loaded, files):
     for n in range(1, 41, 3):
         loaded.predict(files[:n], batch_size=11)
     assert {size for size in loaded._compiled if size not in (1, 3, 32, 64)} <= {8, 11}
 
 
-def test_tta_averages_changed_versions_of_a_picture_the_same_whatever_comes_with_it(loaded, files):
+def test_tta_averages_changed_versions_of_a_image_the_same_whatever_comes_with_it(loaded, files):
     plain, four = (loaded.predict(files, batch_size=8, tta=n).probabilities for n in (0, 4))
     np.testing.assert_allclose(four.sum(1), 1, atol=1e-5)
     assert 1e-4 < np.abs(four - plain).mean() < 0.2
@@ -135,14 +135,14 @@ def bad(tmp_path) -> dict[str, str]:
     """Paths that can't be judged, and a word of the reason."""
     folder = tmp_path / "bad"
     folder.mkdir()
-    (folder / "text.jpg").write_text("no picture")
+    (folder / "text.jpg").write_text("no image")
     (folder / "empty.jpg").touch()
     (folder / "link.jpg").symlink_to(folder / "nowhere")
     os.mkfifo(folder / "pipe.jpg")
     Image.effect_noise((64, 64), 90).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:400])
     reasons = {
-        "text.jpg": "not a picture",
+        "text.jpg": "not an image",
         "empty.jpg": "empty",
         "link.jpg": "broken link",
         "pipe.jpg": "not an ordinary file",
@@ -172,8 +172,8 @@ def test_bad_files_are_rows_with_their_reason_and_the_rest_is_judged(loaded, fil
     [[3], np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), [None]],
     ids=["number", "floats", "four channels", "no pixels", "nothing"],
 )
-def test_what_is_no_picture_at_all_is_a_mistake(loaded, given):
-    with pytest.raises(UserError, match="is no picture"):
+def test_what_is_no_image_at_all_is_a_mistake(loaded, given):
+    with pytest.raises(UserError, match="is no image"):
         loaded.predict(given)
 
 
@@ -183,7 +183,7 @@ def test_options_that_cannot_be_are_mistakes(loaded, files, options):
         loaded.predict(files, **options)
 
 
-def test_a_stream_holds_few_pictures_at_a_time(loaded, files):
+def test_a_stream_holds_few_images_at_a_time(loaded, files):
     taken = []
 
     def paths():
@@ -218,7 +218,7 @@ def rows_of(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
-def test_the_table_has_a_line_per_picture(model, photos_, loaded, files):
+def test_the_table_has_a_line_per_image(model, photos_, loaded, files):
     code, out, err = command("--model", model, files[0], photos_ / "2.png", "--batch_size", 4)
     assert (code, len(out.splitlines())) == (0, 2)
     found = loaded.predict(files[:2])
@@ -227,7 +227,7 @@ def test_the_table_has_a_line_per_picture(model, photos_, loaded, files):
         assert f"{row.probability:.4f}" in line
         assert ("unsure" in line) == row.abstain
     assert "\u200b" not in out  # a class's name that can't be seen is escaped
-    assert "2 pictures in" in err
+    assert "2 images in" in err
 
 
 def test_csv_and_jsonl_hold_the_numbers(model, photos_, loaded, files, tmp_path, bad):
@@ -235,7 +235,7 @@ def test_csv_and_jsonl_hold_the_numbers(model, photos_, loaded, files, tmp_path,
     out = tmp_path / "p.csv"
     code, said, err = command("--model", model, *files, gone, "--csv", out, "--jsonl", tmp_path / "p.jsonl")
     assert (code, said) == (1, "")
-    assert "stopped: 1 of 41 pictures could not be judged" in err
+    assert "stopped: 1 of 41 images could not be judged" in err
     expected = loaded.predict([*files, gone])
     table = rows_of(out.read_text())
     assert [r["path"] for r in table] == expected.paths
@@ -257,7 +257,7 @@ def test_folders_patterns_and_runs(model, photos_, tmp_path):
     deep.mkdir(parents=True)
     shutil.copy(photos_ / "1.png", deep / "x.png")
     shutil.copy(photos_ / "2.png", tmp_path / "a" / "y.png")
-    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
     shutil.copytree(model, tmp_path / "run" / "model")
 
     def paths(*words) -> list[str]:
@@ -309,7 +309,7 @@ def test_nothing_to_judge_is_a_mistake(model, tmp_path, monkeypatch, words):
         (["--model", "M", "--kaggle", "s.csv", "x.png"], "number in the file's name"),
         (["--model", "M", "--kaggle", "s.csv", "1.png", "cat.1.png"], "has the id of 1.png"),
         (["--model", "M", "--kaggle", "s.csv", "1.png"], "two classes"),
-        (["--model", "M", "--show", "s.png", "x.png"], "none of the pictures"),
+        (["--model", "M", "--show", "s.png", "x.png"], "none of the images"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(model, words, message):
@@ -323,7 +323,7 @@ def test_a_submission_has_every_id_once_in_order(original, photos_, tmp_path, mo
     folder.mkdir()
     for name in ("10.png", "2.png", "dog.3.png"):
         shutil.copy(photos_ / "1.png", folder / name)
-    (folder / "7.png").write_text("no picture")
+    (folder / "7.png").write_text("no image")
 
     class Two:
         classes = ("cats", "dogs")
@@ -331,7 +331,7 @@ def test_a_submission_has_every_id_once_in_order(original, photos_, tmp_path, mo
         def stream(self, paths, **_):
             for path in paths:
                 p = {"10.png": 1.0, "2.png": 0.25, "dog.3.png": 1e-9}.get(Path(path).name)
-                error = None if p is not None else "not a picture"
+                error = None if p is not None else "not an image"
                 both = np.array([1 - (p or 0), p or 0], np.float32)
                 yield classifier_module.Prediction(path, "dogs", float(both.max()), False, error, both)
 
@@ -341,7 +341,7 @@ def test_a_submission_has_every_id_once_in_order(original, photos_, tmp_path, mo
     assert (tmp_path / "s.csv").read_text() == "id,label\n2,0.25\n3,0.005\n7,0.5\n10,0.995\n"
 
 
-def test_a_contact_sheet_shows_the_pictures(model, files, tmp_path):
+def test_a_contact_sheet_shows_the_images(model, files, tmp_path):
     code, out, _ = command("--model", model, *files[:3], "--show", tmp_path / "sheet.png")
     assert (code, len(out.splitlines())) == (0, 3)
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -397,7 +397,7 @@ def test_ten_lines_without_jaxcats_give_the_same(model, files, loaded):
 
 
 @pytest.mark.parametrize("flag", ["--csv", "--jsonl", "--kaggle", "--show"])
-def test_an_output_never_replaces_a_picture_or_a_device(flag, tmp_path, capfd):
+def test_an_output_never_replaces_a_image_or_a_device(flag, tmp_path, capfd):
     photo, pipe = tmp_path / "a.png", tmp_path / "pipe.png"
     photo.write_bytes(b"a photo")
     os.mkfifo(pipe)

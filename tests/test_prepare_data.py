@@ -123,7 +123,7 @@ def test_a_data_set_becomes_a_folder(name, options, counts, prepare, mistake, tm
     assert facts(out)["counts"] == counts
     assert facts(out)["settings"]["splits"] == DATA[name]
     if name == "cats_vs_dogs":
-        assert "leaves out 1,738 corrupt pictures" in said
+        assert "leaves out 1,738 corrupt images" in said
         index = scan(out, cache_dir=tmp_path / "cache")
         assert index.classes == ("cat", "dog")
         assert {name: len(split) for name, split in index.splits.items()} == counts
@@ -157,7 +157,7 @@ def test_killed_half_way_and_resumed_is_the_same_folder(name, prepare, data_dir,
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_is_the_same_folder(prepare, tmp_path, monkeypatch):
-    """Begun with settings that can't be, and with others that can: marker, split, 8 pictures and the marker again."""
+    """Begun with settings that can't be, and with others that can: marker, split, 8 images and the marker again."""
     whole = tmp_path / "whole"
     good = ["--seed", 1, "--valid", 3]
     assert prepare("cats_vs_dogs", "--out", whole, *good, n=8)[0] == 0
@@ -193,14 +193,14 @@ def test_killed_at_any_moment_and_resumed_is_the_same_folder(prepare, tmp_path, 
 def test_settings_that_cannot_be_are_not_kept(prepare, mistake, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert prepare("cats_vs_dogs", "--out", whole, "--valid", 5, n=20)[0] == 0
-    assert mistake("cats_vs_dogs", "--out", out, n=20) == "error: --valid 2000: can't be held out of 20 pictures."
-    # Killed after it held out, and before the first picture.
+    assert mistake("cats_vs_dogs", "--out", out, n=20) == "error: --valid 2000: can't be held out of 20 images."
+    # Killed after it held out, and before the first image.
     (out / "split.json").write_text('{"version": 1, "fraction": 0.5, "seed": 0, "sides": {}}')
     (out / ".split.json.1.tmp").write_text("{")
     code, _, err = prepare("cats_vs_dogs", "--out", out, "--valid", 5, n=20)
     assert code == 0, err
     assert files(out) == files(whole)
-    # A picture, or anything else, keeps them.
+    # An image, or anything else, keeps them.
     assert mistake("cats_vs_dogs", "--out", tmp_path / "other", n=20)
     (tmp_path / "other" / "mine.txt").touch()
     assert "was begun with" in mistake("cats_vs_dogs", "--out", tmp_path / "other", "--valid", 5, n=20)
@@ -218,9 +218,9 @@ def test_killed_while_it_wrote_the_first_file_is_an_empty_folder(prepare, tmp_pa
         ("cats_vs_dogs", ["--splits", "nope"], "--splits: 'nope' is not one of train."),
         ("oxford_iiit_pet", ["--splits", "train", "tset"], "--splits: 'tset' is not one of train, test. Did you mean 'test'?"),
         ("oxford_iiit_pet", ["--splits", "test"], "--splits test: has to have train among them."),
-        ("cats_vs_dogs", ["--valid", 0], "--valid 0: one picture at least has to be held out."),
-        ("imagenette/320px", ["--valid", -1], "--valid -1: one picture at least has to be held out."),
-        ("cats_vs_dogs", ["--valid", 40], "--valid 40: can't be held out of 40 pictures."),
+        ("cats_vs_dogs", ["--valid", 0], "--valid 0: one image at least has to be held out."),
+        ("imagenette/320px", ["--valid", -1], "--valid -1: one image at least has to be held out."),
+        ("cats_vs_dogs", ["--valid", 40], "--valid 40: can't be held out of 40 images."),
         ("cats_vs_dogs", ["--valid", "ten"], "--valid: expected a whole number, got 'ten'."),
         ("cats_vs_dogs", ["--vlid", 5], "--vlid: there is no such option. Did you mean '--valid'?"),
         ("cats_vs_dog", [], "cats_vs_dog: TFDS has no such data set. Did you mean 'cats_vs_dogs'?"),

@@ -18,7 +18,7 @@ import optax
 import pytest
 import tiny  # noqa: F401
 import yaml
-from folders import write_pictures
+from folders import write_images
 from PIL import Image
 
 from jaxcats import models
@@ -56,7 +56,7 @@ def command(which, *argv) -> int:
 
 
 def fit(pictures, workdir, settings=None, *options) -> int:
-    """The exit code of a training run on some pictures."""
+    """The exit code of a training run on some images."""
     settings = TINY | {"data.root": pictures, "workdir": workdir} | (settings or {})
     return command(train_command, *flags(settings), *options)
 
@@ -96,9 +96,9 @@ def differs(a, b):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, compiled) -> Path:
-    """A folder with pictures/ and the run/ trained on them, for `trial` to copy."""
+    """A folder with images/ and the run/ trained on them, for `trial` to copy."""
     top = tmp_path_factory.mktemp("trained")
-    write_pictures(top / "pictures", train=8, valid=4)
+    write_images(top / "pictures", train=8, valid=4)
     (top / "cache").mkdir()
     (top / "cache" / "xla").symlink_to(compiled)
     assert fit(top / "pictures", top / "run", {"cache_dir": top / "cache"}) == 0
@@ -107,7 +107,7 @@ def trained(tmp_path_factory, compiled) -> Path:
 
 @pytest.fixture
 def trial(trained, tmp_path) -> Path:
-    """The test's own copy of the pictures and of the run, whose config.yaml names the copied pictures."""
+    """The test's own copy of the images and of the run, whose config.yaml names the copied images."""
     for part in ("pictures", "run"):
         shutil.copytree(trained / part, tmp_path / "trial" / part)
     edit(tmp_path / "trial" / "run", "data.root", str(tmp_path / "trial" / "pictures"))
@@ -133,7 +133,7 @@ def complaint(capfd):
 
 @pytest.fixture
 def setup_of(pictures):
-    """setup_of(settings): the Setup of a run on `pictures`, which isn't run."""
+    """setup_of(settings): the Setup of a run on `images`, which isn't run."""
 
     def make(settings=None):
         argv = flags(TINY | {"phases.head.precompute": "true", "data.root": pictures} | (settings or {}))
@@ -211,7 +211,7 @@ def test_resume_notices_an_edited_config(trial, complaint):
     [("data.size", 40, "data.size: 32 -> 40"), ("model.head", "lesson", "model.head: 'linear' -> 'lesson'")],
 )
 def test_evaluate_notices_an_edited_config(key, value, change, trial, complaint):
-    """Pictures of another size go through the network without a murmur, and the number is another."""
+    """Images of another size go through the network without a murmur, and the number is another."""
     edit(trial / "run", key, value)
     before = (trial / "run" / "metrics.json").read_text()
     assert change in complaint(evaluate_command, "--run", trial / "run")
@@ -227,16 +227,16 @@ def test_a_config_may_be_edited_where_it_decides_nothing(trial):
         assert (trial / "run" / "predictions.csv").read_bytes() == before
 
 
-def test_resume_notices_renamed_pictures(trial, complaint):
-    """The same pictures in another order make other batches, and so other weights."""
+def test_resume_notices_renamed_images(trial, complaint):
+    """The same images in another order make other batches, and so other weights."""
     first = min((trial / "pictures" / "train" / "cats").iterdir())
     first.rename(first.with_name("zz.jpg"))
     message = complaint(train_command, "--resume", "--workdir", trial / "run")
-    assert "pictures have changed" in message
+    assert "images have changed" in message
     assert str(trial / "pictures") in message
 
 
-def test_the_pictures_of_a_run_may_move(trial):
+def test_the_images_of_a_run_may_move(trial):
     before = (trial / "run" / "predictions.csv").read_bytes()
     (trial / "pictures").rename(trial / "moved")
     assert command(train_command, "--resume", "--workdir", trial / "run", "--data.root", trial / "moved") == 0
@@ -245,8 +245,8 @@ def test_the_pictures_of_a_run_may_move(trial):
     assert command(evaluate_command, "--run", trial / "run") == 0
 
 
-def test_evaluate_notices_changed_pictures(trial, complaint, tmp_path, capfd):
-    """Its number would look like training's, and be of other pictures."""
+def test_evaluate_notices_changed_images(trial, complaint, tmp_path, capfd):
+    """Its number would look like training's, and be of other images."""
     result, before = trial / "run" / "metrics.json", metrics_of(trial / "run")
     (trial / "pictures" / "valid" / "dogs" / "dogs.0.jpg").unlink()
     message = complaint(evaluate_command, "--run", trial / "run")
@@ -336,7 +336,7 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_its_precision(pictures, tmp
     leaves = jax.tree.leaves((run.state.params, run.state.batch_stats, run.state.opt_state))
     assert {x.dtype for x in leaves if x.ndim} == {np.dtype("float32")}
     assert len([x for x in leaves if x.ndim]) == 2 * 3 + 2 + 2 * 2 + 2 * 3 + 2  # params, averages, momentum
-    split = run_module.own_pictures(run).splits["valid"]
+    split = run_module.own_images(run).splits["valid"]
     single = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="float32"))
     assert not np.array_equal(run.logits(split), single.logits(split))  # or this test would see nothing
     before, bits = metrics_of(workdir), (workdir / "predictions.csv").read_bytes()
@@ -556,7 +556,7 @@ def test_nested_folders_without_labels_are_predicted_on(trial, tmp_path, complai
     assert "--unlabelled" in message
     assert command(evaluate_command, *argv, "--unlabelled") == 0
     said = capfd.readouterr().out
-    assert "2 pictures without labels" in said
+    assert "2 images without labels" in said
     assert "predictions.csv" in said
     assert "metrics.json" not in said
     assert [p.name for p in out.iterdir()] == ["predictions.csv"]

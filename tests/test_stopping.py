@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny  # noqa: F401
-from folders import write_pictures
+from folders import write_images
 
 from jaxcats.common import io
 from jaxcats.common.cli import run_command
@@ -36,7 +36,7 @@ PROGRAM = "import sys, tiny; from jaxcats import train; from jaxcats.command imp
 
 @pytest.fixture
 def place(tmp_path, own_cache) -> Path:
-    write_pictures(tmp_path / "photos", train=32, valid=10)
+    write_images(tmp_path / "photos", train=32, valid=10)
     (tmp_path / "c.yaml").write_text(CONFIG)
     return tmp_path
 

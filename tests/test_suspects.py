@@ -1,4 +1,4 @@
-"""Which pictures of a data set deserve a second look, and that nobody is judged by a head that has seen it."""
+"""Which images of a data set deserve a second look, and that nobody is judged by a head that has seen it."""
 
 import csv
 import dataclasses
@@ -25,7 +25,7 @@ PHASE = Phase(precompute=True, epochs=5, lr=0.1, batch_size=8)
 
 
 def on_features(head: str = "linear", seed: int = 0) -> Setup:
-    """A Setup for arrays, without pictures."""
+    """A Setup for arrays, without images."""
     model = models.create("tiny", 2, head=head)
     return Setup(Config(seed=seed), None, model, model.preprocess, Path())
 
@@ -57,7 +57,7 @@ def test_folds_share_out_every_class_and_keep_copies_together():
     assert not np.array_equal(fold, stratified_folds(labels, hashes, folds=4, seed=1))
 
 
-def test_the_order_of_the_pictures_does_not_change_their_fold():
+def test_the_order_of_the_images_does_not_change_their_fold():
     labels, hashes, turned = np.arange(30) % 3, names(30), np.random.default_rng(0).permutation(30)
     fold = stratified_folds(labels, hashes, folds=5, seed=0)
     again = stratified_folds(labels[turned], [hashes[i] for i in turned], folds=5, seed=0)
@@ -95,13 +95,13 @@ def test_all_folds_at_once_train_as_one_after_the_other(head):
         np.testing.assert_allclose(found[k], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_held_out_picture_leaves_no_trace():
-    """Another label and other pixels for a fold, or for pictures outside train, change no answer of its head."""
+def test_a_held_out_image_leaves_no_trace():
+    """Another label and other pixels for a fold, or for images outside train, change no answer of its head."""
     whole = on_features()
     feats, labels = blobs(50, 8)
     fold = stratified_folds(labels[:40], names(40), folds=4, seed=0)
     before = label_errors_module.judge_by_folds(whole, PHASE, feats, labels[:40], fold=fold)
-    held = np.append(fold == 1, np.ones(10, bool))  # fold 1 and the ten pictures that are only judged
+    held = np.append(fold == 1, np.ones(10, bool))  # fold 1 and the ten images that are only judged
     changed = np.where(held[:, None], feats * -3 + 1, feats)
     after = label_errors_module.judge_by_folds(
         whole, PHASE, changed, np.where(held, 1 - labels, labels)[:40], fold=fold
@@ -110,7 +110,7 @@ def test_a_held_out_picture_leaves_no_trace():
     assert not np.array_equal(before[0][~held], after[0][~held])
 
 
-def test_each_picture_is_judged_by_the_heads_that_never_saw_it():
+def test_each_image_is_judged_by_the_heads_that_never_saw_it():
     probs = np.array([[[0.9, 0.1], [0.8, 0.2], [0.6, 0.4]], [[0.3, 0.7], [0.5, 0.5], [0.2, 0.8]]])
     logits = np.log(probs) + np.array([5.0, -7.0])[:, None, None]
     found = np.exp(label_errors_module.out_of_fold(logits, np.array([0, 1, -1])))
@@ -141,7 +141,7 @@ def test_the_heads_are_trained_as_the_run_trained_its_own():
 
 
 def write_folder(root: Path) -> Path:
-    """Dark and light pictures; two in the wrong folder, one of them copied from train to valid."""
+    """Dark and light images; two in the wrong folder, one of them copied from train to valid."""
     rng = np.random.default_rng(0)
     for part, n in (("train", 20), ("valid", 10)):
         for name, level in (("dark", 60), ("light", 190)):
@@ -157,7 +157,7 @@ def write_folder(root: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path):
-    """What find_suspects takes of a Run, over a folder with planted pictures; nothing needs to be trained for it."""
+    """What find_suspects takes of a Run, over a folder with planted images; nothing needs to be trained for it."""
     root = write_folder(tmp_path / "data")
     config = Config(
         data=DataConfig(str(root), size=32),
@@ -176,7 +176,7 @@ def run(tmp_path):
     )
 
 
-def test_planted_pictures_are_listed_and_written(run, tmp_path):
+def test_planted_images_are_listed_and_written(run, tmp_path):
     found = label_errors_module.find_suspects(run, run.index.splits)
     assert [s.rank for s in found] == list(range(1, len(found) + 1))
     assert len(found) <= 6  # of 61

@@ -1,4 +1,4 @@
-"""`jaxcats weights` as a user meets it, weights by name, and pictures of other sizes and channels."""
+"""`jaxcats weights` as a user meets it, weights by name, and images of other sizes and channels."""
 
 import dataclasses
 import re
@@ -258,7 +258,7 @@ def test_a_name_of_another_network_or_of_none_is_explained():
 # --- other channels and sizes ---
 
 
-def test_a_grey_picture_is_the_same_with_one_channel():
+def test_a_grey_image_is_the_same_with_one_channel():
     rgb = models.create(seeded.register_tiny(), 3, head="classifier")
     grey = models.create(rgb.name, 3, head="classifier", channels=1)
     pictures = seeded.images((2, 16, 16, 1))
@@ -287,7 +287,7 @@ def test_the_wrong_number_of_channels_is_named():
 
 
 @pytest.mark.parametrize("size", [64, 65, 512])
-def test_pictures_from_64_to_512_pixels_fit(size):
+def test_images_from_64_to_512_pixels_fit(size):
     preprocess = dataclasses.replace(models.create("resnet18", 5).preprocess, size=size)
     pixels = evaluation_pixels(Image.new("RGB", (300, 200), "red"), preprocess)
     assert pixels.shape == (size, size, 3)

@@ -129,7 +129,7 @@ def test_a_train_step_for_cpu_has_no_grouped_convolution(name):
 
 
 def test_sums_over_pixels_for_cpu_are_matrix_products():
-    """Of BatchNorm's sums over pixels no `reduce` over a picture is left: XLA runs those on one core."""
+    """Of BatchNorm's sums over pixels no `reduce` over an image is left: XLA runs those on one core."""
     step, begin, batch = train_step("efficientnet_lite0")
     text = jax.jit(step).trace(begin, batch).lower(lowering_platforms=("cpu",)).as_text()
     over_pixels = [

@@ -19,13 +19,13 @@ from jaxcats.common.errors import MAKE_ROOM, RunError, UserError, is_full, neare
 from jaxcats.common.signals import keyboard
 
 COMMANDS = {
-    "train": "train a classifier on a folder of pictures, and judge it",
+    "train": "train a classifier on a folder of images, and judge it",
     "lr_find": "find a learning rate by a range test",
-    "evaluate": "judge a trained run on its validation pictures or on another folder",
-    "compare": "compare two runs on the same pictures",
+    "evaluate": "judge a trained run on its validation images or on another folder",
+    "compare": "compare two runs on the same images",
     "export": "write a run's classifier as a folder that can be shipped",
-    "predict": "judge pictures with an exported classifier",
-    "doctor": "examine a folder of pictures: bad files, duplicates, leaks",
+    "predict": "judge images with an exported classifier",
+    "doctor": "examine a folder of images: bad files, duplicates, leaks",
     "weights": "list, fetch, check and convert pretrained weights",
 }
 KINDS = {int: "a whole number", float: "a number"}

@@ -22,7 +22,7 @@ class Columns:
     """Names of the columns of a table of labels.
 
     Args:
-        path: pictures, relative to data.root.
+        path: images, relative to data.root.
         label: their classes.
         split: train, valid or test; such a column may be missing.
     """
@@ -34,20 +34,20 @@ class Columns:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures are and how they become arrays.
+    """Where the images are and how they become arrays.
 
     Args:
         root: folder that holds train/ and valid/ (or val/, validation/) with a folder per class; or a folder of class folders, with valid_fraction.
         size: side of the square input in pixels; empty: the size the weights were trained with.
         policy: lesson: shorter side to size, centre crop; weights: shorter side to size / crop fraction, centre crop.
-        labels: folders: a folder per class; parent: the folder that a picture lies in, at any depth; a regular expression with (?P<label>...) on the path; or a .csv, .tsv or .parquet file.
+        labels: folders: a folder per class; parent: the folder that an image lies in, at any depth; a regular expression with (?P<label>...) on the path; or a .csv, .tsv or .parquet file.
         columns: of that file.
         valid_fraction: share of each class set aside for validation when neither a valid/ folder nor the table says it.
         test_fraction: share set aside likewise for a test split, which only evaluate --split test looks at.
-        group: pictures that stay together when they are set aside: a regular expression with (?P<group>...) on the path, or a column of the table.
+        group: images that stay together when they are set aside: a regular expression with (?P<group>...) on the path, or a column of the table.
         split_seed: of what is set aside: the same for every seed of the training, so that runs can be compared.
         manifest: file that records the split made by valid_fraction; empty: in the cache folder.
-        on_bad_file: what to do with a picture that can't be decoded.
+        on_bad_file: what to do with an image that can't be decoded.
         workers: threads that decode; empty: one per processor.
         rehash: read every file again instead of trusting size and modification time.
     """
@@ -89,7 +89,7 @@ class Phase:
     """One stretch of training; phases run in the order of the file, each with a fresh optimizer.
 
     Args:
-        epochs: passes over the training pictures.
+        epochs: passes over the training images.
         lr: peak learning rate, or three of them: early layers, late layers, head; auto: lr_find's valley.
         freeze: backbone: only the head learns; first: the early layers don't; nothing: all learn.
         precompute: compute the frozen backbone's features once and train the head on them.
@@ -103,10 +103,10 @@ class Phase:
         cycle_mult: sgdr: each cycle is so many times as long as the one before.
         warmup: share of the steps in which the rate rises; empty: 0.25 (one_cycle), 0.1 (warmup_cosine).
         div: one_cycle starts at lr / div.
-        batch_size: pictures per step.
+        batch_size: images per step.
         accumulate: parts that a batch goes through the network in, one after the other, to save memory.
         bn: frozen: the backbone's BatchNorms run on their stored averages; train: all of them, those of frozen layers too, run on the batch's statistics and update the averages.
-        augment: none; flip (left-right); crop (a window of a larger picture); side_on (crop, flip, rotation, lighting); top_down (the same with all eight symmetries). Not with precompute.
+        augment: none; flip (left-right); crop (a window of a larger image); side_on (crop, flip, rotation, lighting); top_down (the same with all eight symmetries). Not with precompute.
         driver: stream: batches decoded on the fly; scan: everything resident on the device; auto: scan with precompute.
     """
 
@@ -188,14 +188,14 @@ class Config:
 
     Args:
         seed: of initial weights, order, augmentation and dropout.
-        data: The pictures
+        data: The images
         model: The network
         phases: name -> Phase, run in order; --phases.NAME.FIELD VALUE changes one of the file's.
         checkpoint: Checkpoints
         distributed: Several processes
         precision: of the arithmetic; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32 always.
         chunk_steps: steps per compiled scan; checkpoints fall on its boundaries.
-        feature_batch: pictures per call of the frozen backbone, and in evaluation.
+        feature_batch: images per call of the frozen backbone, and in evaluation.
         cache_dir: for the index, features and compiled programs; empty: JAXCATS_CACHE or the user's cache folder.
         max_error: of the answers that the classifier gives when it may abstain; decides the threshold.
         export: write the classifier that can be shipped, model/.
@@ -358,7 +358,7 @@ def validate(config: Config) -> Config:
         d.size is None or 32 <= d.size <= 2048,
         "data.size",
         d.size,
-        "32 to 2048 pixels (the backbones halve the picture five times)",
+        "32 to 2048 pixels (the backbones halve the image five times)",
     )
     need(d.valid_fraction is None or 0 < d.valid_fraction < 1, "data.valid_fraction", d.valid_fraction, "0 < x < 1")
     need(d.test_fraction is None or 0 < d.test_fraction < 1, "data.test_fraction", d.test_fraction, "0 < x < 1")
@@ -433,7 +433,7 @@ def _validate_phase(p: Phase, key: str, need: Callable[[bool, str, Any, str], No
     need(p.epochs >= 1, f"{key}.epochs", p.epochs, "at least 1")
     need(p.batch_size >= 2, f"{key}.batch_size", p.batch_size, "at least 2 (the head's BatchNorm needs two)")
     need(p.accumulate >= 1, f"{key}.accumulate", p.accumulate, "at least 1")
-    parts = f"a divisor of batch_size, {p.batch_size}, that leaves two pictures in a part"
+    parts = f"a divisor of batch_size, {p.batch_size}, that leaves two images in a part"
     need(
         p.batch_size % p.accumulate == 0 and p.batch_size // p.accumulate >= 2,
         f"{key}.accumulate",
@@ -457,7 +457,7 @@ def _validate_phase(p: Phase, key: str, need: Callable[[bool, str, Any, str], No
 def check_tta(n: int, weight: float | None) -> None:
     """UserError for a number of changed versions, or a weight of the plain answer, that can't be."""
     if not isinstance(n, int) or n < 0:
-        raise UserError(f"tta: {n!r} can't be used; expected 0 or more changed versions of each picture.")
+        raise UserError(f"tta: {n!r} can't be used; expected 0 or more changed versions of each image.")
     if weight is not None and not (n and 0 <= weight <= 1):
         raise UserError(
             f"tta_weight: {weight} can't be used; expected 0 to 1, the plain answer's share, and tta above 0."

@@ -136,7 +136,7 @@ def in_notebook() -> bool:
 
 
 def progress_bar(**options: Any) -> Any:
-    """A bar that counts pictures: on a terminal and in Jupyter, silent elsewhere; arguments are tqdm's."""
+    """A bar that counts images: on a terminal and in Jupyter, silent elsewhere; arguments are tqdm's."""
     if in_notebook():
         if importlib.util.find_spec("ipywidgets"):
             from tqdm.notebook import tqdm

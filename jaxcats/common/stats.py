@@ -24,7 +24,7 @@ def wilson_interval(successes: int, n: int, *, z: float = 1.959963984540054) -> 
 
 
 def percent_digits(n: int) -> int:
-    """Decimals of a percentage that n pictures can resolve, at least one."""
+    """Decimals of a percentage that n images can resolve, at least one."""
     return max(1, math.ceil(math.log10(max(n, 1))) - 2)
 
 

@@ -86,7 +86,7 @@ def place_images(own: np.ndarray, rows: int) -> Any:
 
 
 def place_batch(batch: dict[str, np.ndarray], rows: int) -> dict[str, Any]:
-    """Every array of a batch of `rows` pictures likewise."""
+    """Every array of a batch of `rows` images likewise."""
     return {k: place_images(v, rows) for k, v in batch.items()}
 
 

@@ -23,7 +23,7 @@ def epoch_order(n: int, *, batch_size: int, seed: int, epoch: int) -> np.ndarray
 def make_scan(step: Callable) -> Callable:
     """A pure function `(state, arrays, order [K, B]) -> (state, metrics [K])`: K steps of `step` in one program.
 
-    `arrays` is a dict of arrays with a row per picture; each step gathers the rows that `order` names.
+    `arrays` is a dict of arrays with a row per image; each step gathers the rows that `order` names.
     """
 
     def scan_steps(state: Any, arrays: dict[str, jax.Array], order: jax.Array):

@@ -75,7 +75,7 @@ def make_train_step(
         tx: optimizer of the trainable leaves.
         loss_fn: `(logits, labels) -> losses [B]`.
         trainable: tree of bools like params. Leaves with False get no gradient, no update and no optimizer state.
-        preprocess: pictures, 0 to 255 -> the network's input.
+        preprocess: images, 0 to 255 -> the network's input.
         augment: `(images uint8, epoch, index [B]) -> images`, before `preprocess`.
         key: base of the step's randomness; dropout uses `fold_in(key, step)`, and the part's number with `accumulate`.
         epoch_of: step -> epoch, both int32 scalars; for `augment`.

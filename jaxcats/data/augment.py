@@ -1,6 +1,6 @@
-"""Augmentation on the device: pure JAX, each random number a function of (key, operation, epoch, row of the picture).
+"""Augmentation on the device: pure JAX, each random number a function of (key, operation, epoch, row of the image).
 
-The geometry is one affine map sampled once. dm-pix has the parts, but its `affine_transform` returns pictures of the
+The geometry is one affine map sampled once. dm-pix has the parts, but its `affine_transform` returns images of the
 source's size, interpolates between channels too, reflects borders by the slower `map_coordinates`, and ran at a tenth
 of this speed on CPU; its `adjust_contrast` turns about each channel's mean, where fastai's lighting has one mean.
 """
@@ -17,23 +17,23 @@ import jax.numpy as jnp
 from jaxcats.common.errors import UserError
 from jaxcats.data.images import Preprocess
 
-ZOOM = 8 / 7  # also of the source picture's side to the network's: 256 to 224
+ZOOM = 8 / 7  # also of the source image's side to the network's: 256 to 224
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may happen to a training picture, whose source is a square of side R; after fastai 0.7's `tfms_from_model`.
+    """What may happen to a training image, whose source is a square of side R; after fastai 0.7's `tfms_from_model`.
 
     Attributes:
         flip: mirrored left-right with probability 1/2. Nothing more than `dihedral` does by itself.
         dihedral: one of the 8 symmetries of the square, uniformly.
         crop: the window lies anywhere in the source, else in its centre. Needs a zoom above 1.
         zoom: the window's side is R/z, z uniform in [1, zoom]. Always drawn, whatever `p`: z = 1 is the whole source.
-        rotate: degrees, uniform in +-rotate, about the centre of the source (the window is cut from the turned picture);
+        rotate: degrees, uniform in +-rotate, about the centre of the source (the window is cut from the turned image);
             what lies outside is the source reflected in its edge. Positive is counter-clockwise.
         lighting: brightness b and contrast c, each uniform in +-lighting: with m the mean of the source on the 0..1
             scale, x becomes clip((x - m) c' + m + b, 0, 1), c' = 1 + c, or 1 / (1 - c) where c is negative.
-        p: probability of the rotation, and of the lighting, for each picture in each epoch.
+        p: probability of the rotation, and of the lighting, for each image in each epoch.
 
     Raises UserError for values out of range.
     """
@@ -68,14 +68,14 @@ PRESETS: dict[str, Augmentation | None] = {
 
 
 def source_size(how: Augmentation | None, size: int) -> int:
-    """Side of the square pictures to augment: `size` where no window is cut, else 8/7 of it (224 from 256)."""
+    """Side of the square images to augment: `size` where no window is cut, else 8/7 of it (224 from 256)."""
     return size if how is None or how.zoom == 1 else round(size * 8 / 7)
 
 
 def source_preprocess(preprocess: Preprocess, how: Augmentation | None) -> Preprocess:
     """The Preprocess that delivers what `make_augment(how, size=preprocess.size)` takes.
 
-    Where no window is cut it is `preprocess` itself. Otherwise it delivers the whole centre square of the picture, its
+    Where no window is cut it is `preprocess` itself. Otherwise it delivers the whole centre square of the image, its
     shorter side resized to `source_size`, and the window is a part of that square. The policy says how this compares
     with what evaluation frames. "lesson" evaluates that whole square, the window of z = 1: with zoom 8/7, things appear
     in training as large as in evaluation or up to 8/7 larger. "weights" evaluates the square's middle, `crop_fraction`
@@ -87,7 +87,7 @@ def source_preprocess(preprocess: Preprocess, how: Augmentation | None) -> Prepr
 
 
 class Draw(NamedTuple):
-    """The random choices for B pictures; where an operation is off, its neutral value.
+    """The random choices for B images; where an operation is off, its neutral value.
 
     Attributes:
         transpose, rows, columns: bool [B], whether rows and columns are swapped and then each mirrored.
@@ -108,7 +108,7 @@ class Draw(NamedTuple):
 
 
 def draw(how: Augmentation, *, key: jax.Array, epoch: jax.Array | int, index: jax.Array) -> Draw:
-    """The choices for pictures `index` int32 [B] in `epoch`; no picture's depend on another's, nor on other operations."""
+    """The choices for images `index` int32 [B] in `epoch`; no image's depend on another's, nor on other operations."""
 
     def uniforms(operation: jax.Array, row: jax.Array) -> jax.Array:
         of_epoch = jax.random.fold_in(jax.random.fold_in(key, operation), epoch)
@@ -166,7 +166,7 @@ def _matrices(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> jax.Arr
 
 
 def sample(images: jax.Array, matrix: jax.Array, shift: jax.Array, *, size: int) -> jax.Array:
-    """Pictures [B, R, R, C] seen through affine maps, bilinear, reflected in the edges; float32 [B, size, size, C].
+    """Images [B, R, R, C] seen through affine maps, bilinear, reflected in the edges; float32 [B, size, size, C].
 
     Args:
         matrix: [B, 2, 2], from (down, right) of an output pixel's centre, seen from the output's centre, to source pixels.
@@ -220,12 +220,12 @@ def _turned(images: jax.Array, d: Draw) -> jax.Array:
     return where(d.columns, images[:, :, ::-1], images)
 
 
-def each_picture(change: Callable, *, key: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """`(images [B, S, S, 3], epoch, index [B]) -> images` from a function of one picture.
+def each_image(change: Callable, *, key: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """`(images [B, S, S, 3], epoch, index [B]) -> images` from a function of one image.
 
     Args:
         change: `(image float32 [S, S, 3] from 0 to 255, key) -> image`.
-        key: the picture's own is a function of it, the epoch and the picture's index.
+        key: the image's own is a function of it, the epoch and the image's index.
     """
 
     def apply(images: jax.Array, epoch: jax.Array, index: jax.Array) -> jax.Array:
@@ -241,15 +241,15 @@ def make_augment(
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """A pure function `(images uint8 [B, R, R, C], epoch, index int32 [B]) -> images [B, size, size, C]`.
 
-    What becomes of a picture depends on (key, epoch, its index, its pixels) alone: not on its place in the batch, on
-    the other pictures or on the devices; adding or removing one operation leaves the others' choices as they were.
+    What becomes of an image depends on (key, epoch, its index, its pixels) alone: not on its place in the batch, on
+    the other images or on the devices; adding or removing one operation leaves the others' choices as they were.
 
     Args:
         key: base of all draws.
-        size: side of the output; pictures of `source_size(how, size)` give windows without enlarging them.
+        size: side of the output; images of `source_size(how, size)` give windows without enlarging them.
 
     The output is uint8, the input's pixels moved about, where nothing but mirroring is asked for and R = size; else
-    float32 in 0..255. Raises UserError, when traced, for pictures that are not square.
+    float32 in 0..255. Raises UserError, when traced, for images that are not square.
 
     >>> augment = make_augment(PRESETS["side_on"], key=jax.random.key(0), size=224)
     >>> augment(jnp.zeros((8, 256, 256, 3), jnp.uint8), 0, jnp.arange(8)).shape
@@ -259,7 +259,7 @@ def make_augment(
     def augment(images: jax.Array, epoch: jax.Array, index: jax.Array) -> jax.Array:
         side = images.shape[1]
         if images.shape[2] != side:
-            raise UserError(f"augment: pictures of {side} x {images.shape[2]} pixels; they must be square.")
+            raise UserError(f"augment: images of {side} x {images.shape[2]} pixels; they must be square.")
         d = draw(how, key=key, epoch=epoch, index=index)
         if how.zoom > 1 or how.rotate or side != size:
             out = sample(images, *affine(d, side=side, size=size), size=size)

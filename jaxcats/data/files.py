@@ -1,4 +1,4 @@
-"""Picture files on disk: find them, decode each one once, and remember what was learnt while the file is unchanged."""
+"""Image files on disk: find them, decode each one once, and remember what was learnt while the file is unchanged."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ import PIL
 
 from jaxcats.common.errors import UserError
 from jaxcats.common.io import cache_name, sweep, warn, write_bytes
-from jaxcats.data.images import PictureError, bad_reason, open_picture, upright_with_remarks
+from jaxcats.data.images import ImageError, bad_reason, open_image, upright_with_remarks
 
 # HEIC is listed so that a folder of them is answered with a reason (Pillow reads it with a plug-in only).
 IMAGE_EXTENSIONS = frozenset(
@@ -32,7 +32,7 @@ AT_ONCE = 4096  # files queued for the decoding threads: a queue of all would be
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What one look at a file said; `bad` is the reason it can't be used, None for a good picture.
+    """What one look at a file said; `bad` is the reason it can't be used, None for a good image.
 
     `note` is what is unusual about a good one, and what becomes of it.
     """
@@ -48,8 +48,8 @@ class FileRecord:
     note: str = ""
 
 
-def list_pictures(folder: Path, root: Path) -> list[str]:
-    """Picture files at any depth below `folder`, sorted, as paths relative to `root`; hidden names are left out.
+def list_images(folder: Path, root: Path) -> list[str]:
+    """Image files at any depth below `folder`, sorted, as paths relative to `root`; hidden names are left out.
 
     Links to folders are followed as `walk` follows them.
     """
@@ -108,10 +108,10 @@ def look_at(path: Path) -> FileRecord:
     record = FileRecord(status.st_size, status.st_mtime_ns)
     try:
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise PictureError("not an ordinary file")
+            raise ImageError("not an ordinary file")
         content = path.read_bytes()
         if not content:
-            raise PictureError("empty file (zero bytes)")
+            raise ImageError("empty file (zero bytes)")
         record = dataclasses.replace(record, sha256=hashlib.sha256(content).hexdigest())
         return dataclasses.replace(record, **_decode(content, path.suffix))
     except MemoryError:  # it may fit next time: without a hash the record is not kept
@@ -146,7 +146,7 @@ def belied(kind: str, suffix: str) -> str:
 
 
 def _decode(content: bytes, suffix: str) -> dict[str, Any]:
-    with open_picture(content) as image:
+    with open_image(content) as image:
         picture, said = upright_with_remarks(image, content)
         said += filter(None, [belied(str(image.format), suffix)])
         return {
@@ -189,7 +189,7 @@ def examine(
             bar = tqdm(
                 looks,
                 total=len(todo),
-                desc="checking pictures",
+                desc="checking images",
                 unit="file",
                 disable=None if progress else True,
                 delay=1.0,
@@ -217,7 +217,7 @@ def _same(path: Path, record: FileRecord) -> bool:
     return (status.st_size, status.st_mtime_ns) == (record.size, record.mtime_ns)
 
 
-# Types of a FileRecord's values: of a good picture, and of a bad one.
+# Types of a FileRecord's values: of a good image, and of a bad one.
 _FIELDS = [[int, int, str, int, int, str, str, bad, str] for bad in (type(None), str)]
 
 
@@ -241,7 +241,7 @@ def _load_records(store: Path) -> dict[str, FileRecord]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        warn(f"the index cache {store} can't be used ({type(error).__name__}): every picture is checked again")
+        warn(f"the index cache {store} can't be used ({type(error).__name__}): every image is checked again")
         return {}
 
 
@@ -257,13 +257,11 @@ def _save_records(store: Path, root: Path, records: dict[str, FileRecord]) -> No
         # A wrong digit in it would be believed for ever: the first line is the hash of the rest.
         write_bytes(store, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
     except OSError as error:
-        warn(
-            f"the index cache {store} can't be written ({bad_reason(error)}): the pictures are checked again next time"
-        )
+        warn(f"the index cache {store} can't be written ({bad_reason(error)}): the images are checked again next time")
 
 
 def check_targets(targets: dict[str, str | None], inputs: Sequence[str]) -> None:
-    """UserError for a file that an output may not replace; better known before ten thousand pictures than after."""
+    """UserError for a file that an output may not replace; better known before ten thousand images than after."""
     taken = {os.path.realpath(path) for path in inputs}
     for name, file in targets.items():
         if file is None or (file == "-" and name in ("csv", "jsonl")):

@@ -1,4 +1,4 @@
-"""Colours by a picture's own ICC profile, as sRGB."""
+"""Colours by an image's own ICC profile, as sRGB."""
 
 import dataclasses
 import io
@@ -26,20 +26,20 @@ def _srgb() -> Any:
 
 
 def see_through(image: Image.Image) -> bool:
-    """Whether a picture has transparency, as a channel or as one colour that stands for it."""
+    """Whether an image has transparency, as a channel or as one colour that stands for it."""
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
 
 def deep_grey(image: Image.Image) -> bool:
-    """Whether a picture has greys of more than 8 bits."""
+    """Whether an image has greys of more than 8 bits."""
     return image.mode.startswith(("I", "F"))
 
 
 def to_srgb(image: Image.Image) -> tuple[Callable[[Image.Image], Image.Image] | None, str]:
-    """How the colours of a decoded picture, or of any part of it, become sRGB, and what to say of it, "" for nothing.
+    """How the colours of a decoded image, or of any part of it, become sRGB, and what to say of it, "" for nothing.
 
-    None for pictures that stay as they are, bit for bit: those without a profile, with sRGB's own, and with one that is
-    broken or of another kind than the picture. Alpha is kept: what has any comes out RGBA, the rest RGB.
+    None for images that stay as they are, bit for bit: those without a profile, with sRGB's own, and with one that is
+    broken or of another kind than the image. Alpha is kept: what has any comes out RGBA, the rest RGB.
     """
     content = image.info.get("icc_profile")
     if not content:
@@ -72,17 +72,17 @@ def to_srgb(image: Image.Image) -> tuple[Callable[[Image.Image], Image.Image] | 
 
 
 def _converted_as(image: Image.Image) -> str:
-    """The mode that says the same as the picture's own without a palette or a colour that stands for transparency."""
+    """The mode that says the same as the image's own without a palette or a colour that stands for transparency."""
     mode = "RGB" if image.mode == "P" else image.mode
     return mode + "A" * (mode in ("L", "RGB") and "transparency" in image.info)
 
 
-# Pixels converted at a time: whole large pictures would be held once more for every step of their conversion.
+# Pixels converted at a time: whole large images would be held once more for every step of their conversion.
 BAND = 2**18
 
 
 def to_rgb(image: Image.Image, colours: Callable[[Image.Image], Image.Image] | None, *, ours: bool) -> Image.Image:
-    """A decoded picture of any mode as RGB: alpha laid on white, deep greys scaled.
+    """A decoded image of any mode as RGB: alpha laid on white, deep greys scaled.
 
     Args:
         image: it may be changed where it is `ours`.
@@ -125,7 +125,7 @@ def _on_white(part: Image.Image) -> Image.Image:
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """How any part of it becomes RGB: 16 bits scaled by 257, floats from 0..1, a picture beyond that by its own range.
+    """How any part of it becomes RGB: 16 bits scaled by 257, floats from 0..1, an image beyond that by its own range.
 
     Infinite values are the ends of the finite ones, NaN is 0, and what has the transparent value is white.
     """
@@ -167,7 +167,7 @@ TRANSFORM_VERSION = 3
 # A longer side beyond this many times the shorter one is not resized whole (a 1 x 65,535 strip would take gigabytes).
 STRIP_RATIO = 32
 
-# Pillow refuses pictures of twice this many pixels: 200 megapixels, so that the largest phone cameras still pass.
+# Pillow refuses images of twice this many pixels: 200 megapixels, so that the largest phone cameras still pass.
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, 100_000_000)
 # Odd EXIF, large sizes and palettes make Pillow warn once per file; what matters is reported as a bad file instead.
@@ -189,13 +189,13 @@ _UPRIGHT = {
 }
 
 
-class PictureError(ValueError):
-    """A picture that can't be decoded; the message is the reason alone, without the file's name."""
+class ImageError(ValueError):
+    """An image that can't be decoded; the message is the reason alone, without the file's name."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a picture becomes the array that a backbone was trained on; it travels with the weights.
+    """How an image becomes the array that a backbone was trained on; it travels with the weights.
 
     Attributes:
         size: side of the square input, in pixels.
@@ -242,7 +242,7 @@ def exif_orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where there is none or it can't be read."""
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # Pillow raises many kinds on corrupt EXIF, and a picture without its tag is still a picture
+    except Exception:  # Pillow raises many kinds on corrupt EXIF, and an image without its tag is still an image
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -271,46 +271,46 @@ def _open(source: "str | os.PathLike[str] | bytes") -> Image.Image:
         if start[4:8] != b"ftyp" or start[8:12] in (b"avif", b"avis"):
             raise
         if not _with_heif():
-            raise PictureError('HEIC needs the extra "heic": pip install "jaxcats[heic]"') from None
+            raise ImageError('HEIC needs the extra "heic": pip install "jaxcats[heic]"') from None
         return Image.open(file)
 
 
 @contextmanager
-def open_picture(source: "str | os.PathLike[str] | bytes") -> Iterator[Image.Image]:
-    """A file, or a file's content, opened by Pillow but not decoded yet; inside, every failure is a PictureError."""
+def open_image(source: "str | os.PathLike[str] | bytes") -> Iterator[Image.Image]:
+    """A file, or a file's content, opened by Pillow but not decoded yet; inside, every failure is an ImageError."""
     try:
         with _open(source) as image:
             if image.format not in FORMATS:
-                raise PictureError(f"{image.format} is not a picture format that jaxcats reads")
+                raise ImageError(f"{image.format} is not an image format that jaxcats reads")
             yield image
     except MemoryError:
         raise
     # What a corrupt file raises depends on its format: OSError, SyntaxError, struct.error, IndexError...
     except Exception as error:
-        raise PictureError(bad_reason(error)) from error
+        raise ImageError(bad_reason(error)) from error
 
 
 def open_upright(source: "str | os.PathLike[str] | bytes | Image.Image") -> Image.Image:
-    """A picture as Pillow RGB, upright, whatever its mode: the first frame, alpha laid on white, 16-bit greys scaled,
+    """An image as Pillow RGB, upright, whatever its mode: the first frame, alpha laid on white, 16-bit greys scaled,
     colours of another profile than sRGB converted.
 
     Args:
         source: a path, a file's content, or a Pillow image (which is left as it was).
 
-    Raises PictureError with the reason.
+    Raises ImageError with the reason.
     """
     if isinstance(source, Image.Image):
         return upright(source, ours=False)
-    with open_picture(source) as image:
+    with open_image(source) as image:
         return upright(image)
 
 
 def bad_reason(error: Exception) -> str:
-    """Why a picture can't be used, in a few words, from whatever was raised while reading it."""
-    if isinstance(error, PictureError):
+    """Why an image can't be used, in a few words, from whatever was raised while reading it."""
+    if isinstance(error, ImageError):
         return str(error)
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture that Pillow can read"
+        return "not an image that Pillow can read"
     if isinstance(error, Image.DecompressionBombError):
         return f"too large: {str(error).split(',')[0]}"
     if isinstance(error, OSError) and error.strerror:
@@ -322,10 +322,10 @@ def bad_reason(error: Exception) -> str:
 
 
 def upright_with_remarks(image: Image.Image, content: bytes) -> tuple[Image.Image, list[str]]:
-    """`upright`, and what is unusual about the picture and what becomes of it; [] for nothing.
+    """`upright`, and what is unusual about the image and what becomes of it; [] for nothing.
 
     Args:
-        image: as `open_picture(content)` gives it; it may be changed.
+        image: as `open_image(content)` gives it; it may be changed.
         content: the file's, which the frames are counted in.
     """
     picture, colours = _upright(image, ours=True)
@@ -347,13 +347,13 @@ def _said_of_frames(image: Image.Image, content: bytes) -> str:
     if image.format not in ("GIF", "TIFF"):
         frames = getattr(image, "n_frames", 1)
     else:
-        # Counting moves from frame to frame, and would leave a picture at the damaged one: hence a second opening.
+        # Counting moves from frame to frame, and would leave an image at the damaged one: hence a second opening.
         with _open(content) as again:
             try:
                 frames = getattr(again, "n_frames", 1)
             except MemoryError:
                 raise
-            except Exception:  # of as many kinds as in open_picture
+            except Exception:  # of as many kinds as in open_image
                 return "first of several frames, later ones damaged"
     return f"first of {frames:,} frames" if frames > 1 else ""
 
@@ -382,7 +382,7 @@ def evaluation_pixels(source: "str | os.PathLike[str] | bytes | Image.Image", pr
     bit, except in strips more than 32 times as long as wide, where only the middle is resized. (Resizing just the
     cropped box is no substitute: Pillow holds a box in float32, which changes bits in most photos.)
 
-    Raises PictureError with the reason.
+    Raises ImageError with the reason.
     """
     size, method = preprocess.size, _FILTERS[preprocess.interpolation]
     image = _middle_of_strip(open_upright(source))

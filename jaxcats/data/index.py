@@ -1,4 +1,4 @@
-"""The folder of pictures as a table: classes, splits, labels, and the files that can't be used."""
+"""The folder of images as a table: classes, splits, labels, and the files that can't be used."""
 
 import dataclasses
 import time
@@ -13,8 +13,8 @@ import numpy as np
 from jaxcats.common.cli import one_line
 from jaxcats.common.errors import UserError
 from jaxcats.common.io import cache_folder
-from jaxcats.data.files import IMAGE_EXTENSIONS, FileRecord, examine, list_pictures
-from jaxcats.data.labels import Labelled, existing_folder, extensions, find_labels, grouping, labelled_pictures
+from jaxcats.data.files import IMAGE_EXTENSIONS, FileRecord, examine, list_images
+from jaxcats.data.labels import Labelled, existing_folder, extensions, find_labels, grouping, labelled_images
 from jaxcats.data.splits import Rule, default_manifest, hold_out
 
 __all__ = [
@@ -40,7 +40,7 @@ class BadFile:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Pictures of one split, sorted by path.
+    """Images of one split, sorted by path.
 
     Attributes:
         root: the folder that `paths` are relative to.
@@ -63,8 +63,8 @@ class FolderIndex:
     """What `scan` found: classes in label order, the splits "train" and "valid", and the files left out.
 
     `seconds` is the time the scan took, `reused` how many files were answered from the cache. `test` stands apart, so that
-    nothing trains or chooses on it. `notes` are what is unusual about good pictures, and what becomes of them. `manifest`
-    is where the cache keeps which side each picture is on; None where folders, a table or the user's own manifest say so.
+    nothing trains or chooses on it. `notes` are what is unusual about good images, and what becomes of them. `manifest`
+    is where the cache keeps which side each image is on; None where folders, a table or the user's own manifest say so.
     """
 
     root: Path
@@ -91,7 +91,7 @@ class _Reader:
     def read(
         self, root: Path, paths: Sequence[str], without: Sequence[tuple[str, str]] = ()
     ) -> tuple[dict[str, FileRecord], tuple[BadFile, ...], int]:
-        """Good records by path, the bad files, those `without` a label (picture, reason) first, and how many were cached."""
+        """Good records by path, the bad files, those `without` a label (image, reason) first, and how many were cached."""
         records, reused = examine(
             root,
             paths,
@@ -109,13 +109,13 @@ class _Reader:
         if bad and self.on_bad_file == "fail":
             more = f", and {len(bad) - 5:,} more" if len(bad) > 5 else ""
             raise UserError(
-                f"{root}: {len(bad):,} of {len(paths) + len(without):,} pictures can't be used: {_listed(bad[:5])}{more}; "
+                f"{root}: {len(bad):,} of {len(paths) + len(without):,} images can't be used: {_listed(bad[:5])}{more}; "
                 "mend or remove them, or set on_bad_file to skip"
             )
         if bad and not good:
             raise UserError(
-                f"{root}: none of the {len(bad):,} pictures can be used, for example {_listed(bad[:3])}; "
-                "check that the files are whole pictures in a format that Pillow reads"
+                f"{root}: none of the {len(bad):,} images can be used, for example {_listed(bad[:3])}; "
+                "check that the files are whole images in a format that Pillow reads"
             )
         return good, tuple(bad), reused
 
@@ -137,28 +137,28 @@ def scan(
     workers: int | None = None,
     progress: bool = True,
 ) -> FolderIndex:
-    """Index a folder of pictures for training; every file is decoded once, and remembered while it is unchanged.
+    """Index a folder of images for training; every file is decoded once, and remembered while it is unchanged.
 
     Two layouts: `train/` and `valid/` (or `val/`, `validation/`), and perhaps `test/`, with a folder per class in each; or
-    a single folder of class folders (or `train/` alone) plus `valid_fraction`. Pictures may be nested inside a class
+    a single folder of class folders (or `train/` alone) plus `valid_fraction`. Images may be nested inside a class
     folder; hidden files and folders are left out. Nothing under `root` is changed.
 
     Args:
-        labels: "folders": as above. "parent": the folder that a picture lies in, at any depth. A regular expression with
+        labels: "folders": as above. "parent": the folder that an image lies in, at any depth. A regular expression with
             (?P<label>...), searched for in the path below `root` (or below its train/, valid/ and test/). A .csv, .tsv
             or .parquet file with the columns path, label and perhaps split.
         columns: other names of the columns "path", "label" and "split".
-        group: pictures of one group stay on one side when they are held out: a regular expression with (?P<group>...) on
+        group: images of one group stay on one side when they are held out: a regular expression with (?P<group>...) on
             the path, or a column of the table.
         valid_fraction: share of each class that goes to "valid", where neither folders nor a table say what does. A
-            picture's side depends on its content (or group) and `seed`, and is kept in `manifest`, so that it never
+            image's side depends on its content (or group) and `seed`, and is kept in `manifest`, so that it never
             changes when files come, go or are renamed.
         test_fraction: likewise for `test`.
         on_bad_file: "skip" lists files that can't be decoded, or get no label, in `bad`; "fail" raises.
         cache_dir: what to use in place of `cache_folder()`.
         manifest: JSON file of the split; None puts it in the cache folder, by root, fraction and seed.
         kept_manifest: a run's copy of the one in the cache folder, which goes before it: that may have gone, or be of
-            another time, and where pictures have come since the first split it can't be made again.
+            another time, and where images have come since the first split it can't be made again.
         rehash: look at every file again, cached or not.
         workers: decoding threads; None is one per core.
 
@@ -210,13 +210,13 @@ def _check_holding(
 ) -> None:
     """UserError where what is asked to be held out doesn't fit what the folder or the table says."""
     if held and valid_fraction is None:
-        raise UserError(f"{root}: nothing says which pictures are for validation; set valid_fraction, for example 0.2")
+        raise UserError(f"{root}: nothing says which images are for validation; set valid_fraction, for example 0.2")
     for name, value in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction), ("group", group)):
         if value is not None and not held:
-            raise UserError(f"{name}: {value} given, but {root} has its own validation pictures; leave {name} out")
+            raise UserError(f"{name}: {value} given, but {root} has its own validation images; leave {name} out")
     if test_fraction is not None and "test" in found.parts:
         raise UserError(
-            f"test_fraction: {test_fraction} given, but {root} has its own test pictures; leave test_fraction out"
+            f"test_fraction: {test_fraction} given, but {root} has its own test images; leave test_fraction out"
         )
     for name, value in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction)):
         if value is not None and not 0 < value < 1:
@@ -233,14 +233,14 @@ def _groups(
     table: Sequence[Sequence[str]],
     good: Mapping[str, FileRecord],
 ) -> dict[str, set[str]]:
-    """The groups of each content; UserError where no picture has one."""
+    """The groups of each content; UserError where no image has one."""
     found: dict[str, set[str]] = {}
     for path in (path for paths in table for path in paths):
         name = name_of(path)
         if name:
             found.setdefault(good[path].sha256, set()).add(name)
     if not found:
-        raise UserError("data.group: no picture is in a group; look at the pattern or the column again")
+        raise UserError("data.group: no image is in a group; look at the pattern or the column again")
     return found
 
 
@@ -255,9 +255,9 @@ def scan_labelled(
     workers: int | None = None,
     progress: bool = True,
 ) -> tuple[Split, tuple[BadFile, ...]]:
-    """Index another folder of labelled pictures, to evaluate a trained classifier on it.
+    """Index another folder of labelled images, to evaluate a trained classifier on it.
 
-    `folder` holds a folder per class, or a `valid/` (`val/`, `validation/`) that does; or its pictures are labelled by
+    `folder` holds a folder per class, or a `valid/` (`val/`, `validation/`) that does; or its images are labelled by
     "parent" or a pattern. Classes are matched by name; labels are positions in `classes`. The other arguments are those
     of `scan`.
 
@@ -265,7 +265,7 @@ def scan_labelled(
     """
     root = existing_folder(folder)
     reader = _Reader(Path(cache_dir) if cache_dir else None, rehash, workers, progress, on_bad_file)
-    found = labelled_pictures(root, labels, classes)
+    found = labelled_images(root, labels, classes)
     good, bad, _ = reader.read(root, [path for paths in found.parts["valid"] for path in paths], found.bad)
     return _split(root, _usable("valid", found, good, bad), good), bad
 
@@ -279,12 +279,12 @@ def scan_unlabelled(
     workers: int | None = None,
     progress: bool = True,
 ) -> tuple[Split, tuple[BadFile, ...]]:
-    """Index any folder of pictures, at any depth, to predict on; labels are -1. Arguments as for `scan`."""
+    """Index any folder of images, at any depth, to predict on; labels are -1. Arguments as for `scan`."""
     root = existing_folder(folder)
     reader = _Reader(Path(cache_dir) if cache_dir else None, rehash, workers, progress, on_bad_file)
-    paths = list_pictures(root, root)
+    paths = list_images(root, root)
     if not paths:
-        raise UserError(f"{root}: no pictures found at any depth; looked for {extensions()}")
+        raise UserError(f"{root}: no images found at any depth; looked for {extensions()}")
     good, bad, _ = reader.read(root, paths)
     return _split(root, [list(good)], good, first_label=-1), bad
 
@@ -298,7 +298,7 @@ def _usable(split: str, found: Labelled, good: Mapping[str, FileRecord], bad: Se
             own = set(paths)
             reasons = [file for file in bad if file.path in own][:3]
             raise UserError(
-                f"{found.places[split]}{name}: none of its {len(paths):,} pictures can be used: {_listed(reasons)}; "
+                f"{found.places[split]}{name}: none of its {len(paths):,} images can be used: {_listed(reasons)}; "
                 "mend them, add others, or remove the folder if it is no class"
             )
     return table
@@ -320,6 +320,6 @@ def _listed(files: Sequence[BadFile]) -> str:
 
 
 def skipped(bad: "Sequence[BadFile]", most: int = 5) -> list[str]:
-    """Lines that name the pictures left out, the first few of them."""
+    """Lines that name the images left out, the first few of them."""
     lines = [f"skipped {one_line(b.path)}: {b.reason}" for b in bad[:most]]
-    return lines + ([f"... and {len(bad) - most:,} more pictures skipped"] if len(bad) > most else [])
+    return lines + ([f"... and {len(bad) - most:,} more images skipped"] if len(bad) > most else [])

@@ -1,4 +1,4 @@
-"""What a folder of pictures must look like, and what is said where it doesn't."""
+"""What a folder of images must look like, and what is said where it doesn't."""
 
 import codecs
 import csv
@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxcats.common.config import compiled, way
 from jaxcats.common.errors import UserError, nearest
-from jaxcats.data.files import IMAGE_EXTENSIONS, list_pictures
+from jaxcats.data.files import IMAGE_EXTENSIONS, list_images
 
 VALID_NAMES = ("valid", "val", "validation")
 
@@ -21,9 +21,9 @@ def existing_folder(folder: str | Path) -> Path:
     """The folder with links resolved; UserError where there is none."""
     path = Path(os.path.expanduser(folder))
     if not path.exists():
-        raise UserError(f"{path}: no such folder; give the folder that holds the pictures")
+        raise UserError(f"{path}: no such folder; give the folder that holds the images")
     if not path.is_dir():
-        raise UserError(f"{path}: not a folder; give the folder that holds the pictures")
+        raise UserError(f"{path}: not a folder; give the folder that holds the images")
     return path.resolve()
 
 
@@ -71,9 +71,9 @@ def class_names(folder: Path) -> tuple[str, ...]:
     """The names of the folders inside, sorted: the classes in label order."""
     names = tuple(subfolders(folder))
     if not names:
-        loose = len(list_pictures(folder, folder))
-        found = f"{loose:,} pictures but no class folders" if loose else "no pictures"
-        raise UserError(f"{folder}: {found}; expected a folder of pictures per class, for example cats/ and dogs/")
+        loose = len(list_images(folder, folder))
+        found = f"{loose:,} images but no class folders" if loose else "no images"
+        raise UserError(f"{folder}: {found}; expected a folder of images per class, for example cats/ and dogs/")
     return names
 
 
@@ -103,14 +103,14 @@ def letters(name: str) -> str:
 
 
 def class_files(root: Path, folder: Path, classes: Sequence[str]) -> list[list[str]]:
-    """The pictures of each class, relative to `root`; a class without any is an error."""
-    members = [list_pictures(folder / name, root) for name in classes]
+    """The images of each class, relative to `root`; a class without any is an error."""
+    members = [list_images(folder / name, root) for name in classes]
     if not any(members):
-        raise UserError(f"{folder}: no pictures in its {len(classes)} class folders; looked for {extensions()}")
+        raise UserError(f"{folder}: no images in its {len(classes)} class folders; looked for {extensions()}")
     for name, paths in zip(classes, members, strict=True):
         if not paths:
             raise UserError(
-                f"{folder / name}: no pictures in this class folder; add some, or remove the folder if it is no class "
+                f"{folder / name}: no images in this class folder; add some, or remove the folder if it is no class "
                 f"(looked for {extensions()})"
             )
     return members
@@ -123,7 +123,7 @@ def shortened(names: Sequence[str], most: int = 8) -> str:
 
 
 def extensions() -> str:
-    """What counts as a picture, for messages."""
+    """What counts as an image, for messages."""
     return " ".join(sorted(IMAGE_EXTENSIONS))
 
 
@@ -133,7 +133,7 @@ COLUMNS = {"path": "path", "label": "label", "split": "split"}
 
 @dataclass(frozen=True)
 class Row:
-    """One picture of a table; `split` is None where nothing says it."""
+    """One image of a table; `split` is None where nothing says it."""
 
     path: str
     label: str
@@ -144,7 +144,7 @@ class Row:
 def read_table(
     root: Path, table: str, columns: Mapping[str, str], *, further: Set[str] = frozenset()
 ) -> tuple[list[Row], list[tuple[str, str]]]:
-    """The rows of a table of labels, each picture once, and (picture or line, reason) of those that can't be used.
+    """The rows of a table of labels, each image once, and (image or line, reason) of those that can't be used.
 
     Args:
         root: what relative paths in it are relative to.
@@ -225,7 +225,7 @@ def _rows(
 def _path(root: Path, given: str) -> tuple[str, str]:
     """The path relative to the root, and what is wrong with it."""
     if not given or "\0" in given:
-        return "", "names no picture"
+        return "", "names no image"
     # Written on Windows; but here a backslash may be a letter of a name too, so the files decide.
     if os.sep == "/" and "\\" in given and "/" not in given and not os.path.isfile(os.path.join(root, given)):
         path, wrong = _path(root, given.replace("\\", "/"))
@@ -266,7 +266,7 @@ def _csv(file: Path) -> Iterator[tuple[str, list[str]]]:
     try:
         header = next((names for cells in reader if any(names := [cell.strip() for cell in cells])), None)
         if header is None:
-            raise UserError(f"{file}: is empty; expected a line with the names of the columns, then one per picture.")
+            raise UserError(f"{file}: is empty; expected a line with the names of the columns, then one per image.")
         yield f"line {reader.line_num}", header
         for cells in reader:
             if cells:
@@ -276,7 +276,7 @@ def _csv(file: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _parquet(file: Path, wanted: Set[str]) -> Iterator[tuple[str, list[str]]]:
-    """("row N", cells), the header first; columns that aren't wanted, which may hold whole pictures, stay unread."""
+    """("row N", cells), the header first; columns that aren't wanted, which may hold whole images, stay unread."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -323,15 +323,15 @@ def _texts(file: Path, name: str, column: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures with their labels, before any is opened.
+    """Images with their labels, before any is opened.
 
     Attributes:
         classes: in label order.
-        parts: split ("train", "valid", "test") -> for each class its pictures, relative to the root. Without "valid"
+        parts: split ("train", "valid", "test") -> for each class its images, relative to the root. Without "valid"
             it has to be held out of "train".
-        bad: (picture, reason) of those that have no label.
+        bad: (image, reason) of those that have no label.
         places: what to call a class of a split in messages: split -> the text that a class's name is added to.
-        columns: further columns of the table: name -> picture -> value.
+        columns: further columns of the table: name -> image -> value.
     """
 
     classes: tuple[str, ...]
@@ -344,7 +344,7 @@ class Labelled:
 def find_labels(
     root: Path, labels: str, *, valid_fraction: float | None, columns: Mapping[str, str], group: str | None = None
 ) -> Labelled:
-    """The pictures under `root` (resolved) with the labels that `labels` gives them; see `scan` for the arguments.
+    """The images under `root` (resolved) with the labels that `labels` gives them; see `scan` for the arguments.
 
     Raises UserError where the folder or the table can't be used so.
     """
@@ -369,11 +369,11 @@ def _from_folders(root: Path, valid_fraction: float | None) -> Labelled:
     if valid is not None:
         check_classes(valid, class_names(valid), classes, against=str(train))
     test = test_folder(root) if train != root else None
-    # A test folder without these classes holds pictures without labels, and is left alone.
+    # A test folder without these classes holds images without labels, and is left alone.
     if test is not None and set(classes) != set(subfolders(test)):
         test = None
     tops = {"train": train, "valid": valid, "test": test}
-    if test is not None and not list_pictures(test, root):  # laid out, but still empty
+    if test is not None and not list_images(test, root):  # laid out, but still empty
         tops["test"] = None
     there = {name: top for name, top in tops.items() if top is not None}
     parts = {name: class_files(root, top, classes) for name, top in there.items()}
@@ -381,7 +381,7 @@ def _from_folders(root: Path, valid_fraction: float | None) -> Labelled:
 
 
 def _from_names(root: Path, labels: str, valid_fraction: float | None) -> Labelled:
-    """By the folder that a picture lies in, at any depth, or by a pattern on its path."""
+    """By the folder that an image lies in, at any depth, or by a pattern on its path."""
     top, valid = root, None
     if (root / "train").is_dir():
         top, valid = split_folders(root, valid_fraction)
@@ -389,7 +389,7 @@ def _from_names(root: Path, labels: str, valid_fraction: float | None) -> Labell
         _no_split_apart(root)
         if valid_fraction is None:
             raise UserError(
-                f"{root}: nothing says which pictures are for validation; set data.valid_fraction, for example 0.2, or give "
+                f"{root}: nothing says which images are for validation; set data.valid_fraction, for example 0.2, or give "
                 f"it train/ and valid/."
             )
     tops = {"train": top, "valid": valid, "test": test_folder(root) if top != root else None}
@@ -398,10 +398,10 @@ def _from_names(root: Path, labels: str, valid_fraction: float | None) -> Labell
         if folder is not None:
             with_label, without = _named(root, folder, labels)
             rows += [Row(path, label, split) for path, label in with_label]
-            # A test folder may hold pictures without labels.
+            # A test folder may hold images without labels.
             bad += without if split != "test" or with_label else []
     if not rows:
-        raise UserError(f"{root}: no picture gets a label from data.labels {labels!r}{_for_example(bad)}.")
+        raise UserError(f"{root}: no image gets a label from data.labels {labels!r}{_for_example(bad)}.")
     return _from_rows(root, rows, bad, f"{root}: class ")
 
 
@@ -409,7 +409,7 @@ def _no_split_apart(root: Path) -> None:
     """UserError where a folder that is to be trained on as a whole has a split in it."""
     if apart := valid_folder(root) or test_folder(root):
         raise UserError(
-            f"{root}: has {apart.name}/ but no train/, so its pictures would be among those to train on; put the others in "
+            f"{root}: has {apart.name}/ but no train/, so its images would be among those to train on; put the others in "
             f"train/, or move {apart.name}/ away."
         )
 
@@ -419,14 +419,14 @@ def _for_example(bad: Sequence[tuple[str, str]]) -> str:
 
 
 def _named(root: Path, folder: Path, labels: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(picture, label) by "parent" or a pattern on the path below `folder`, and (picture, why it has none)."""
+    """(image, label) by "parent" or a pattern on the path below `folder`, and (image, why it has none)."""
     label, why = labeller(labels), "lies in no folder" if labels == "parent" else "data.labels doesn't match its name"
-    found = [(path, label(os.path.relpath(root / path, folder))) for path in list_pictures(folder, root)]
+    found = [(path, label(os.path.relpath(root / path, folder))) for path in list_images(folder, root)]
     return [(path, name) for path, name in found if name], [(path, why) for path, name in found if not name]
 
 
-def labelled_pictures(root: Path, labels: str, classes: Sequence[str]) -> Labelled:
-    """The pictures of another folder (in its valid/ where it has one) with labels of these classes, as "valid".
+def labelled_images(root: Path, labels: str, classes: Sequence[str]) -> Labelled:
+    """The images of another folder (in its valid/ where it has one) with labels of these classes, as "valid".
 
     Raises UserError where the classes found aren't exactly `classes`.
     """
@@ -443,7 +443,7 @@ def labelled_pictures(root: Path, labels: str, classes: Sequence[str]) -> Labell
 
 
 def labeller(labels: str) -> Callable[[str], str | None]:
-    """From a picture's path to its label, None where it has none, for "parent" or a pattern."""
+    """From an image's path to its label, None where it has none, for "parent" or a pattern."""
     if labels == "parent":
         return lambda path: os.path.basename(os.path.dirname(path)) or None
     pattern = compiled(labels, "label", "data.labels")
@@ -460,7 +460,7 @@ def _from_rows(root: Path, rows: Sequence[Row], bad: Sequence[tuple[str, str]], 
     for row in rows:
         by_split.setdefault(row.split or "train", {}).setdefault(row.label, []).append(row.path)
     if "train" not in by_split:
-        raise UserError(f"{root}: there are no training pictures among the {len(rows):,} with a label.")
+        raise UserError(f"{root}: there are no training images among the {len(rows):,} with a label.")
     classes = tuple(sorted(by_split["train"]))
     if len(classes) == 1:
         raise UserError(f"{root}: only one class ({classes[0]}); a classifier needs two at least")
@@ -472,7 +472,7 @@ def _from_rows(root: Path, rows: Sequence[Row], bad: Sequence[tuple[str, str]], 
             )
         lacking = [name for name in classes if name not in found]
         if split == "valid" and lacking:
-            raise UserError(f"{root}: valid has no pictures of {shortened(lacking)}; every class needs some.")
+            raise UserError(f"{root}: valid has no images of {shortened(lacking)}; every class needs some.")
     parts = {
         split: [sorted(by_split[split].get(name, [])) for name in classes]
         for split in ("train", "valid", "test")
@@ -487,7 +487,7 @@ def _with_columns(found: Labelled, rows: Sequence[Row], names: set[str]) -> Labe
 
 
 def grouping(group: str, labelled: Labelled) -> Callable[[str], str | None]:
-    """From a picture's path to the name of its group, None for a picture on its own.
+    """From an image's path to the name of its group, None for an image on its own.
 
     Args:
         group: a regular expression with (?P<group>...) on the path, or a column of the table.

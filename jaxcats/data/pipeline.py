@@ -1,4 +1,4 @@
-"""Batches of pictures through tf.data, each by Pillow's evaluation transform: every one in order, or in a given order.
+"""Batches of images through tf.data, each by Pillow's evaluation transform: every one in order, or in a given order.
 
 TensorFlow is imported when the first batch is asked for, and never sees a GPU.
 """
@@ -36,7 +36,7 @@ def evaluation_batches(
     indices: Sequence[int] | np.ndarray | None = None,
     workers: int | None = None,
 ) -> Generator[Batch, None, None]:
-    """Every picture once, in order, through `evaluation_pixels`; the last batch is padded and masked.
+    """Every image once, in order, through `evaluation_pixels`; the last batch is padded and masked.
 
     Args:
         indices: rows of `split`, in the order wanted; None is all of them.
@@ -70,7 +70,7 @@ def _pillow_batches(
     workers = workers or os.cpu_count() or 1
     size, broken = preprocess.size, list[UserError]()
 
-    # A thread pool under a whole batch loses less to the interpreter than one numpy_function per picture.
+    # A thread pool under a whole batch loses less to the interpreter than one numpy_function per image.
     with ThreadPoolExecutor(workers) as pool:
 
         def pixels(rows: np.ndarray) -> np.ndarray:
@@ -119,9 +119,9 @@ def _run(
 
 
 def _read(split: Split, row: Any, preprocess: Preprocess, broken: list[UserError]) -> np.ndarray:
-    """A picture's pixels; a failure is kept in `broken`, since TensorFlow passes on only its text.
+    """An image's pixels; a failure is kept in `broken`, since TensorFlow passes on only its text.
 
-    Another picture in the place of the one that was indexed is a failure too: its features would be kept under the
+    Another image in the place of the one that was indexed is a failure too: its features would be kept under the
     content of the old one, and its side of a split was never drawn.
     """
     path = os.path.join(split.root, split.paths[int(row)])

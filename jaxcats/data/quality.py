@@ -1,4 +1,4 @@
-"""Pictures that look the same: candidates by a perceptual hash, each verified on small grey thumbnails."""
+"""Images that look the same: candidates by a perceptual hash, each verified on small grey thumbnails."""
 
 import hashlib
 import os
@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxcats.common.config import TABLES
 from jaxcats.common.errors import UserError
-from jaxcats.data.files import IMAGE_EXTENSIONS, belied, list_pictures, look_at, walk
-from jaxcats.data.images import bad_reason, deep_grey, exif_orientation, open_picture, upright_with_remarks
+from jaxcats.data.files import IMAGE_EXTENSIONS, belied, list_images, look_at, walk
+from jaxcats.data.images import bad_reason, deep_grey, exif_orientation, open_image, upright_with_remarks
 from jaxcats.data.index import FolderIndex, Split
 from jaxcats.data.labels import (
     SPLITS,
@@ -36,13 +36,13 @@ SIDE = 32
 
 
 class Groups:
-    """Which of N pictures belong together, joined a few at a time: N - 1 links say it, however many pairs there are."""
+    """Which of N images belong together, joined a few at a time: N - 1 links say it, however many pairs there are."""
 
     def __init__(self, n: int):
         self.of = np.arange(n)
 
     def join(self, i: int, others: np.ndarray) -> np.ndarray:
-        """One of `others` for each group among them that was not picture i's yet; these groups become one with it."""
+        """One of `others` for each group among them that was not image i's yet; these groups become one with it."""
         others = others[self.of[others] != self.of[i]]
         if len(others):
             groups, first = np.unique(self.of[others], return_index=True)
@@ -52,7 +52,7 @@ class Groups:
 
 
 def group_of(n: int, links: Iterable[tuple[int, int]]) -> list[int]:
-    """The number of each picture's group, by links of one kind or several."""
+    """The number of each image's group, by links of one kind or several."""
     partners: dict[int, list[int]] = {}
     for i, j in links:
         partners.setdefault(i, []).append(j)
@@ -72,7 +72,7 @@ def near_links(
 ) -> list[tuple[int, int, int, float]]:
     """(i, j, bits that differ, correlation of the thumbnails) of pairs i < j that look the same.
 
-    Of many pictures that all look the same no pair is named that earlier ones have already joined.
+    Of many images that all look the same no pair is named that earlier ones have already joined.
 
     Args:
         hashes: uint64 [N], perceptual hashes.
@@ -86,7 +86,7 @@ def near_links(
         for row in np.flatnonzero(close.any(1)):
             i, others = start + int(row), start + np.flatnonzero(close[row])
             others = others[groups.of[others] != groups.of[i]]
-            # In parts, as each holds 4 KB for every picture that is compared.
+            # In parts, as each holds 4 KB for every image that is compared.
             alike = np.concatenate([flat[others[at : at + 4096]] @ flat[i] for at in range(0, len(others) + 1, 4096)])
             same = dict(zip(others.tolist(), alike.tolist(), strict=True))
             for j in groups.join(i, others[alike >= correlation]).tolist():
@@ -119,13 +119,13 @@ def _unit(rows: np.ndarray, *, centred: bool) -> np.ndarray:
 
 
 EVEN = 2.0  # greatest standard deviation of a channel of 64 x 64 pixels, 0 to 255
-# Greatest difference of two pixels of a blank picture: noise of a standard deviation of 2 stays under it, a letter doesn't.
+# Greatest difference of two pixels of a blank image: noise of a standard deviation of 2 stays under it, a letter doesn't.
 BLANK = 24
 DARK = 1 / 8  # of the range of deep greys: 13 of 16 bits
 TINY, EXTREME = 32, 5.0  # shorter side in pixels; longer over shorter side
 LITTER = ("thumbs.db", "desktop.ini", ".ds_store")
 RAW = (".dng", ".nef", ".nrw", ".arw", ".sr2", ".pef", ".srw", ".cr2")  # cameras' own files, TIFF by their first bytes
-NAMELESS = "picture without a picture's ending"
+NAMELESS = "image without an image's ending"
 # How the formats begin. Of BMP and PNM the letters alone may begin a text.
 _STARTS = [
     (re.compile(start, re.DOTALL), ending)
@@ -146,7 +146,7 @@ _STARTS = [
 
 @dataclass
 class Look:
-    """What one decode of a file said; `notes` are (kind, detail), an `even` picture is not to be compared with others."""
+    """What one decode of a file said; `notes` are (kind, detail), an `even` image is not to be compared with others."""
 
     bad: str = ""
     sha256: str = ""
@@ -165,15 +165,15 @@ def look(path: Path) -> Look:
         if not path.is_file() or not path.stat().st_size:
             return Look(bad=look_at(path).bad or "")
         content = path.read_bytes()
-        # Pixels are worked on inside: a file of several frames takes its picture with it as it is closed.
-        with open_picture(content) as image:
+        # Pixels are worked on inside: a file of several frames takes its image with it as it is closed.
+        with open_image(content) as image:
             early = exif_orientation(image) if image.format == "TIFF" else 1  # Pillow turns them as it decodes them
             picture, unusual = upright_with_remarks(image, content)
             turned = max(early, exif_orientation(image))
             even = bool(np.asarray(picture.resize((64, 64))).astype(float).std(axis=(0, 1)).max() < EVEN)
             checks = (
                 ("wrong extension", belied(str(image.format), path.suffix)),
-                ("unusual picture", "; ".join(unusual)),
+                ("unusual image", "; ".join(unusual)),
                 ("turned by EXIF", f"orientation {turned}" if turned > 1 else ""),
                 *_checks_of_pixels(picture, image, even),
             )
@@ -189,7 +189,7 @@ def look(path: Path) -> Look:
 
 
 def _checks_of_pixels(picture: Any, image: Any, even: bool) -> tuple[tuple[str, str], ...]:
-    """Of the picture as it is read, and of the image that it was made of, whose greys may be deeper."""
+    """Of the image as it is read, and of the image that it was made of, whose greys may be deeper."""
     short, long = sorted(picture.size)
     size = f"{picture.width} x {picture.height}"
     # Seen small, a title page and a night sky are as even as a blank sheet.
@@ -209,7 +209,7 @@ def _unused_range(image: Any, flat: bool) -> str:
     values = values[np.isfinite(values)]
     full, words = (1.0, "of 0 to 1") if image.mode == "F" else (65535.0, "of what 16 bits hold")
     low, high = (float(values.min()) / full, float(values.max()) / full) if values.size else (0.0, 0.0)
-    if low < 0 or high > 1 or (high - low) * 65535 < BLANK:  # beyond the range a picture is scaled by its own
+    if low < 0 or high > 1 or (high - low) * 65535 < BLANK:  # beyond the range an image is scaled by its own
         return ""
     if high <= DARK:
         return f"its values fill only the lowest {100 * high:.2g} % {words}: nearly black as it is read"
@@ -217,7 +217,7 @@ def _unused_range(image: Any, flat: bool) -> str:
 
 
 def other_files(root: Path) -> Iterator[tuple[str, str, str]]:
-    """(kind of finding, path, detail) of every file that is not listed as a picture."""
+    """(kind of finding, path, detail) of every file that is not listed as an image."""
     for here, names in walk(root, root, hidden=True):
         for name in sorted(names):
             path = Path(here, name)
@@ -227,15 +227,15 @@ def other_files(root: Path) -> Iterator[tuple[str, str, str]]:
             elif any(part.startswith(".") for part in short.parts):
                 kind = "hidden"
             elif ending not in IMAGE_EXTENSIONS:
-                right = "" if ending in RAW else starts_like_a_picture(path)
-                kind, detail = (NAMELESS, f"{right} by its content") if right else ("no picture", ending)
+                right = "" if ending in RAW else starts_like_a_image(path)
+                kind, detail = (NAMELESS, f"{right} by its content") if right else ("no image", ending)
             else:
                 continue
             yield kind, short.as_posix(), detail
 
 
-def starts_like_a_picture(path: str | Path) -> str:
-    """The ending that an ordinary file should have by its first bytes, whatever its name; "" if it begins as no picture."""
+def starts_like_a_image(path: str | Path) -> str:
+    """The ending that an ordinary file should have by its first bytes, whatever its name; "" if it begins as no image."""
     try:
         if not os.path.isfile(path):  # opening a pipe would wait for ever
             return ""
@@ -246,9 +246,9 @@ def starts_like_a_picture(path: str | Path) -> str:
     return next((ending for pattern, ending in _STARTS if pattern.match(start)), "")
 
 
-IMBALANCE = 3.0  # times as many pictures in the largest class as in the smallest: worth a line
+IMBALANCE = 3.0  # times as many images in the largest class as in the smallest: worth a line
 LEFT_OUT = "files left out"
-FEW = 30  # validation pictures of a class: its recall's interval is some 25 points wide
+FEW = 30  # validation images of a class: its recall's interval is some 25 points wide
 
 
 def _every(index: FolderIndex) -> dict[str, Split]:
@@ -256,7 +256,7 @@ def _every(index: FolderIndex) -> dict[str, Split]:
 
 
 def counts(index: FolderIndex) -> dict[str, dict[str, int]]:
-    """Pictures by split and class."""
+    """Images by split and class."""
     return {
         name: dict(zip(index.classes, np.bincount(split.labels, minlength=len(index.classes)).tolist(), strict=True))
         for name, split in _every(index).items()
@@ -282,19 +282,19 @@ def findings(index: FolderIndex) -> list[dict[str, Any]]:
             group.append(copies)
     found = [
         _finding(
-            "the same picture in train and valid",
+            "the same image in train and valid",
             leaks,
             "The classifier has seen these answers, so the result flatters. Remove one of the two.",
             grave=True,
         ),
         _finding(
-            "the same picture in test and in train or valid",
+            "the same image in test and in train or valid",
             tests,
             "The test result will flatter. Remove one of the two.",
             grave=True,
         ),
         _finding(
-            "the same picture under two classes",
+            "the same image under two classes",
             conflicts,
             "One of the labels is wrong. Keep the right one.",
             grave=True,
@@ -306,9 +306,9 @@ def findings(index: FolderIndex) -> list[dict[str, Any]]:
             "meaning": "They can't be decoded, or nothing says their class. Mend or remove them; nothing else is affected.",
             "grave": False,
         },
-        _finding("the same picture twice in a split", rest, "It counts twice. Remove one.", grave=False),
+        _finding("the same image twice in a split", rest, "It counts twice. Remove one.", grave=False),
         {
-            "what": "unusual pictures",
+            "what": "unusual images",
             "count": len(index.notes),
             "examples": [f"{path}: {note}" for path, note in index.notes],
             "meaning": "They are used, after what is said of each. Look whether that is what you want.",
@@ -341,7 +341,7 @@ def _unequal(index: FolderIndex) -> dict[str, Any]:
     return {
         "what": "unequal classes",
         "count": int(unequal),
-        "examples": [f"{most}: {by_class[most]:,} training pictures; {least}: {by_class[least]:,}"],
+        "examples": [f"{most}: {by_class[most]:,} training images; {least}: {by_class[least]:,}"],
         "meaning": "Look at the recall of the small classes; the share of right answers hides it.",
         "grave": False,
     }
@@ -350,10 +350,10 @@ def _unequal(index: FolderIndex) -> dict[str, Any]:
 def _few(index: FolderIndex) -> dict[str, Any]:
     small = {c: n for c, n in counts(index)["valid"].items() if n < FEW}
     return {
-        "what": f"classes with fewer than {FEW} validation pictures",
+        "what": f"classes with fewer than {FEW} validation images",
         "count": len(small),
         "examples": [f"{c}: {n}" for c, n in small.items()],
-        "meaning": "What is said of a class alone rests on few pictures: mind the intervals.",
+        "meaning": "What is said of a class alone rests on few images: mind the intervals.",
         "grave": False,
     }
 
@@ -384,11 +384,11 @@ class Layout:
 
     @property
     def by_folders(self) -> bool:
-        """Whether the labels seem to come from folders: a single one may lie among pictures that are labelled by name."""
+        """Whether the labels seem to come from folders: a single one may lie among images that are labelled by name."""
         return len(self.classes) > 1 and not self.table
 
     def place(self, path: str) -> tuple[str, str]:
-        """(split, class) of a picture; "" where there is none.
+        """(split, class) of an image; "" where there is none.
 
         What is still to be divided is "train"; a folder beside train and valid that is named like one to test on is
         a split of its own, with its name and a slash.
@@ -403,7 +403,7 @@ class Layout:
         return split or "train", folders[0] if folders and folders[0] in self.classes else ""
 
     def unseen(self, path: str) -> str:
-        """Where a picture is that training doesn't see; "" for others, and where the folders don't tell."""
+        """Where an image is that training doesn't see; "" for others, and where the folders don't tell."""
         split, name = self.place(path)
         if self.table:
             return ""
@@ -412,7 +412,7 @@ class Layout:
         return "in no class folder" if self.by_folders and not name and split != "test" else ""
 
     def outside(self, paths: Sequence[str]) -> str:
-        """What to say of those of the pictures that training doesn't see; "" for nothing."""
+        """What to say of those of the images that training doesn't see; "" for nothing."""
         said = [
             f"{path} is {why}: training does not see it{', but a test on it would flatter' * self.to_test_on(path)}"
             for path in paths
@@ -421,7 +421,7 @@ class Layout:
         return shortened(said, 3)
 
     def to_test_on(self, path: str) -> bool:
-        """Whether a picture is in a folder beside train and valid that is named like one to test on."""
+        """Whether an image is in a folder beside train and valid that is named like one to test on."""
         return self.place(path)[0].endswith("/")
 
 
@@ -435,7 +435,7 @@ def find_layout(root: Path) -> Layout:
 
 
 def _table(root: Path) -> str:
-    """The first file in a folder that training could read labels of its pictures from, with the usual names of columns."""
+    """The first file in a folder that training could read labels of its images from, with the usual names of columns."""
     for file in sorted(p for p in root.iterdir() if p.suffix.lower() in TABLES and p.is_file()):
         try:
             rows, _ = read_table(root, str(file), {})
@@ -454,22 +454,22 @@ def examine_folder(
     workers: int | None = None,
     progress: bool = True,
 ) -> tuple[int, str, Found]:
-    """How many pictures there are, what they were taken for, and what was found: kind -> items {"paths", "detail"}.
+    """How many images there are, what they were taken for, and what was found: kind -> items {"paths", "detail"}.
 
     Args:
-        features_of: from paths and content hashes to features [N, F]: pairs of pictures with a cosine of at least
+        features_of: from paths and content hashes to features [N, F]: pairs of images with a cosine of at least
             `cosine` are found as well.
         workers: decoding threads; None is one per core.
     """
     from tqdm import tqdm
 
     found: Found = defaultdict(list)
-    paths, layout = list_pictures(root, root), find_layout(root)
+    paths, layout = list_images(root, root), find_layout(root)
     for kind, path, detail in other_files(root):
         found[kind].append({"paths": [path], "detail": detail})
     if not paths and NAMELESS not in found:
-        raise UserError(f"{root}: no pictures found at any depth; looked for {extensions()}")
-    bar = {"total": len(paths), "unit": "file", "desc": "looking at pictures", "disable": None if progress else True}
+        raise UserError(f"{root}: no images found at any depth; looked for {extensions()}")
+    bar = {"total": len(paths), "unit": "file", "desc": "looking at images", "disable": None if progress else True}
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
         looks = list(tqdm(pool.map(look, [root / p for p in paths]), **bar))
@@ -492,7 +492,7 @@ def examine_folder(
 
 
 def _understood(counts: Mapping[tuple[str, str], int], layout: Layout) -> str:
-    """The splits and classes that the pictures were taken for."""
+    """The splits and classes that the images were taken for."""
     said = []
     for split in ("train", "valid", "test"):
         names = [name for name, of_it in layout.tops.items() if of_it == split]
@@ -505,14 +505,14 @@ def _understood(counts: Mapping[tuple[str, str], int], layout: Layout) -> str:
         where = "without labels" if split == "test" else "in no class folder"
         loose = [f"{counts[split, '']:,} {where}"] * bool(counts[split, ""])
         top = " and ".join(names) if names else "classes"
-        said.append(f"{top}: {shortened(numbers + loose) or 'no pictures'}")
+        said.append(f"{top}: {shortened(numbers + loose) or 'no images'}")
     said += [f"{split[:-1]}: {n:,} without labels" for (split, _), n in sorted(counts.items()) if split.endswith("/")]
     said += ["no train/ and valid/"] * (not layout.divided)
     return "; ".join(said + [f"{layout.table} has labels too"] * bool(layout.table))
 
 
 def _crossing(contents: Sequence[Sequence[str]], layout: Layout) -> tuple[list[str], list[str]]:
-    """The splits and the classes that pictures are in, where different contents, each with its copies, differ in them."""
+    """The splits and the classes that images are in, where different contents, each with its copies, differ in them."""
 
     def across(n: int) -> list[str]:
         of = [{layout.place(p)[n] for p in copies} - {""} for copies in contents]
@@ -577,10 +577,10 @@ def _placed(copies: Sequence[str], layout: Layout) -> list[str]:
 
 def _classes(found: Found, counts: Mapping[tuple[str, str], int], layout: Layout, root: Path) -> None:
     classes = layout.classes
-    if not classes or layout.table:  # pictures without labels, or with others
+    if not classes or layout.table:  # images without labels, or with others
         return
     tops = {name: split for name, split in layout.tops.items() if split != "test"} if layout.divided else {".": "train"}
-    # A test folder with others, as Kaggle's test/test, holds pictures without labels.
+    # A test folder with others, as Kaggle's test/test, holds images without labels.
     tops |= {n: s for n, s in layout.tops.items() if s == "test" and set() < set(subfolders(root / n)) <= set(classes)}
     folders = {c: [Path(top, c).as_posix() for top in tops if (root / top / c).is_dir()] for c in classes}
     if len(classes) == 1 and not any(n for (split, name), n in counts.items() if split in tops.values() and not name):
@@ -601,7 +601,7 @@ def _classes(found: Found, counts: Mapping[tuple[str, str], int], layout: Layout
     for top, split in tops.items():
         numbers = {c: counts[split, c] for c in classes}
         filled = {c: n for c, n in numbers.items() if n}
-        found["class without pictures"] += [
+        found["class without images"] += [
             {"paths": [Path(top, c).as_posix()], "detail": ""} for c, n in numbers.items() if not n and c not in twins
         ]
         if filled and max(filled.values()) >= IMBALANCE * min(filled.values()):
@@ -619,7 +619,7 @@ def _training(found: Found, paths: Sequence[str], layout: Layout, root: Path) ->
     except UserError as error:
         said = str(error).removeprefix(f"{root}: ")
         # What it says of a folder inside is said already, of every class.
-        if said != str(error) or not (found["class without pictures"] or found[SPELT]):
+        if said != str(error) or not (found["class without images"] or found[SPELT]):
             found["not laid out for training"].append({"paths": ["."], "detail": said})
         return
     unseen = defaultdict(list)

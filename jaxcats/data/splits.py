@@ -1,4 +1,4 @@
-"""Holding out validation and test pictures by content, written down so that they are the same next time."""
+"""Holding out validation and test images by content, written down so that they are the same next time."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ class Rule:
         fraction: share of each class for "valid".
         seed: of the ranking.
         test_fraction: share for "test"; None: there is none.
-        group: what says which pictures stay together; None: only equal ones do.
+        group: what says which images stay together; None: only equal ones do.
     """
 
     fraction: float
@@ -55,8 +55,8 @@ def hold_out(
 
     Within each class the distinct contents are ranked by a hash of (seed, content), and the first of them held out, at
     least one for each side and never all. Equal contents share a side, in different classes too; so do those of a
-    group, which is ranked by its name. Contents and groups that the manifest knows keep their side, so pictures that
-    arrive later only fill up what is short. Where old pictures come to be of one group too late, a warning says so.
+    group, which is ranked by its name. Contents and groups that the manifest knows keep their side, so images that
+    arrive later only fill up what is short. Where old images come to be of one group too late, a warning says so.
 
     Args:
         contents: content hashes of each class.
@@ -102,7 +102,7 @@ def hold_out(
 
 
 def _warn_of_torn(groups: Mapping[str, Iterable[str]], sides: Mapping[str, str]) -> None:
-    """Say which groups are on several sides: pictures keep theirs, so a group may be tied together too late."""
+    """Say which groups are on several sides: images keep theirs, so a group may be tied together too late."""
     found: dict[str, set[str]] = defaultdict(set)
     for content, names in groups.items():
         for name in names:
@@ -110,7 +110,7 @@ def _warn_of_torn(groups: Mapping[str, Iterable[str]], sides: Mapping[str, str])
     torn = sorted(name for name, of_it in found.items() if len(of_it) > 1)
     if torn:
         warn(
-            f"{len(torn):,} groups have pictures on several sides, for example {torn[0]}: they were split before they were "
+            f"{len(torn):,} groups have images on several sides, for example {torn[0]}: they were split before they were "
             f"of one group. Split afresh, with another manifest, to have each on one side"
         )
 
@@ -143,9 +143,7 @@ def _check_enough(name: str, hashes: Sequence[str], units: set[str], rule: Rule)
             if needed == 2
             else "three splits need three at least"
         )
-        raise UserError(
-            f"class {name}: {len(hashes)} pictures, but only {('one', 'two')[len(units) - 1]} {what}; {ask}"
-        )
+        raise UserError(f"class {name}: {len(hashes)} images, but only {('one', 'two')[len(units) - 1]} {what}; {ask}")
 
 
 def _place(
@@ -179,9 +177,9 @@ def _check_sides(name: str, found: set[str], rule: Rule, manifest: Path | None) 
     for side in SIDES:
         if side not in found and (side != "test" or rule.test_fraction):
             if manifest:
-                why = f"the split written in {manifest} leaves it no {side} pictures; remove that file to split afresh, or add pictures"
+                why = f"the split written in {manifest} leaves it no {side} images; remove that file to split afresh, or add images"
             else:
-                why = f"what it shares with other classes leaves it no {side} pictures; try another split_seed, or add pictures"
+                why = f"what it shares with other classes leaves it no {side} images; try another split_seed, or add images"
             if rule.group:
                 why += ", or choose smaller groups"
             raise UserError(f"class {name}: {why}")
@@ -237,4 +235,4 @@ def _write(manifest: Path, value: dict, given: bool) -> None:
         message = f"the split manifest {manifest} can't be written ({error.strerror})"
         if given:
             raise UserError(f"{message}; give a place that can be written") from error
-        warn(f"{message}: the split may change when pictures are added")
+        warn(f"{message}: the split may change when images are added")

@@ -21,22 +21,22 @@ from jaxcats.evaluate.predictions import (
     write_predictions,
     write_results,
 )
-from jaxcats.evaluate.run import Run, judge_with_tta, load_run, other_pictures, own_pictures, seen_before
+from jaxcats.evaluate.run import Run, judge_with_tta, load_run, other_images, own_images, seen_before
 
 DESCRIPTION = (
-    "Judges a trained run: every picture counts once. Writes predictions.csv, metrics.json, figures and report.html. "
-    "With --split train it looks for wrong labels among the run's own pictures instead."
+    "Judges a trained run: every image counts once. Writes predictions.csv, metrics.json, figures and report.html. "
+    "With --split train it looks for wrong labels among the run's own images instead."
 )
 OPTIONS: dict[str, dict[str, Any]] = {
     "run": {"required": True, "help": "run folder that train wrote"},
     "data": {
-        "help": "another folder: class folders, or pictures without labels (default: the run's validation pictures)",
+        "help": "another folder: class folders, or images without labels (default: the run's validation images)",
     },
     "split": {
         "choices": ["valid", "test", "train"],
         "default": "valid",
-        "help": "test: judge the run's test pictures, which nothing else looks at; train: rank likely label errors of the "
-        "run's pictures, in suspects.csv and a gallery",
+        "help": "test: judge the run's test images, which nothing else looks at; train: rank likely label errors of the "
+        "run's images, in suspects.csv and a gallery",
     },
     "checkpoint": {"help": "last, best or a step (default: what the run's config says)"},
     "unlabelled": {"action": "store_true", "help": "the folders in --data are no classes: predictions only"},
@@ -47,9 +47,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tta": {
         "type": int,
         "default": 0,
-        "help": "also judge so many randomly changed versions of each picture, and average (test-time augmentation)",
+        "help": "also judge so many randomly changed versions of each image, and average (test-time augmentation)",
     },
-    "tta_weight": {"type": float, "help": "share of the plain picture's answer in that (default: 1 / (tta + 1))"},
+    "tta_weight": {"type": float, "help": "share of the plain image's answer in that (default: 1 / (tta + 1))"},
     "out": {"help": "where the results go (default: the run folder, or a folder in its evaluations/ with --data)"},
     "report": {
         "choices": ["yes", "no"],
@@ -68,9 +68,9 @@ def read_options(argv: Sequence[str]) -> Any:
     if options.max_error is not None and not 0 < options.max_error < 1:
         raise UserError(f"--max_error {options.max_error}: can't be used; expected 0 < x < 1.")
     if options.split == "train" and (options.data or options.unlabelled or options.tta):
-        raise UserError("--split train: looks at the run's own pictures; leave --data, --unlabelled and --tta out.")
+        raise UserError("--split train: looks at the run's own images; leave --data, --unlabelled and --tta out.")
     if options.split == "test" and (options.data or options.unlabelled):
-        raise UserError("--split test: judges the run's own test pictures; leave --data and --unlabelled out.")
+        raise UserError("--split test: judges the run's own test images; leave --data and --unlabelled out.")
     return options
 
 
@@ -82,34 +82,32 @@ def results_folder(run: Path, data: str | None, split: str, out: str | None) -> 
     return run / "evaluations" / name if name else run
 
 
-def pictures_of(run: Run, options: Any) -> tuple[Any, Sequence[Any]]:
+def images_of(run: Run, options: Any) -> tuple[Any, Sequence[Any]]:
     """The split to judge, and the files left out."""
     if options.data:
-        return other_pictures(run, options.data, unlabelled=options.unlabelled)
-    index = own_pictures(run)
+        return other_images(run, options.data, unlabelled=options.unlabelled)
+    index = own_images(run)
     if options.split == "test" and index.test is None:
         raise UserError(
-            f"--split test: {run.config.data.root} has no test pictures; they come from test/ with the class folders of "
+            f"--split test: {run.config.data.root} has no test images; they come from test/ with the class folders of "
             f"train/, from data.test_fraction, or from a table's split column."
         )
     if options.split == "test":
-        print(
-            "Test pictures: neither training nor a choice has seen them. The more often you look, the less that holds."
-        )
+        print("Test images: neither training nor a choice has seen them. The more often you look, the less that holds.")
     name = "test" if options.split == "test" else "valid"
-    pictures = index.test if name == "test" else index.splits["valid"]
-    return pictures, [b for b in index.bad if b.split in (name, "")]
+    images = index.test if name == "test" else index.splits["valid"]
+    return images, [b for b in index.bad if b.split in (name, "")]
 
 
 def look_for_suspects(run: Run, folder: Path) -> None:
     """`--split train`: suspects.csv and its gallery, and a word on them."""
     from jaxcats.evaluate.label_errors import find_suspects, write_suspects
 
-    splits = own_pictures(run).splits
+    splits = own_images(run).splits
     suspects = find_suspects(run, splits)
     files = write_suspects(folder, suspects, splits["train"].root)
     n = sum(len(split) for split in splits.values())
-    print(f"{len(suspects):,} of {n:,} pictures are worth a look, the likeliest mistakes first.")
+    print(f"{len(suspects):,} of {n:,} images are worth a look, the likeliest mistakes first.")
     print(f"Written: {', '.join(map(str, files))}")
 
 
@@ -133,13 +131,13 @@ def main(argv: Sequence[str]) -> None:
     if options.split == "train":
         look_for_suspects(run, folder)
         return
-    split, bad = pictures_of(run, options)
+    split, bad = images_of(run, options)
     other = bool(options.data) or options.split == "test"  # than those that training was judged on
     for line in skipped(bad):
         print(line)
     seen = seen_before(run, split) if other else {}
     for name, count in seen.items():
-        print(f"Among these pictures {count:,} of the run's own {name} pictures were found: the result flatters.")
+        print(f"Among these images {count:,} of the run's own {name} images were found: the result flatters.")
     indexed = time.perf_counter()
     logits = run.logits(split)
     n = options.tta
@@ -188,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def calibration_of(run: Run) -> Any:
-    """The calibration that the run's own validation pictures gave this checkpoint; none, said so, where that is unknown."""
+    """The calibration that the run's own validation images gave this checkpoint; none, said so, where that is unknown."""
     from jaxcats.evaluate.calibration import Calibration
 
     kept = kept_calibration(run.folder, run.checkpoint)

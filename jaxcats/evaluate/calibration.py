@@ -19,7 +19,7 @@ class Calibration:
 
     Attributes:
         temperature: probabilities are softmax(logits / temperature).
-        threshold: of the highest probability; a picture below it gets no answer. None: every picture gets one.
+        threshold: of the highest probability; an image below it gets no answer. None: every image gets one.
         max_error: share of wrong answers that the threshold was chosen for.
     """
 
@@ -32,16 +32,16 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, *, prior: float = 1.
     """The temperature, from 0.05 to 20, that gives softmax(logits / temperature) the least log loss.
 
     Temperature scaling (Guo et al., arXiv:1706.04599), with a weak prior (log T normal about 0, standard deviation 1): where
-    every answer is right, the log loss alone runs to the lowest temperature, and ten pictures would make a classifier
-    that is always certain. Among a thousand pictures with ten errors the prior does not show.
+    every answer is right, the log loss alone runs to the lowest temperature, and ten images would make a classifier
+    that is always certain. Among a thousand images with ten errors the prior does not show.
 
     Args:
         logits: float [N, C].
         labels: int [N].
-        prior: its weight in pictures' log loss; 0 for none, and then the answer may be a bound.
+        prior: its weight in images' log loss; 0 for none, and then the answer may be a bound.
 
     Returns:
-        The temperature; 1 without pictures.
+        The temperature; 1 without images.
     """
     if not len(labels):
         return 1.0
@@ -63,7 +63,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, *, prior: float = 1.
 
 
 def fit_calibration(logits: np.ndarray, labels: np.ndarray, *, max_error: float = 0.005) -> Calibration:
-    """The temperature and, with it, the threshold that these pictures choose."""
+    """The temperature and, with it, the threshold that these images choose."""
     temperature = fit_temperature(logits, labels)
     confidence = np.exp(log_softmax(logits / temperature).max(-1))
     threshold = choose_threshold(confidence, logits.argmax(-1) == labels, max_error=max_error)
@@ -71,7 +71,7 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray, *, max_error: float 
 
 
 def assign_folds(labels: np.ndarray, *, folds: int = 5, seed: int = 0) -> np.ndarray:
-    """Each picture's fold, int [N] from 0: random, every class spread as evenly as it can be, at most N folds."""
+    """Each image's fold, int [N] from 0: random, every class spread as evenly as it can be, at most N folds."""
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     found = np.empty(len(labels), int)
@@ -91,7 +91,7 @@ def out_of_fold(
 def given_out_of_fold(
     logits: np.ndarray, labels: np.ndarray, temperatures: np.ndarray, *, max_error: float, seed: int = 0
 ) -> np.ndarray:
-    """Which pictures get an answer, bool [N], where each fold's threshold is chosen on the other folds.
+    """Which images get an answer, bool [N], where each fold's threshold is chosen on the other folds.
 
     Args:
         logits: float [N, C].
@@ -112,10 +112,10 @@ def given_out_of_fold(
 
 
 def _sums(values: np.ndarray, size: np.ndarray, right: np.ndarray, bins: int) -> tuple[np.ndarray, ...]:
-    """Pictures, confidence and right answers summed by bin, each [R, bins], and the bin of each value [R, K].
+    """Images, confidence and right answers summed by bin, each [R, bins], and the bin of each value [R, K].
 
-    Bins hold equally many pictures, but equal confidences never part, else the order of the pictures would matter: all
-    of them go where the middle one belongs. `values` [K] ascend; `size` and `right` [R, K] count pictures in R samples.
+    Bins hold equally many images, but equal confidences never part, else the order of the images would matter: all
+    of them go where the middle one belongs. `values` [K] ascend; `size` and `right` [R, K] count images in R samples.
     """
     rows, total = len(size), size[0].sum()
     middle = size.cumsum(-1) - size / 2
@@ -126,13 +126,13 @@ def _sums(values: np.ndarray, size: np.ndarray, right: np.ndarray, bins: int) ->
 
 
 def _counted(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct confidences [K], ascending, the pictures [1, K] at each and how many of these are right [1, K]."""
+    """Distinct confidences [K], ascending, the images [1, K] at each and how many of these are right [1, K]."""
     values, group = np.unique(np.asarray(confidence, np.float64), return_inverse=True)
     return values, np.bincount(group)[None], np.bincount(group, weights=np.asarray(correct, float))[None]
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> float:
-    """Mean distance of confidence and accuracy over bins of equally many pictures, weighted with their pictures.
+    """Mean distance of confidence and accuracy over bins of equally many images, weighted with their images.
 
     Top-label, equal-mass (Nguyen and O'Connor, EMNLP 2015). Equal confidences stay in one bin.
     """
@@ -143,7 +143,7 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, b
 def ece_interval(
     confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15, seed: int = 0, resamples: int = 1000
 ) -> tuple[float, float]:
-    """A 95 % bootstrap interval of `expected_calibration_error`, pictures drawn with replacement.
+    """A 95 % bootstrap interval of `expected_calibration_error`, images drawn with replacement.
 
     From the lowest to the highest end of the percentile and the basic bootstrap interval. The percentile interval alone
     is as biased upwards as the estimate: it never reaches 0, however good the probabilities; the basic one corrects
@@ -178,7 +178,7 @@ def trust(log_probs: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> dict[s
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> list[dict[str, Any]]:
-    """The bins of `expected_calibration_error` that hold pictures, least sure first, as plain numbers.
+    """The bins of `expected_calibration_error` that hold images, least sure first, as plain numbers.
 
     Returns:
         For each {"n", "confidence" (mean), "accuracy", "low" and "high" (95 % Wilson), "from" and "to" (confidences)}.
@@ -201,13 +201,13 @@ def _surest_first(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarr
 
 
 def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the pictures answered [K] and of these answers that are wrong [K], the surest pictures first."""
+    """Share of the images answered [K] and of these answers that are wrong [K], the surest images first."""
     _, given, errors = _surest_first(confidence, correct)
     return given / len(confidence), errors / given
 
 
 def choose_threshold(confidence: np.ndarray, correct: np.ndarray, *, max_error: float) -> float | None:
-    """The threshold that gives the most answers of which at most the share `max_error` is wrong on these pictures.
+    """The threshold that gives the most answers of which at most the share `max_error` is wrong on these images.
 
     Answers are given at `confidence >= threshold`, so equal confidences go together.
 

@@ -1,4 +1,4 @@
-"""`python -m jaxcats.compare RUN_A RUN_B`: two runs on the same pictures, by a paired test."""
+"""`python -m jaxcats.compare RUN_A RUN_B`: two runs on the same images, by a paired test."""
 
 import csv
 import math
@@ -14,7 +14,7 @@ from jaxcats.evaluate.predictions import kept_metrics
 
 @dataclass(frozen=True)
 class Answer:
-    """What predictions.csv says of one picture: class names, and the probability given to the actual class."""
+    """What predictions.csv says of one image: class names, and the probability given to the actual class."""
 
     label: str
     predicted: str
@@ -23,18 +23,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two classifiers, A and B, on the pictures that both judged.
+    """Two classifiers, A and B, on the images that both judged.
 
     Attributes:
-        both_right: pictures.
+        both_right: images.
         only_a_wrong: likewise.
         only_b_wrong: likewise.
         both_wrong: likewise.
-        only_in_a: pictures that B did not judge.
-        only_in_b: pictures that A did not judge.
+        only_in_a: images that B did not judge.
+        only_in_b: images that A did not judge.
         p: of the exact McNemar test.
         interval: 95 %, of the accuracy of B less that of A.
-        changed: of the pictures that one gets right and the other wrong, (path, A's answer, B's answer), the largest
+        changed: of the images that one gets right and the other wrong, (path, A's answer, B's answer), the largest
             change of the actual class's probability first.
     """
 
@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def n(self) -> int:
-        """Pictures that both judged."""
+        """Images that both judged."""
         return self.both_right + self.only_a_wrong + self.only_b_wrong + self.both_wrong
 
     @property
@@ -72,7 +72,7 @@ def mcnemar_exact(b: int, c: int) -> float:
 
 
 def paired_interval(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
-    """A 95 % interval of the difference of two proportions of the same n pictures, first less second; (-1, 1) when n is 0.
+    """A 95 % interval of the difference of two proportions of the same n images, first less second; (-1, 1) when n is 0.
 
     Square-and-add of Wilson intervals with the pairs' correlation (Newcombe, Statist. Med. 17, 2635-2650, 1998, method 10).
     """
@@ -98,12 +98,12 @@ def compare_predictions(a: Mapping[str, Answer], b: Mapping[str, Answer]) -> Com
     """Compares answers by path.
 
     Raises:
-        UserError: no picture in common, or a picture with two labels.
+        UserError: no image in common, or an image with two labels.
     """
     shared = [path for path in a if path in b]
     if not shared:
         examples = f" ('{next(iter(a))}' in A, '{next(iter(b))}' in B)" if a and b else ""
-        raise UserError(f"A and B have no picture in common{examples}: judge both on the same folder.")
+        raise UserError(f"A and B have no image in common{examples}: judge both on the same folder.")
     for path in shared:
         if a[path].label != b[path].label:
             raise UserError(
@@ -135,7 +135,7 @@ def read_predictions(place: str | Path) -> tuple[dict[str, Answer], tuple[str, .
     """Answers by path, and the classes, of a run folder or a predictions.csv that train or evaluate wrote.
 
     Raises:
-        UserError: no such file, not a predictions.csv, pictures without labels, or one twice.
+        UserError: no such file, not a predictions.csv, images without labels, or one twice.
     """
     file = Path(os.path.expanduser(place))
     if file.is_dir():
@@ -155,7 +155,7 @@ def read_predictions(place: str | Path) -> tuple[dict[str, Answer], tuple[str, .
             for row in rows:
                 path, label = row["path"], row["label"]
                 if label == "":
-                    raise UserError(f"{file}: {path} has no label; only pictures with labels can be compared.")
+                    raise UserError(f"{file}: {path} has no label; only images with labels can be compared.")
                 if path in found:
                     raise UserError(f"{file}: {path} is in it twice; evaluate the run again.")
                 found[path] = Answer(label, row["predicted"], float(row[f"p_{label}"]))
@@ -167,7 +167,7 @@ def read_predictions(place: str | Path) -> tuple[dict[str, Answer], tuple[str, .
 
 
 def flattered(place: str | Path) -> bool:
-    """Whether a run folder says that its best epoch was chosen on the pictures of its predictions.csv."""
+    """Whether a run folder says that its best epoch was chosen on the images of its predictions.csv."""
     folder = Path(os.path.expanduser(place))
     checkpoint = kept_metrics(folder).get("checkpoint") if (folder / "config.yaml").is_file() else None
     return isinstance(checkpoint, dict) and bool(checkpoint.get("valid_used_for"))

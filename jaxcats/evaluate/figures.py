@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def grad_cam(model: "Model", params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """How much each place of the last feature map speaks for a class: float32 [N,h,w], from 0 to 1 in each picture.
+    """How much each place of the last feature map speaks for a class: float32 [N,h,w], from 0 to 1 in each image.
 
     Grad-CAM (Selvaraju et al., arXiv:1610.02391): the feature map's channels, each weighted with the mean gradient of
     the class's logit, are added up, and what speaks against the class is cut off. It works for any backbone and head,
-    because it needs no more than the logit's gradient. A picture where nothing speaks for the class gives zeros. In a
+    because it needs no more than the logit's gradient. An image where nothing speaks for the class gives zeros. In a
     model that computes in bfloat16 only the feature map is as coarse as that; the gradient and the sum are float32.
 
     Args:
@@ -34,13 +34,13 @@ def grad_cam(model: "Model", params: Any, batch_stats: Any, images: jax.Array, l
         params: its parameters.
         batch_stats: likewise.
         images: float32 [N,H,W,3], normalised as `model.preprocess` says.
-        labels: int [N], the class to ask about in each picture: the predicted one, or any other.
+        labels: int [N], the class to ask about in each image: the predicted one, or any other.
     """
     feature_map = model.feature_map(params, batch_stats, images)
 
     def score(feature_map: jax.Array) -> jax.Array:
         logits = model.apply_map(params, batch_stats, feature_map)
-        # A picture's logits depend on that picture alone, so one gradient of the sum is every picture's own.
+        # An image's logits depend on that image alone, so one gradient of the sum is every image's own.
         return jnp.take_along_axis(logits, labels[:, None], axis=-1).sum()
 
     weights = jax.grad(score)(feature_map).mean((1, 2), keepdims=True)
@@ -49,7 +49,7 @@ def grad_cam(model: "Model", params: Any, batch_stats: Any, images: jax.Array, l
     return jnp.where(most > 0, heat / jnp.where(most > 0, most, 1), 0)
 
 
-PER_CLASS = 4  # pictures of each class in a gallery
+PER_CLASS = 4  # images of each class in a gallery
 CLASSES = 10  # of the gallery that has a row per class
 LOOKED_AT = 4  # top losses, and as many of the surest answers, with a heat map
 
@@ -60,7 +60,7 @@ class Judged:
 
     Attributes:
         run: judging.Run.
-        split: N pictures, all labelled.
+        split: N images, all labelled.
         logits: [N, C].
         found: metrics.json's content.
     """
@@ -77,7 +77,7 @@ class Judged:
 
     @cached_property
     def out_of_fold(self) -> np.ndarray:
-        """The same; where the temperature was fitted on these pictures, each with the temperature of the other folds."""
+        """The same; where the temperature was fitted on these images, each with the temperature of the other folds."""
         folds = self.found["calibration"].get("folds")
         fitted = self.found["calibration"]["fitted_on_these_pictures"]
         return (
@@ -92,7 +92,7 @@ class Judged:
         return self.logits.argmax(1) == self.split.labels
 
     def file(self, row: int) -> Path:
-        """Where a picture is."""
+        """Where an image is."""
         return self.split.root / self.split.paths[row]
 
 
@@ -128,10 +128,15 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], *, first_step: int = 0) -> pl
 
 def plot_learning_rates(rows: Sequence[Mapping[str, Any]], *, momentum: Any = None) -> plots.Figure:
     """Learning rate by step of each layer group where they differ; with the momentum where that is a schedule."""
-    rates = np.array([row["lr"] for row in rows if "loss" in row])
+    lrs = [row["lr"] for row in rows if "loss" in row]
     groups = ("early layers", "late layers", "head layers")
-    curves: Any = rates if rates.ndim == 1 else dict(zip(groups, rates.T, strict=True))
-    moments = [np.asarray(momentum(t)).item() for t in range(len(rates))] if callable(momentum) else None
+    curves: Any = lrs
+    if any(
+        isinstance(lr, list) for lr in lrs
+    ):  # One phase may have a rate for all groups, and another a rate for each.
+        by_group = np.array([lr if isinstance(lr, list) else [lr] * len(groups) for lr in lrs])
+        curves = dict(zip(groups, by_group.T, strict=True))
+    moments = [np.asarray(momentum(t)).item() for t in range(len(lrs))] if callable(momentum) else None
     return plots.learning_rates(curves, momentum=moments)
 
 

@@ -1,7 +1,7 @@
-"""Pictures of a data set that deserve a second look: labels that look wrong, and pictures unlike all others.
+"""Images of a data set that deserve a second look: labels that look wrong, and images unlike all others.
 
-Every picture is judged by heads that never saw it nor a copy of it: heads of the run's own kind, one per fold of the
-training pictures, trained on cached features in one vmapped program. Pictures of other splits are judged by all heads.
+Every image is judged by heads that never saw it nor a copy of it: heads of the run's own kind, one per fold of the
+training images, trained on cached features in one vmapped program. Images of other splits are judged by all heads.
 """
 
 import csv
@@ -31,13 +31,13 @@ from jaxcats.train.experiment import Plan, Setup, cache_of, initial_params, make
 from jaxcats.train.features import backbone_features
 
 LESSON = Phase(precompute=True)
-STRANGEST = 0.01  # share of the pictures listed as outliers: distances have no natural edge to cut at
-SHOWN = 36  # pictures of each kind in the gallery
+STRANGEST = 0.01  # share of the images listed as outliers: distances have no natural edge to cut at
+SHOWN = 36  # images of each kind in the gallery
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A picture to look at.
+    """An image to look at.
 
     Attributes:
         rank: from 1; wrong-looking labels first, the surest first, then outliers, the strangest first.
@@ -46,8 +46,8 @@ class Suspect:
         label: the class it is filed under.
         suggested: the class that the heads find likeliest.
         p_label, p_suggested: probabilities of those two, from heads that never saw it.
-        distance: to its tenth nearest training picture (cosine, standardised features), from 0 to 2.
-        reason: "label" (looks wrong), "outlier" (one of the strangest hundredth of the pictures), or "label, outlier".
+        distance: to its tenth nearest training image (cosine, standardised features), from 0 to 2.
+        reason: "label" (looks wrong), "outlier" (one of the strangest hundredth of the images), or "label, outlier".
     """
 
     rank: int
@@ -75,8 +75,8 @@ def judge_by_folds(
     Args:
         setup: gives the model and the seed.
         phase: how to train.
-        feats: float32 [N, F], of the training pictures first.
-        labels: int32 [n] of the training pictures.
+        feats: float32 [N, F], of the training images first.
+        labels: int32 [n] of the training images.
         fold: int [n] of them, from 0 without gaps.
 
     Returns:
@@ -106,34 +106,34 @@ def judge_by_folds(
 
 
 def out_of_fold(logits: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Log-probabilities float64 [N, C]: the mean over the heads that never saw the picture.
+    """Log-probabilities float64 [N, C]: the mean over the heads that never saw the image.
 
     Args:
         logits: [folds, N, C].
-        fold: int [N]; -1 for pictures that no head learned from.
+        fold: int [N]; -1 for images that no head learned from.
     """
     unseen = (fold == np.arange(len(logits))[:, None]) | (fold == -1)
     return logsumexp(stats_module.log_softmax(logits), axis=0, b=unseen[..., None]) - np.log(unseen.sum(0))[:, None]
 
 
 def find_suspects(run: Any, splits: Mapping[str, Split], *, folds: int = 5) -> list[Suspect]:
-    """Pictures whose label looks wrong, and those unlike all others, in the order that Suspect says.
+    """Images whose label looks wrong, and those unlike all others, in the order that Suspect says.
 
-    Where the run's backbone has learned from the pictures, the pretrained one's features are used: its own know the labels.
+    Where the run's backbone has learned from the images, the pretrained one's features are used: its own know the labels.
 
     Args:
         run: a judging.Run.
         splits: by name, with one root; "train" is what the heads learn from, the others are only judged.
-        folds: how many parts the training pictures are held out in.
+        folds: how many parts the training images are held out in.
 
     Raises:
-        UserError: fewer different training pictures than folds, or a backbone that knows the labels and none in its place.
+        UserError: fewer different training images than folds, or a backbone that knows the labels and none in its place.
         RunError: training diverged.
     """
     train = splits["train"]
     different = len(set(train.hashes))
     if not 2 <= folds <= different:
-        raise UserError(f"folds: {folds} can't be used; expected 2 to {different:,}, the different training pictures.")
+        raise UserError(f"folds: {folds} can't be used; expected 2 to {different:,}, the different training images.")
     every = {"train": train, **splits}  # train's rows first
     names = np.repeat(list(every), [len(s) for s in every.values()])
     paths, hashes = (sum((getattr(s, field) for s in every.values()), ()) for field in ("paths", "hashes"))
@@ -144,9 +144,9 @@ def find_suspects(run: Any, splits: Mapping[str, Split], *, folds: int = 5) -> l
     fold = stratified_folds(train.labels, train.hashes, folds=folds, seed=run.config.seed)
     logits = judge_by_folds(setup, head_recipe(run.config.phases), feats, train.labels, fold=fold)
     if not np.isfinite(logits).all():
-        raise RunError("The heads trained on parts of the pictures diverged; train the run with a lower learning rate.")
+        raise RunError("The heads trained on parts of the images diverged; train the run with a lower learning rate.")
     known = dict(zip(train.hashes, fold.tolist(), strict=True))
-    # A copy of a training picture in another split is judged as that picture is.
+    # A copy of a training image in another split is judged as that image is.
     log_probs = out_of_fold(logits, np.asarray([known.get(h, -1) for h in whole.hashes]))
     distance = strangeness(feats, whole.hashes, known=len(train))
     wrong = label_errors(log_probs, whole.labels).tolist()
@@ -195,7 +195,7 @@ def write_suspects(folder: Path, suspects: Sequence[Suspect], root: Path) -> lis
     """
     from jaxcats.plots import gallery
 
-    text, picture = io.StringIO(newline=""), io.BytesIO()
+    text, image = io.StringIO(newline=""), io.BytesIO()
     out = csv.writer(text)
     out.writerow([field.name for field in dataclasses.fields(Suspect)])
     out.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in dataclasses.astuple(s)] for s in suspects)
@@ -205,11 +205,11 @@ def write_suspects(folder: Path, suspects: Sequence[Suspect], root: Path) -> lis
         [root / s.path for s in shown],
         [_words(s) for s in shown],
         wrong=[s.reason != "outlier" for s in shown],
-        heading=f"{len(label):,} labels look wrong; then {len(outlier):,} pictures unlike the others",
-    ).savefig(picture, format="png", dpi=80)
+        heading=f"{len(label):,} labels look wrong; then {len(outlier):,} images unlike the others",
+    ).savefig(image, format="png", dpi=80)
     files = [folder / "suspects.csv", folder / "figures" / "suspects.png"]
     write_text(files[0], text.getvalue())
-    write_bytes(files[1], picture.getvalue())
+    write_bytes(files[1], image.getvalue())
     return files
 
 

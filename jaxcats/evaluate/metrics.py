@@ -23,13 +23,13 @@ def judge(
     folds: int = 5,
     seed: int = 0,
 ) -> "tuple[dict[str, Any], Calibration]":
-    """Everything that labelled pictures say about a classifier, in plain JSON types; what 0/0 would be is None.
+    """Everything that labelled images say about a classifier, in plain JSON types; what 0/0 would be is None.
 
     Args:
-        logits: float [N, C], at least one picture.
-        labels: int [N], all known; a class may have no picture.
+        logits: float [N, C], at least one image.
+        labels: int [N], all known; a class may have no image.
         classes: C names.
-        calibration: chosen on other pictures, to be judged here; None: chosen on these, and then each picture's numbers
+        calibration: chosen on other images, to be judged here; None: chosen on these, and then each image's numbers
             "after" are those of the temperature and the threshold that the other folds choose.
         max_error: share of wrong answers to choose the threshold for; only where no calibration is given.
         folds: how many.
@@ -43,7 +43,7 @@ def judge(
     from jaxcats.evaluate import calibration as calibration_module  # which imports this module
 
     if not len(labels):
-        raise UserError("there are no pictures with labels to judge.")
+        raise UserError("there are no images with labels to judge.")
     fitted = calibration is None
     log_probs, correct = log_softmax(logits), logits.argmax(-1) == labels
     if calibration is None:
@@ -74,7 +74,7 @@ def judge(
 
 
 def area_under_roc(score: np.ndarray, labels: np.ndarray) -> float | None:
-    """Of two classes: how often a picture of the second one scores higher than one of the first; None if one is absent."""
+    """Of two classes: how often an image of the second one scores higher than one of the first; None if one is absent."""
     order = np.argsort(-score, kind="stable")
     last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # of each run of equal scores
     right = np.cumsum(labels[order])[last]
@@ -88,7 +88,7 @@ def area_under_roc(score: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def top_k(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Pictures whose class is not among the k likeliest, for k of 2, 3 and 5 below the number of classes."""
+    """Images whose class is not among the k likeliest, for k of 2, 3 and 5 below the number of classes."""
     order = np.argsort(-logits, axis=-1, kind="stable")  # so that the first of equals is argmax's
     found = {}
     for k in (k for k in (2, 3, 5) if k < logits.shape[1]):
@@ -158,7 +158,7 @@ def _calibration_lines(found: Mapping[str, Any]) -> list[str]:
         return f"{100 * x['ece']:.2f} % ({100 * low:.2f} to {100 * high:.2f})"
 
     before, after = found["before"], found["after"]
-    how = "out of fold" if found["fitted_on_these_pictures"] else "chosen on other pictures"
+    how = "out of fold" if found["fitted_on_these_pictures"] else "chosen on other images"
     return [
         f"Temperature {found['temperature']:.3f}, {how}: log loss {before['log_loss']:.4f} -> {after['log_loss']:.4f}, "
         f"Brier score {before['brier']:.4f} -> {after['brier']:.4f},",
@@ -169,9 +169,9 @@ def _calibration_lines(found: Mapping[str, Any]) -> list[str]:
 def _abstain_lines(found: Mapping[str, Any], n: int) -> list[str]:
     def share(x: Mapping[str, Any]) -> str:
         if not x["answered"]:
-            return "none of the pictures"
+            return "none of the images"
         low, high = (100 * end for end in x["interval"])
-        given = f"{100 * x['coverage']:.{percent_digits(n)}f} % of the pictures"
+        given = f"{100 * x['coverage']:.{percent_digits(n)}f} % of the images"
         wrong = f"{100 * x['error']:.2f} % of them wrong"
         return f"{given}, {wrong} ({x['errors']:,}; 95 % interval {low:.2f} to {high:.2f} %)"
 
@@ -199,7 +199,7 @@ def _class_lines(rows: Sequence[Mapping[str, Any]], most: int = 10) -> list[str]
         return "-" if x is None else f"{100 * x:.{percent_digits(n)}f} %"
 
     lines = [
-        f"{'class':<{width}}  {'pictures':>8}  {'right':>7}  {'precision':>9}  {'recall (95 % interval)':<25}  {'F1':>6}"
+        f"{'class':<{width}}  {'images':>8}  {'right':>7}  {'precision':>9}  {'recall (95 % interval)':<25}  {'F1':>6}"
     ]
     for row in rows:
         n = row["n"]

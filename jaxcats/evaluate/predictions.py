@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 CHOSE = "also chose the best epoch, so the number flatters"
-USED = ["temperature", "abstain threshold"]  # what is always chosen on the validation pictures
+USED = ["temperature", "abstain threshold"]  # what is always chosen on the validation images
 
 
 def write_predictions(
@@ -53,7 +53,7 @@ def write_predictions(
 
 
 def labelled(split: Any) -> bool:
-    """Whether every picture's class is known."""
+    """Whether every image's class is known."""
     return bool((split.labels >= 0).all())
 
 
@@ -72,13 +72,13 @@ def write_results(
 
     Args:
         folder: where to.
-        split: the pictures, with labels or without (-1).
+        split: the images, with labels or without (-1).
         classes: names in the order of the logits.
         logits: [N, C].
         facts: further entries of metrics.json ("seconds", "checkpoint", ...).
         max_error: of the answers given when the classifier may abstain.
-        calibration: chosen on other pictures; None: fitted on these, and reported out of fold.
-        chose: what these very pictures were used to choose, said beside the result; empty for nothing.
+        calibration: chosen on other images; None: fitted on these, and reported out of fold.
+        chose: what these very images were used to choose, said beside the result; empty for nothing.
 
     Returns:
         metrics.json's content and the calibration: the one given or the one fitted; None without labels.
@@ -101,10 +101,10 @@ def write_results(
     except OSError as e:
         raise unwritable(f"{folder}:", e) from None
     if found:
-        print(stats.sentence(found["errors"], found["n"]) + (f"; these pictures {chose}" if chose else ""))
+        print(stats.sentence(found["errors"], found["n"]) + (f"; these images {chose}" if chose else ""))
         print(metrics.table(found))
     else:
-        print(f"{len(split):,} pictures without labels: predictions only.")
+        print(f"{len(split):,} images without labels: predictions only.")
     return found, calibration
 
 
@@ -117,7 +117,7 @@ def kept_metrics(folder: Path) -> dict[str, Any]:
 
 
 def kept_calibration(run: Path, checkpoint: Mapping[str, Any]) -> "Calibration | None":
-    """The temperature and threshold that a run's own validation pictures gave this checkpoint of it, if they did."""
+    """The temperature and threshold that a run's own validation images gave this checkpoint of it, if they did."""
     from jaxcats.evaluate.calibration import Calibration
 
     kept = kept_metrics(run)

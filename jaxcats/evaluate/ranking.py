@@ -1,4 +1,4 @@
-"""Which pictures to look at: rows of a table of log-probabilities, for galleries.
+"""Which images to look at: rows of a table of log-probabilities, for galleries.
 
 Everywhere: log_probs float [N, C], labels int [N], the answer int rows into them, at most n, ties by row.
 """
@@ -12,7 +12,7 @@ import numpy as np
 def rand_by_correct(
     log_probs: np.ndarray, labels: np.ndarray, correct: bool, *, n: int = 4, seed: int = 0
 ) -> np.ndarray:
-    """Up to n random pictures that were judged right (or wrong), none twice; the same seed gives the same."""
+    """Up to n random images that were judged right (or wrong), none twice; the same seed gives the same."""
     rows = np.flatnonzero(_right(log_probs, labels) == correct)
     return np.random.default_rng(seed).permutation(rows)[:n]
 
@@ -20,7 +20,7 @@ def rand_by_correct(
 def most_by_correct(
     log_probs: np.ndarray, labels: np.ndarray, class_index: int, correct: bool, *, n: int = 4
 ) -> np.ndarray:
-    """Pictures of one true class: those judged right, the surest first, or those judged wrong, the most wrong first.
+    """Images of one true class: those judged right, the surest first, or those judged wrong, the most wrong first.
 
     Surest and most wrong are the highest and the lowest probability of that class.
     """
@@ -42,15 +42,15 @@ def top_losses(log_probs: np.ndarray, labels: np.ndarray, *, n: int = 9) -> np.n
 
 
 def label_errors(log_probs: np.ndarray, labels: np.ndarray, *, most: float = 0.05) -> np.ndarray:
-    """Pictures whose label looks wrong, as another class is likelier: the lowest probability of the label first.
+    """Images whose label looks wrong, as another class is likelier: the lowest probability of the label first.
 
     At most the share `most` of all, unless more of them are sure: those whose likeliest class has at least the mean
-    probability that it has over the pictures labelled with it (Northcutt et al., confident learning, arXiv:1911.00068).
+    probability that it has over the images labelled with it (Northcutt et al., confident learning, arXiv:1911.00068).
 
     Args:
-        log_probs: from networks that haven't seen the picture (out of fold).
+        log_probs: from networks that haven't seen the image (out of fold).
         labels: as given.
-        most: share of the pictures.
+        most: share of the images.
     """
     log_probs, labels = np.asarray(log_probs), np.asarray(labels)
     rows = np.flatnonzero(~_right(log_probs, labels))
@@ -63,15 +63,15 @@ def label_errors(log_probs: np.ndarray, labels: np.ndarray, *, most: float = 0.0
 
 
 def strangeness(features: np.ndarray, hashes: Sequence[str], *, known: int, k: int = 10) -> np.ndarray:
-    """How unlike all others a picture is: the cosine distance to its k-th nearest training picture, float [N].
+    """How unlike all others an image is: the cosine distance to its k-th nearest training image, float [N].
 
-    Features are standardised by the training pictures'; copies of the picture itself don't count. After Sun et al.,
+    Features are standardised by the training images'; copies of the image itself don't count. After Sun et al.,
     arXiv:2204.06507.
 
     Args:
-        features: float [N, F], the training pictures first.
+        features: float [N, F], the training images first.
         hashes: of their content, N.
-        known: how many are training pictures; at least two different ones.
+        known: how many are training images; at least two different ones.
         k: fewer where there are not as many.
     """
     from sklearn.neighbors import NearestNeighbors

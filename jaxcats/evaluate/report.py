@@ -24,26 +24,26 @@ from jaxcats.common.config import to_yaml
 from jaxcats.common.errors import unwritable
 from jaxcats.common.io import write_text
 from jaxcats.common.stats import PERCENT, percent
-from jaxcats.data.images import PictureError, open_picture, open_upright, upright
+from jaxcats.data.images import ImageError, open_image, open_upright, upright
 from jaxcats.evaluate import figures as figures_module
 from jaxcats.evaluate.figures import Judged
 from jaxcats.train.epoch_table import overfitting
 from jaxcats.train.user_functions import words
 
 BUDGET = 5_000_000  # bytes of a page: what still goes through mail
-SIDE, LARGE_SIDE = 110, 224  # shorter side of a picture in the gallery, in pixels
+SIDE, LARGE_SIDE = 110, 224  # shorter side of an image in the gallery, in pixels
 QUALITY = 60  # of the gallery's WebP
-LARGE = 48  # pictures kept in the larger size: the wrong ones, then the least sure
-LEAST_SURE = 100  # right but least sure ones that are always shown, however many pictures there are
-MARKUP = 450  # bytes around a picture and its names
-WIDEST = 3  # longer side of a gallery picture, in shorter sides; what is beyond is cut off
-SUSPECTS = 48  # shown with their picture
-LARGEST_FIGURE = (1800, 9000)  # in pixels; of figures that come as pictures
+LARGE = 48  # images kept in the larger size: the wrong ones, then the least sure
+LEAST_SURE = 100  # right but least sure ones that are always shown, however many images there are
+MARKUP = 450  # bytes around an image and its names
+WIDEST = 3  # longer side of a gallery image, in shorter sides; what is beyond is cut off
+SUSPECTS = 48  # shown with their image
+LARGEST_FIGURE = (1800, 9000)  # in pixels; of figures that come as images
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The pictures that were judged.
+    """The images that were judged.
 
     Attributes:
         root: the folder that `paths` are relative to.
@@ -62,7 +62,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: `image` is an <svg> element from plots.to_svg (it goes into the page as it is) or a picture file's content.
+    """One figure: `image` is an <svg> element from plots.to_svg (it goes into the page as it is) or an image file's content.
 
     `caption` is a sentence that says how to read it, `alt` what it shows to someone who can't see it; a `wide` one gets
     a row of its own.
@@ -85,7 +85,7 @@ class Report:
         classes: names, in the order of the labels.
         trained: what was trained on what, name to text.
         found: metrics.json's content (see metrics.judge); only "n" and "errors" must be there.
-        pictures: for the gallery.
+        images: for the gallery.
         notes: what to worry about, the gravest first: ("serious" | "caution" | "note", a sentence).
         figures: in order.
         findings: about the data, {"what", "count", "examples", "meaning", "grave"} each (see data.findings).
@@ -111,9 +111,9 @@ class Report:
 
 
 def write_report(path: Path, report: Report, *, budget: int = BUDGET) -> None:
-    """Writes the page, of at most `budget` bytes: pictures that don't fit are left out, and it says which.
+    """Writes the page, of at most `budget` bytes: images that don't fit are left out, and it says which.
 
-    Raises OSError where it can't be written. A picture that can't be read any more is shown by its name and the reason.
+    Raises OSError where it can't be written. An image that can't be read any more is shown by its name and the reason.
     """
     write_text(path, render(report, budget=budget))
 
@@ -156,11 +156,11 @@ def render(report: Report, *, budget: int = BUDGET) -> str:
 
 
 def thumbnail(source: "str | os.PathLike[str] | bytes", *, side: int = SIDE, quality: int = QUALITY) -> bytes:
-    """A picture as a small WebP file, upright and whole (but of a strip only the middle): `side` pixels on its shorter side.
+    """An image as a small WebP file, upright and whole (but of a strip only the middle): `side` pixels on its shorter side.
 
-    Smaller pictures keep their size. Raises PictureError with the reason.
+    Smaller images keep their size. Raises ImageError with the reason.
     """
-    with open_picture(source) as image:
+    with open_image(source) as image:
         image.draft(None, (2 * side, 2 * side))  # JPEG decodes straight to half, a quarter or an eighth
         picture = upright(image)
     width, height = picture.size
@@ -179,7 +179,7 @@ def shown_name(name: Any) -> str:
 
 
 def _gallery(report: Report, *, room: int) -> tuple[list[dict[str, Any]], str]:
-    """The pictures for the page, top losses first, and a sentence on those left out."""
+    """The images for the page, top losses first, and a sentence on those left out."""
     pictures = report.pictures
     n, labels = len(pictures.labels), np.asarray(pictures.labels)
     log_probs: np.ndarray = np.maximum(np.asarray(pictures.log_probs, np.float64), -1e6)
@@ -215,7 +215,7 @@ def _gallery(report: Report, *, room: int) -> tuple[list[dict[str, Any]], str]:
 
 
 def _fit(report: Report, order: Sequence[int], *, room: int, quality: int) -> dict[int, tuple[str, str]]:
-    """(data URI, reason) of the pictures that `room` bytes hold, in that order; the first ones in the larger size."""
+    """(data URI, reason) of the images that `room` bytes hold, in that order; the first ones in the larger size."""
     root, paths = report.pictures.root, [report.pictures.paths[i] for i in order]
     sides = [LARGE_SIDE if k < LARGE else SIDE for k in range(len(order))]
     names = 2 * max(_length(name) for name in report.classes)
@@ -241,18 +241,18 @@ def _left_out(kept: int, n: int, wrong: int) -> str:
     parts = [f"all {wrong:,} wrong ones" if kept >= wrong else f"of the {wrong:,} wrong ones those of the highest loss"]
     parts += [f"the {least:,} least sure of the right ones"] if least else ["none of the right ones"]
     parts += [f"{drawn:,} of the others drawn at random"] if drawn > 0 else []
-    return f"{kept:,} of {n:,} pictures are on this page, to keep it small: {', '.join(parts)}."
+    return f"{kept:,} of {n:,} images are on this page, to keep it small: {', '.join(parts)}."
 
 
 def _thumbnails(
     root: Path, paths: Sequence[str], sides: Sequence[int], *, quality: int = QUALITY
 ) -> Iterator[tuple[str, str]]:
-    """(data URI, "") of each picture in turn, or ("", the reason) where it can't be read; a few ahead, in threads."""
+    """(data URI, "") of each image in turn, or ("", the reason) where it can't be read; a few ahead, in threads."""
 
     def one(path: str, side: int) -> tuple[str, str]:
         try:
             return _embed(thumbnail(root / path, side=side, quality=quality)), ""
-        except PictureError as e:
+        except ImageError as e:
             return "", str(e)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -267,7 +267,7 @@ def _suspects(report: Report) -> list[dict[str, Any]]:
 
 
 def _embed(image: bytes) -> str:
-    """A picture file as a data URI."""
+    """An image file as a data URI."""
     if image[8:12] != b"WEBP":
         picture = open_upright(image).copy()
         picture.thumbnail(LARGEST_FIGURE)
@@ -300,18 +300,18 @@ CAPTIONS = {
     "learning_rate": ("Learning rate by step", "What the schedule did."),
     "confusion": (
         "What is taken for what",
-        "A row is what the pictures are, a column what they were taken for; everything off the diagonal is a mistake.",
+        "A row is what the images are, a column what they were taken for; everything off the diagonal is a mistake.",
     ),
     "per_class": (
         "Recall by class",
-        "The share of each class that was found, with its 95 % interval; wide ones rest on few pictures.",
+        "The share of each class that was found, with its 95 % interval; wide ones rest on few images.",
     ),
     "reliability": (
         "Can the probabilities be believed?",
         "Points on the diagonal are right as often as they say; below it the classifier is too sure of itself.",
     ),
     "risk_coverage": (
-        "Errors by share of pictures answered",
+        "Errors by share of images answered",
         "How many of the answers are wrong when only the surest are given; the point is the threshold chosen.",
     ),
     "heat_maps": (
@@ -319,16 +319,16 @@ CAPTIONS = {
         "Grad-CAM on the last block, for the class named: it should light up on the thing, not on its surroundings.",
     ),
 }
-NARROW = 0.1  # width of the accuracy's interval beyond which it is said that the pictures are few
+NARROW = 0.1  # width of the accuracy's interval beyond which it is said that the images are few
 
 
 def present(folder: Path, run: Any, split: Any, logits: np.ndarray, found: Mapping[str, Any]) -> None:
-    """Draws figures/*.png and writes report.html; a picture that has gone since is said and left out.
+    """Draws figures/*.png and writes report.html; an image that has gone since is said and left out.
 
     Args:
         folder: where to.
         run: judging.Run.
-        split: N labelled pictures.
+        split: N labelled images.
         logits: [N, C].
         found: metrics.json's content.
     """
@@ -337,8 +337,8 @@ def present(folder: Path, run: Any, split: Any, logits: np.ndarray, found: Mappi
     drawn = dict(curves)
     try:
         drawn |= {"heat_maps": figures_module.heat_maps(judged)} | figures_module.galleries(judged)
-    except (PictureError, OSError) as e:
-        print(f"The galleries are not drawn: a picture can't be read any more ({e}).", file=sys.stderr)
+    except (ImageError, OSError) as e:
+        print(f"The galleries are not drawn: an image can't be read any more ({e}).", file=sys.stderr)
     try:
         for name, figure in drawn.items():
             dpi = 120 if name in curves else 80  # galleries are photos: a megabyte each is enough
@@ -367,7 +367,7 @@ def page(folder: Path, judged: Judged, curves: Mapping[str, plots.Figure]) -> Re
     return Report(
         title=f"{run.folder.resolve().name}: {' / '.join(run.classes[:4])}{' / …' if len(run.classes) > 4 else ''}",
         classes=run.classes,
-        trained=trained(run, kept) | {"judged on": f"{found['n']:,} {kind}pictures of {where}"},
+        trained=trained(run, kept) | {"judged on": f"{found['n']:,} {kind}images of {where}"},
         found=found,
         pictures=Pictures(
             root=judged.split.root,
@@ -417,14 +417,14 @@ def worries(judged: Judged, kept: Mapping[str, Any]) -> list[tuple[Any, str]]:
         notes.append((kind, f"{finding['what'].capitalize()}: {finding['count']:,}. {finding['meaning']}"))
     if own and run.checkpoint["valid_used_for"]:
         notes.append(
-            ("serious", "These pictures chose the best epoch, so the result flatters; judge on others with --data.")
+            ("serious", "These images chose the best epoch, so the result flatters; judge on others with --data.")
         )
     for name, count in found.get("seen_before", {}).items():
-        text = f"Among these pictures {count:,} of the run's own {name} pictures were found: the result flatters."
+        text = f"Among these images {count:,} of the run's own {name} images were found: the result flatters."
         notes.append(("serious", text))
     low, high = found["interval"]
     if high - low > NARROW:
-        few = f"With {found['n']:,} pictures the accuracy is only known to lie between {100 * low:.1f} and {100 * high:.1f} %."
+        few = f"With {found['n']:,} images the accuracy is only known to lie between {100 * low:.1f} and {100 * high:.1f} %."
         notes.append(("caution", few))
     epochs = [row for row in figures_module.training_rows(run.folder) if "valid_loss" in row]
     of_last_phase = [row for row in epochs if row.get("phase") == epochs[-1].get("phase")]
@@ -438,7 +438,7 @@ def worries(judged: Judged, kept: Mapping[str, Any]) -> list[tuple[Any, str]]:
         text = "Training used functions that the configuration doesn't hold: {}. Only the script that has them does the same again."
         notes.append(("note", text.format(words(run.checkpoint["own"]))))
     if own:
-        used = "The temperature and the abstain threshold were chosen on these pictures; what is said of them is out of fold."
+        used = "The temperature and the abstain threshold were chosen on these images; what is said of them is out of fold."
         notes.append(("note", used))
     return sorted(notes, key=lambda note: ("serious", "caution", "note").index(note[0]))
 
@@ -473,7 +473,7 @@ def _facts(run: Any) -> dict[str, str]:
     model = _read(run.folder / "model" / "model.json", dict)
     hashes = {f"model/{name}": facts.get("sha256", "") for name, facts in model.get("files", {}).items()}
     rest = {
-        "pictures (hash of contents and labels)": run.fingerprint.partition("-")[0],
+        "images (hash of contents and labels)": run.fingerprint.partition("-")[0],
         "backend": kept.get("backend", ""),
     }
     return {k: str(v) for k, v in (kept.get("versions", {}) | weights | rest | hashes).items() if v}
@@ -481,7 +481,7 @@ def _facts(run: Any) -> dict[str, str]:
 
 def _commands(run: Any) -> dict[str, str]:
     rows = {
-        "predict": f"python -m jaxcats.predict --model {run.folder}/model PICTURES...",
+        "predict": f"python -m jaxcats.predict --model {run.folder}/model IMAGES...",
         "judge another folder": f"python -m jaxcats.evaluate --run {run.folder} --data FOLDER",
         "look for wrong labels": f"python -m jaxcats.evaluate --run {run.folder} --split train",
         "train again": f"python -m jaxcats.train --config {run.folder}/config.yaml",
@@ -491,7 +491,7 @@ def _commands(run: Any) -> dict[str, str]:
 
 
 SIDE = 140  # of a thumbnail, in pixels
-MOST, MOST_ALIKE = 60, 6  # items of a finding that are shown, and pictures of an item; --json has all
+MOST, MOST_ALIKE = 60, 6  # items of a finding that are shown, and images of an item; --json has all
 
 
 def write_diagnosis(path: Path, report: dict[str, Any]) -> None:
@@ -508,10 +508,10 @@ def _thumbnail(path: Path) -> str:
         return ""
     out = io.BytesIO()
     try:
-        with open_picture(path) as image:  # inside, whatever an odd file raises is a PictureError
+        with open_image(path) as image:  # inside, whatever an odd file raises is an ImageError
             picture = upright(image)
             picture.thumbnail((SIDE, SIDE))
             picture.save(out, "WEBP", quality=60)
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         return ""
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()

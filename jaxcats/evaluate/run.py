@@ -1,4 +1,4 @@
-"""A trained run, ready to judge pictures: loaded from its folder, with the pictures it is to judge."""
+"""A trained run, ready to judge images: loaded from its folder, with the images it is to judge."""
 
 import os
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BEST_EPOCH = ["choosing the best epoch"]
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run, ready to judge pictures."""
+    """A trained run, ready to judge images."""
 
     folder: Path
     config: Config
@@ -52,7 +52,7 @@ class Run:
 
 
 def judge_with_tta(run: Run, split: Any, logits: np.ndarray, *, n: int, weight: float | None) -> Any:
-    """(log-probabilities [N, C] averaged over n changed versions and the plain picture, facts about how)."""
+    """(log-probabilities [N, C] averaged over n changed versions and the plain image, facts about how)."""
     from jaxcats.evaluate import tta
 
     config = run.config
@@ -130,34 +130,34 @@ def load_run(run: Path, which: str | None = None) -> Run:
     )
 
 
-def own_pictures(run: Run) -> Any:
-    """The FolderIndex that the run was trained on; UserError where its pictures have changed since."""
+def own_images(run: Run) -> Any:
+    """The FolderIndex that the run was trained on; UserError where its images have changed since."""
     from jaxcats.train import experiment
 
     root = run.config.data.root
-    found = experiment.index_pictures(run.config, experiment.cache_of(run.config), run.folder)
+    found = experiment.index_images(run.config, experiment.cache_of(run.config), run.folder)
     if found.classes != run.classes:
         theirs, ours = ", ".join(found.classes), ", ".join(run.classes)
         raise UserError(f"{root}: has the classes {theirs}; the run was trained on {ours}.")
-    if not experiment.same_pictures(experiment.fingerprint(found), run.fingerprint):
+    if not experiment.same_images(experiment.fingerprint(found), run.fingerprint):
         raise UserError(
-            f"{root}: the pictures have changed since this run was trained, so these are not its validation pictures. "
+            f"{root}: the images have changed since this run was trained, so these are not its validation images. "
             f"Give the folder to judge with --data."
         )
     return found
 
 
 def seen_before(run: Run, split: Any) -> dict[str, int]:
-    """How many pictures of another folder, by content, are among the run's own, by split; empty where those have gone."""
+    """How many images of another folder, by content, are among the run's own, by split; empty where those have gone."""
     try:
-        own = own_pictures(run).splits
+        own = own_images(run).splits
     except UserError:
         return {}
-    counts = {name: len(set(split.hashes) & set(pictures.hashes)) for name, pictures in own.items()}
+    counts = {name: len(set(split.hashes) & set(images.hashes)) for name, images in own.items()}
     return {name: n for name, n in counts.items() if n}
 
 
-def other_pictures(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[Any, Any]:
+def other_images(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[Any, Any]:
     """(split, bad files) of a labelled or unlabelled folder."""
     from jaxcats.common.config import way
     from jaxcats.data import index
@@ -171,7 +171,7 @@ def other_pictures(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[
         "rehash": d.rehash,
     }
     top = Path(os.path.expanduser(folder))
-    # A table names the pictures of one folder only.
+    # A table names the images of one folder only.
     labels = "folders" if way(d.labels) == "table" else d.labels
     if not unlabelled and (
         labels != "folders" or any(p.is_dir() and not p.name.startswith(".") for p in top.glob("*"))
@@ -179,5 +179,5 @@ def other_pictures(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[
         try:
             return index.scan_labelled(top, classes=run.classes, labels=labels, **options)
         except UserError as e:
-            raise UserError(f"{e}. If its pictures have no labels, add --unlabelled.") from None
+            raise UserError(f"{e}. If its images have no labels, add --unlabelled.") from None
     return index.scan_unlabelled(top, **options)

@@ -1,4 +1,4 @@
-"""Test-time augmentation: each picture judged as it is and n times changed at random, the probabilities averaged."""
+"""Test-time augmentation: each image judged as it is and n times changed at random, the probabilities averaged."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxcats.core.step import normalise
 from jaxcats.data import augment
 from jaxcats.data.images import Preprocess
 from jaxcats.data.index import Split
-from jaxcats.train.drivers import picture_batches
+from jaxcats.train.drivers import image_batches
 from jaxcats.train.evaluator import run_evaluation
 from jaxcats.train.experiment import name_number
 
@@ -38,18 +38,18 @@ def augmented_probabilities(
     batch_size: int,
     workers: int | None,
 ) -> np.ndarray:
-    """Mean over n changed versions of the probabilities, float32 [N, C]; each picture is decoded once.
+    """Mean over n changed versions of the probabilities, float32 [N, C]; each image is decoded once.
 
     Args:
         model: the network.
-        split: N pictures.
+        split: N images.
         params: its weights.
         batch_stats: its averages.
         preprocess: what evaluation does.
         how: name of a preset of data.augment, not none.
-        n: versions of each picture.
-        seed: of the changes, which depend on it, on the version and on the picture's row alone.
-        batch_size: pictures per call.
+        n: versions of each image.
+        seed: of the changes, which depend on it, on the version and on the image's row alone.
+        batch_size: images per call.
         workers: decoding threads.
     """
     chosen = augment.PRESETS.get(how)
@@ -77,7 +77,7 @@ def augmented_probabilities(
             bar.update(int(batch["mask"].sum()))
             return mean_of(params, stats, batch["image"], batch["index"]), None
 
-        batches = picture_batches(split, preprocess=source, batch_size=batch_size, workers=workers)
+        batches = image_batches(split, preprocess=source, batch_size=batch_size, workers=workers)
         return run_evaluation(step, params, batch_stats, batches, n=len(split))
 
 

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     found = kept_metrics(run.folder) if calibration else None
     folder = write_run(run, found, calibration, out=Path(options.out) if options.out else None)
     size = sum(p.stat().st_size for p in folder.iterdir())
-    print(f"Written: {folder} ({size / 1e6:.1f} MB); try: python -m jaxcats.predict --model {folder} PICTURES")
+    print(f"Written: {folder} ({size / 1e6:.1f} MB); try: python -m jaxcats.predict --model {folder} IMAGES")
 
 
 if __name__ == "__main__":

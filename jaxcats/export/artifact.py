@@ -46,7 +46,7 @@ class Artifact:
     Attributes:
         folder: where it was read.
         facts: model.json's content.
-        preprocess: what its pictures go through.
+        preprocess: what its images go through.
         tensors: float32 arrays by name, the program's first argument.
         exported: jax.export.Exported.
     """
@@ -64,7 +64,7 @@ class Artifact:
 
     @property
     def threshold(self) -> float | None:
-        """Probability below which a picture gets no answer; None: every picture gets one."""
+        """Probability below which an image gets no answer; None: every image gets one."""
         return self.facts["abstain"].get("threshold")
 
 
@@ -223,7 +223,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], Preprocess]:
     if get("transform") != TRANSFORM_VERSION:
         shown = str(get("transform"))[:20]
         raise UserError(
-            f"{path}: its pictures went through transform {shown}, this jaxcats has {TRANSFORM_VERSION}. "
+            f"{path}: its images went through transform {shown}, this jaxcats has {TRANSFORM_VERSION}. "
             f"Use the jaxcats that wrote it."
         )
     return facts, _preprocess(path, get("preprocess"))
@@ -269,7 +269,7 @@ def _read_tensors(path: Path, content: bytes, temperature: float) -> dict[str, n
 
 
 def _check_fit(path: Path, exported: Any, tensors: dict[str, np.ndarray], *, size: int, classes: int) -> None:
-    """Refuses a program whose arguments are not these tensors and pictures, or whose result is not probabilities."""
+    """Refuses a program whose arguments are not these tensors and images, or whose result is not probabilities."""
     if exported.in_tree != jax.tree.structure(((dict.fromkeys(tensors, 0), 0), {})):
         _refuse(path, "its arguments are not the tensors of model.safetensors")
     *wanted, images = exported.in_avals
@@ -284,13 +284,13 @@ def _check_fit(path: Path, exported: Any, tensors: dict[str, np.ndarray], *, siz
     out = exported.out_avals
     answers = len(out) == 1 and (out[0].shape, out[0].dtype) == ((batch, classes), np.float32)
     if not pictures or not answers:
-        _refuse(path, f"not a function of pictures of {size} pixels to probabilities of {classes} classes")
+        _refuse(path, f"not a function of images of {size} pixels to probabilities of {classes} classes")
 
 
 RULES = 1  # raise it when the rules below get stricter: every program is then tried again
 SECONDS = 120
 MEMORY = 8 << 30  # bytes that the first run may have
-LARGEST = 1 << 28  # elements of one array, for one picture
+LARGEST = 1 << 28  # elements of one array, for one image
 
 # Arithmetic on arrays and what batch sizes and platforms need; no loops, no randomness, no talk with the outside.
 _OPERATIONS = """
@@ -348,7 +348,7 @@ def _objections(operation: Any) -> Iterator[str]:
 
 
 def compile_for(exported: Any, tensors: Any, batch: int) -> Any:
-    """The program compiled for so many pictures; ValueError where it wants memory out of all proportion."""
+    """The program compiled for so many images; ValueError where it wants memory out of all proportion."""
     images = exported.in_avals[-1]
     side = images.shape[1]
     compiled = jit(exported.call).lower(tensors, jax.ShapeDtypeStruct((batch, *images.shape[1:]), np.uint8)).compile()
@@ -356,7 +356,7 @@ def compile_for(exported: Any, tensors: Any, batch: int) -> Any:
     weights = sum(4 * x.size for x in jax.tree.leaves(tensors))
     allowed = (1 << 30) + 4 * weights + batch * side * side * 3 * 1024  # a network has some 100 bytes a pixel at work
     if need is not None and need.temp_size_in_bytes + need.output_size_in_bytes > allowed:
-        raise ValueError(f"it wants {need.temp_size_in_bytes >> 20:,} MiB for {batch} pictures of {side} pixels")
+        raise ValueError(f"it wants {need.temp_size_in_bytes >> 20:,} MiB for {batch} images of {side} pixels")
     return compiled
 
 

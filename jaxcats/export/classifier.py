@@ -1,4 +1,4 @@
-"""Pictures judged by an exported classifier; needs jax, flatbuffers, numpy, safetensors and Pillow only."""
+"""Images judged by an exported classifier; needs jax, flatbuffers, numpy, safetensors and Pillow only."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ from PIL import Image
 from jaxcats.common import compile_cache
 from jaxcats.common.errors import RunError, UserError
 from jaxcats.data.augment import PRESETS, make_augment, source_preprocess
-from jaxcats.data.images import PictureError, Preprocess, bad_reason, evaluation_pixels
+from jaxcats.data.images import ImageError, Preprocess, bad_reason, evaluation_pixels
 from jaxcats.export import artifact
 
 Picture = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray
@@ -28,15 +28,15 @@ Picture = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What is said of one picture.
+    """What is said of one image.
 
     Attributes:
-        path: as given; None for a picture that was no file.
-        label: the likeliest class; None where the picture can't be used.
+        path: as given; None for an image that was no file.
+        label: the likeliest class; None where the image can't be used.
         probability: of that class, calibrated.
         abstain: the probability is below the threshold that was chosen at export: better ask someone.
-        error: why the picture can't be used; None for a good one.
-        probabilities: float32 [C]; NaN for a bad picture.
+        error: why the image can't be used; None for a good one.
+        probabilities: float32 [C]; NaN for a bad image.
     """
 
     path: str | None
@@ -52,11 +52,11 @@ class Prediction:
 
 
 class Predictions(Sequence[Prediction]):
-    """One Prediction per picture, in order, and the same as columns.
+    """One Prediction per image, in order, and the same as columns.
 
     Attributes:
         classes: names in the order of the probabilities.
-        probabilities: float32 [n, C]; a row of NaN for a bad picture.
+        probabilities: float32 [n, C]; a row of NaN for a bad image.
         confidence: float32 [n], the highest of each row.
         labels, errors, paths: n of them, None where there is none.
         abstain: bool [n].
@@ -79,21 +79,21 @@ class Predictions(Sequence[Prediction]):
 
     def __repr__(self) -> str:
         more = [f"... and {len(self) - 20:,} more"] if len(self) > 20 else []
-        return "\n".join([*map(repr, self._rows[:20]), *more]) or "no pictures"
+        return "\n".join([*map(repr, self._rows[:20]), *more]) or "no images"
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """A picture file's content; raises PictureError or OSError."""
+    """An image file's content; raises ImageError or OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-        raise PictureError("a folder" if os.path.isdir(path) else "not an ordinary file")
+        raise ImageError("a folder" if os.path.isdir(path) else "not an ordinary file")
     content = Path(path).read_bytes()
     if not content:
-        raise PictureError("empty file (zero bytes)")
+        raise ImageError("empty file (zero bytes)")
     return content
 
 
 def _as_source(picture: Picture) -> bytes | Image.Image:
-    """What evaluation_pixels takes, of anything that is a picture."""
+    """What evaluation_pixels takes, of anything that is an image."""
     if isinstance(picture, (str, os.PathLike)):
         return read_file(picture)
     if isinstance(picture, (bytes, bytearray, memoryview)):
@@ -102,7 +102,7 @@ def _as_source(picture: Picture) -> bytes | Image.Image:
         return picture
     if not hasattr(picture, "__array__"):
         raise UserError(
-            f"predict: a {type(picture).__name__} is no picture; give a path, bytes, a Pillow image or an array."
+            f"predict: a {type(picture).__name__} is no image; give a path, bytes, a Pillow image or an array."
         )
     pixels = np.asarray(picture)
     if (
@@ -111,13 +111,13 @@ def _as_source(picture: Picture) -> bytes | Image.Image:
         or not pixels.size
     ):
         raise UserError(
-            f"predict: an array of {pixels.dtype} {list(pixels.shape)} is no picture; expected uint8 [H, W, 3] or [H, W]."
+            f"predict: an array of {pixels.dtype} {list(pixels.shape)} is no image; expected uint8 [H, W, 3] or [H, W]."
         )
     return Image.fromarray(pixels)
 
 
 def _one_by_one(pictures: Any) -> Iterable[Picture]:
-    """Any of what `predict` takes, as pictures."""
+    """Any of what `predict` takes, as images."""
     if isinstance(pictures, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
         return [pictures]
     if hasattr(pictures, "__array__") and np.asarray(pictures).dtype.kind not in "OU":  # an array of paths is a list
@@ -144,7 +144,7 @@ class Classifier:
 
     @functools.cached_property
     def _changes(self) -> tuple[Preprocess, Callable]:
-        """What a picture goes through before it is changed for TTA, and the change: (sources, version, content) -> uint8."""
+        """What an image goes through before it is changed for TTA, and the change: (sources, version, content) -> uint8."""
         how: Any = PRESETS[self.facts["tta"]["augment"]]
         change = make_augment(how, key=jax.random.key(zlib.crc32(b"tta")), size=self._preprocess.size)
         return source_preprocess(self._preprocess, how), jax.jit(
@@ -158,26 +158,26 @@ class Classifier:
         return f"Classifier: {self.facts['backbone']}, {len(self.classes)} classes ({names}){judged}"
 
     def predict(self, pictures: Any, *, batch_size: int = 32, tta: int = 0) -> Predictions:
-        """Judges pictures, all of them; a bad one is a row with its reason.
+        """Judges images, all of them; a bad one is a row with its reason.
 
-        A picture's numbers are its own: they are the same to 1e-5 whichever pictures come with it, in any order.
+        An image's numbers are its own: they are the same to 1e-5 whichever images come with it, in any order.
 
         Args:
-            pictures: a path, bytes (a file's content), a Pillow image, a uint8 array [H, W, 3], [H, W] or [N, H, W, 3],
+            images: a path, bytes (a file's content), a Pillow image, a uint8 array [H, W, 3], [H, W] or [N, H, W, 3],
                 or a list of these.
-            batch_size: pictures per call of the network.
-            tta: also judge so many randomly changed versions of each picture and take the mean. What is changed depends
-                on the picture's pixels alone, so the draws are not those of `evaluate --tta`; besides, the changed pixels
+            batch_size: images per call of the network.
+            tta: also judge so many randomly changed versions of each image and take the mean. What is changed depends
+                on the image's pixels alone, so the draws are not those of `evaluate --tta`; besides, the changed pixels
                 are rounded to whole numbers here and the probabilities calibrated before they are averaged. The rounding
                 alone moves a probability by 0.0002 on average and by 0.003 at most, on photos.
 
         Raises:
-            UserError: something in the list is no picture at all.
+            UserError: something in the list is no image at all.
         """
         return Predictions(list(self.stream(_one_by_one(pictures), batch_size=batch_size, tta=tta)), self.classes)
 
     def stream(self, pictures: Iterable[Picture], *, batch_size: int = 32, tta: int = 0) -> Iterator[Prediction]:
-        """The same as `predict`, row by row, for more pictures than fit in memory: a few batches are held at a time."""
+        """The same as `predict`, row by row, for more images than fit in memory: a few batches are held at a time."""
         for name, value, least in (("batch_size", batch_size, 1), ("tta", tta, 0)):
             if type(value) is not int or value < least:
                 raise UserError(f"{name}: {value!r} can't be used; expected {least} or more.")
@@ -215,10 +215,10 @@ class Classifier:
             return path, None, bad_reason(error)
 
     def _judge(self, pixels: list[tuple[np.ndarray, ...]], batch_size: int, tta: int) -> Any:
-        """Probabilities of a batch, on their way; rows beyond the pictures are padding."""
+        """Probabilities of a batch, on their way; rows beyond the images are padding."""
         if not pixels:
             return np.zeros((0, len(self.classes)), np.float32)
-        # Three sizes at most, so that three programs at most are compiled. In bfloat16 the program for one picture rounds
+        # Three sizes at most, so that three programs at most are compiled. In bfloat16 the program for one image rounds
         # otherwise than those for several, by 0.003 in a probability.
         least = (1, 8) if self.facts["dtype"] == "float32" else (8,)
         size = min(s for s in (*least, max(batch_size, least[0])) if s >= len(pixels))

@@ -116,9 +116,9 @@ def write(
         model: models.Model.
         params: its weights.
         batch_stats: its averages.
-        preprocess: what its pictures go through.
+        preprocess: what its images go through.
         classes: names in the order of the logits.
-        calibration: has temperature, threshold and max_error; None: temperature 1, and every picture gets an answer.
+        calibration: has temperature, threshold and max_error; None: temperature 1, and every image gets an answer.
         facts: further entries of model.json: "accuracy" {n, errors, ...}, "tta" {augment}, "training", "versions", ...
     """
     temperature = np.float32(calibration.temperature if calibration else 1.0)

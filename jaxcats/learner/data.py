@@ -1,4 +1,4 @@
-"""The notebook's pictures: `ImageClassifierData`."""
+"""The notebook's images: `ImageClassifierData`."""
 
 import dataclasses
 import os
@@ -16,27 +16,27 @@ from jaxcats.common.config import Columns, Config, DataConfig
 from jaxcats.common.errors import UserError, nearest
 from jaxcats.common.io import cache_folder
 from jaxcats.data import augment
-from jaxcats.data.files import list_pictures
+from jaxcats.data.files import list_images
 from jaxcats.data.images import Preprocess, evaluation_pixels
 from jaxcats.data.index import FolderIndex, Split, scan_unlabelled
-from jaxcats.train.experiment import index_pictures
+from jaxcats.train.experiment import index_images
 
-SIZE = 224  # of the shown pictures, until a network says otherwise
+SIZE = 224  # of the shown images, until a network says otherwise
 
 
 @dataclass(eq=False)
 class ImageClassifierData:
-    """A folder of pictures: train/ and valid/ with a folder per class, and perhaps one without labels to predict on.
+    """A folder of images: train/ and valid/ with a folder per class, and perhaps one without labels to predict on.
 
     Make it with `ImageClassifierData.from_paths`.
 
     Attributes:
         index: what was found in the folder.
         settings: the `data` section of a configuration.
-        batch_size: pictures per training step.
-        augment: what training does to its pictures when features aren't precomputed: none, flip, crop, side_on, top_down.
+        batch_size: images per training step.
+        augment: what training does to its images when features aren't precomputed: none, flip, crop, side_on, top_down.
         seed: of everything random.
-        test: pictures without labels, if there are any.
+        test: images without labels, if there are any.
     """
 
     index: FolderIndex
@@ -67,19 +67,19 @@ class ImageClassifierData:
         seed: int = 0,
         workers: int | None = None,
     ) -> "ImageClassifierData":
-        """Looks at every picture under a folder, once; the files stay as they are.
+        """Looks at every image under a folder, once; the files stay as they are.
 
         Args:
             path: holds train/ and valid/ (or val/, validation/) with a folder per class; or class folders, with
                 `valid_fraction`.
             size: side of the square that the network sees, in pixels; None: what its weights were trained with.
-            batch_size: pictures per training step.
+            batch_size: images per training step.
             augment: none, flip, crop, side_on (photos taken from the side) or top_down (from above).
-            test: folder in `path` of pictures without labels; passed over where there is none.
-            labels: folders; parent: the folder that a picture lies in, at any depth; a regular expression with
+            test: folder in `path` of images without labels; passed over where there is none.
+            labels: folders; parent: the folder that an image lies in, at any depth; a regular expression with
                 (?P<label>...) on the path; or a .csv, .tsv or .parquet file.
             columns: names of that file's columns "path", "label" and "split", where they are others.
-            group: pictures that stay together when they are set aside: a regular expression with (?P<group>...) on the
+            group: images that stay together when they are set aside: a regular expression with (?P<group>...) on the
                 path, or a column of that file.
             valid_fraction: share of each class set aside when neither a valid/ folder nor that file says it.
             test_fraction: share set aside for `learn.predict("test")`, where there is no other test folder.
@@ -108,14 +108,14 @@ class ImageClassifierData:
             on_bad_file=on_bad_file,
             workers=workers,
         )
-        index = index_pictures(Config(data=d, seed=seed), cache_folder())
+        index = index_images(Config(data=d, seed=seed), cache_folder())
         if test in index.classes:
             raise UserError(
                 f"{path}: {test} lies beside the class folders and counts as a class; move it elsewhere, or say test=None "
                 f"if it is one."
             )
         folder = Path(os.path.expanduser(path)) / test if test else None
-        there = folder is not None and folder.is_dir() and list_pictures(folder, folder)
+        there = folder is not None and folder.is_dir() and list_images(folder, folder)
         found = scan_unlabelled(folder, workers=workers)[0] if folder and there else None
         return cls(index, d, batch_size, augment, seed, index.test if found is None else found)
 
@@ -125,7 +125,7 @@ class ImageClassifierData:
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(self.split(name)):,} {name}" for name in self.names())
         bad = f"; {len(self.index.bad)} files can't be used" if self.index.bad else ""
-        return f"ImageClassifierData({self.settings.root}: {counts} pictures in {len(self.classes)} classes{bad})"
+        return f"ImageClassifierData({self.settings.root}: {counts} images in {len(self.classes)} classes{bad})"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -134,27 +134,27 @@ class ImageClassifierData:
 
     @property
     def trn_y(self) -> np.ndarray:
-        """Labels of the training pictures, int32 [n]."""
+        """Labels of the training images, int32 [n]."""
         return self.index.splits["train"].labels
 
     @property
     def val_y(self) -> np.ndarray:
-        """Labels of the validation pictures, int32 [n], in the order of `learn.predict()`."""
+        """Labels of the validation images, int32 [n], in the order of `learn.predict()`."""
         return self.index.splits["valid"].labels
 
     @property
     def trn_paths(self) -> list[Path]:
-        """Files of the training pictures."""
+        """Files of the training images."""
         return self.files("train")
 
     @property
     def val_paths(self) -> list[Path]:
-        """Files of the validation pictures, in the order of `val_y`."""
+        """Files of the validation images, in the order of `val_y`."""
         return self.files("valid")
 
     @property
     def test_paths(self) -> list[Path]:
-        """Files of the pictures without labels, in the order of `learn.predict("test")`."""
+        """Files of the images without labels, in the order of `learn.predict("test")`."""
         return self.files("test")
 
     def names(self) -> list[str]:
@@ -162,11 +162,11 @@ class ImageClassifierData:
         return [*self.index.splits, *(["test"] if self.test else [])]
 
     def split(self, name: str) -> Split:
-        """The pictures named train, valid or test."""
+        """The images named train, valid or test."""
         if name == "test" and self.test is not None:
             return self.test
         if name not in self.index.splits:
-            raise UserError(f"There are no '{name}' pictures; there are {', '.join(self.names())}.")
+            raise UserError(f"There are no '{name}' images; there are {', '.join(self.names())}.")
         return self.index.splits[name]
 
     def files(self, name: str) -> list[Path]:
@@ -175,24 +175,22 @@ class ImageClassifierData:
         return [Path(split.root) / p for p in split.paths]
 
     def show_batch(self, n: int = 8, *, seed: int = 0) -> plots.Figure:
-        """n training pictures as the network sees them in training, with their classes."""
+        """n training images as the network sees them in training, with their classes."""
         rows = np.random.default_rng(seed).permutation(len(self.trn_y))[: max(n, 1)]
         titles = [self.classes[self.trn_y[row]] for row in rows]
         return plots.gallery(self.training_pixels(rows), titles, wrong=[False] * len(rows))
 
     def show_augmented(self, row: int = 0, n: int = 8) -> plots.Figure:
-        """One training picture as n epochs would show it, under `augment`."""
+        """One training image as n epochs would show it, under `augment`."""
         if not 0 <= row < len(self.trn_y):
-            raise UserError(
-                f"row {row}: there are {len(self.trn_y):,} training pictures, 0 to {len(self.trn_y) - 1:,}."
-            )
+            raise UserError(f"row {row}: there are {len(self.trn_y):,} training images, 0 to {len(self.trn_y) - 1:,}.")
         pixels = [self.training_pixels([row], epoch=epoch)[0] for epoch in range(n)]
         return plots.gallery(
             pixels, [f"epoch {e}" for e in range(n)], wrong=[False] * n, heading=f"augment: {self.augment}"
         )
 
     def training_pixels(self, rows: Sequence[int] | np.ndarray, *, epoch: int = 0) -> list[np.ndarray]:
-        """Training pictures after augmentation, uint8 [size, size, 3] each."""
+        """Training images after augmentation, uint8 [size, size, 3] each."""
         preprocess = Preprocess(size=self.settings.size or SIZE, policy=self.settings.policy)
         how = augment.PRESETS[self.augment]
         source, files = augment.source_preprocess(preprocess, how), self.trn_paths

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Answers:
-    """What a network says of the pictures: log-probabilities, which pictures to look at, and the figure that shows them."""
+    """What a network says of the images: log-probabilities, which images to look at, and the figure that shows them."""
 
     data: "ImageClassifierData"
     model: Any
@@ -37,32 +37,32 @@ class Answers:
     _computed: Callable[[], dict[str, np.ndarray]]
 
     def logits(self, split: str = "valid") -> np.ndarray:
-        """Logits float32 [n, classes] of the train, valid or test pictures, in the order of the files."""
+        """Logits float32 [n, classes] of the train, valid or test images, in the order of the files."""
         if split not in self._answers:
-            pictures = self.data.split(split)
+            images = self.data.split(split)
             feats = None
             if self._precompute:
                 known = self._computed()
                 how = decoding(self._setup) | {"params": self.params, "batch_stats": self.batch_stats}
-                feats = known[split] if split in known else self._features_of(pictures, **how)
-            judge = Evaluator(self.model, pictures, feats=feats, **decoding(self._setup))
+                feats = known[split] if split in known else self._features_of(images, **how)
+            judge = Evaluator(self.model, images, feats=feats, **decoding(self._setup))
             self._answers[split] = judge(self.params, self.batch_stats)
         return self._answers[split]
 
-    def _features_of(self, pictures: Any, **how: Any) -> np.ndarray:
-        return backbone_features(self.model, pictures, cache_dir=self._setup.cache, **how).features
+    def _features_of(self, images: Any, **how: Any) -> np.ndarray:
+        return backbone_features(self.model, images, cache_dir=self._setup.cache, **how).features
 
     def predict(self, split: str = "valid") -> np.ndarray:
-        """Log-probabilities float64 [n, classes] of the valid (or train, or test) pictures, in the order of the files."""
+        """Log-probabilities float64 [n, classes] of the valid (or train, or test) images, in the order of the files."""
         return stats.log_softmax(self.logits(split))
 
     def TTA(  # noqa: N802 (fastai's name)
         self, n: int = 4, *, weight: float | None = None, split: str = "valid", augment: str | None = None
     ) -> np.ndarray:
-        """Log-probabilities like `predict`, averaged over the plain picture and n changed ones.
+        """Log-probabilities like `predict`, averaged over the plain image and n changed ones.
 
         Args:
-            n: changed versions of each picture.
+            n: changed versions of each image.
             weight: of the plain answer; None: 1 / (n + 1).
             split: valid, train or test.
             augment: how they are changed; None: as training does (`data.augment`), or side_on where that is none.
@@ -84,11 +84,11 @@ class Answers:
         return tta.combine(self.logits(split), changed, n=n, weight=weight)
 
     def errors(self, log_probs: np.ndarray | None = None) -> tuple[int, int]:
-        """(wrong answers, pictures) of the validation set; `jaxcats.sentence(*learn.errors())` puts it in words."""
+        """(wrong answers, images) of the validation set; `jaxcats.sentence(*learn.errors())` puts it in words."""
         log_probs = self.predict() if log_probs is None else log_probs
         if len(log_probs) != len(self.data.val_y):
             raise UserError(
-                f"errors: {len(log_probs):,} answers; there are {len(self.data.val_y):,} validation pictures."
+                f"errors: {len(log_probs):,} answers; there are {len(self.data.val_y):,} validation images."
             )
         return int((log_probs.argmax(1) != self.data.val_y).sum()), len(self.data.val_y)
 
@@ -97,7 +97,7 @@ class Answers:
         return ranking.rand_by_correct(self.predict(), self.data.val_y, is_correct, n=n, seed=seed)
 
     def most_by_correct(self, name: str | int, is_correct: bool, *, n: int = 4) -> np.ndarray:
-        """Of the pictures of a class (by name or number): the surest right answers, or the most wrong; int [<= n]."""
+        """Of the images of a class (by name or number): the surest right answers, or the most wrong; int [<= n]."""
         return ranking.most_by_correct(self.predict(), self.data.val_y, self._class(name), is_correct, n=n)
 
     def most_uncertain(self, *, n: int = 4) -> np.ndarray:
@@ -105,11 +105,11 @@ class Answers:
         return ranking.most_uncertain(self.predict(), n=n)
 
     def top_losses(self, *, n: int = 9) -> np.ndarray:
-        """The pictures whose true class got the lowest probability; int [<= n]."""
+        """The images whose true class got the lowest probability; int [<= n]."""
         return ranking.top_losses(self.predict(), self.data.val_y, n=n)
 
     def plot_val_with_title(self, indices: Sequence[int] | np.ndarray, title: str = "") -> plots.Figure:
-        """Validation pictures titled as in the lesson: with two classes the probability of the second, else the answer's."""
+        """Validation images titled as in the lesson: with two classes the probability of the second, else the answer's."""
         probabilities, names, y = np.exp(self.predict()), self.data.classes, self.data.val_y
         rows, paths = [int(i) for i in indices], self.data.val_paths
         if not rows:
@@ -175,7 +175,7 @@ class Found(dict):
 
 
 class Judgement(Answers):
-    """The part of a Learner that judges its validation pictures as `python -m jaxcats.evaluate` does."""
+    """The part of a Learner that judges its validation images as `python -m jaxcats.evaluate` does."""
 
     config: property
     _progress: Any
@@ -194,7 +194,7 @@ class Judgement(Answers):
         return self._numbers("reliability")
 
     def plot_risk_coverage(self) -> plots.Figure:
-        """Errors by the share of pictures answered."""
+        """Errors by the share of images answered."""
         return self._numbers("risk_coverage")
 
     def plot_heat_maps(self) -> plots.Figure:

@@ -79,7 +79,7 @@ class Learner(Judgement):
         learn.fit(0.01, 3)
 
     Attributes:
-        data: the pictures; its `augment` and `batch_size` may be changed between fits.
+        data: the images; its `augment` and `batch_size` may be changed between fits.
         model: pure functions of params and batch_stats, see jaxcats.models.Model.
         history: a dict per epoch of every fit so far.
         sched: learning rates and losses of the last fit or lr_find, to plot.
@@ -281,9 +281,7 @@ class Learner(Judgement):
             state = keeper.state
             if not in_notebook():
                 result = stats_module.sentence(keeper.row["errors"], keeper.row["n"])
-                print(
-                    f"Kept epoch {keeper.row['epoch']}, the best: {result}; chosen on these pictures, so it flatters."
-                )
+                print(f"Kept epoch {keeper.row['epoch']}, the best: {result}; chosen on these images, so it flatters.")
         self._phases[plan.name] = plan.phase
         self._own |= self._setup.own.names(dataclasses.replace(self._setup.config, phases={plan.name: plan.phase}))
         self._progress, self.history = progress, [*self.history, *keeper.epochs]

@@ -119,7 +119,7 @@ def load_state(folder: Path, setup: experiment.Setup) -> tuple[TrainState, Progr
     meta = checkpoints.meta(step)
     if tuple(meta["classes"]) != setup.index.classes:
         raise UserError(
-            f"{folder}: has the classes {', '.join(meta['classes'])}; the pictures have {', '.join(setup.index.classes)}."
+            f"{folder}: has the classes {', '.join(meta['classes'])}; the images have {', '.join(setup.index.classes)}."
         )
     marked = (folder / MARK).is_file()
     if not marked and meta["progress"]["epoch"] != sum(p.epochs for p in config.phases.values()):

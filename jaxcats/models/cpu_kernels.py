@@ -89,7 +89,7 @@ def _depthwise_backward(stride, pads, kept, gradient):
 
 
 def _depthwise_weights(images, kernel, gradient, stride, pads):
-    """Gradient of the kernel. One picture at a time: k x k passes over it, which the processor's cache then holds."""
+    """Gradient of the kernel. One image at a time: k x k passes over it, which the processor's cache then holds."""
     window, (height, width) = kernel.shape[0], gradient.shape[1:3]
     wide = jnp.promote_types(images.dtype, jnp.float32)
     padded = lax.optimization_barrier(jnp.pad(images, [(0, 0), *pads, (0, 0)]))
@@ -163,7 +163,7 @@ def _winograd_backward(kept, gradient):
     images, kernel = kept
     gradient = lax.optimization_barrier(gradient)
     of_images = winograd(gradient, kernel[::-1, ::-1].swapaxes(2, 3))
-    part = next(k for k in (8, 4, 2, 1) if len(images) % k == 0)  # pictures, that the processor's cache holds
+    part = next(k for k in (8, 4, 2, 1) if len(images) % k == 0)  # images, that the processor's cache holds
 
     def add(total, some):
         return jax.tree.map(jnp.add, total, _tile_products(*some)), None

@@ -1,6 +1,6 @@
 """EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excitation and with ReLU6 (TensorFlow's TPU models, 2020).
 
-The numbers are those of the Python package efficientnet_lite_pytorch built for the picture's own size: TensorFlow's
+The numbers are those of the Python package efficientnet_lite_pytorch built for the image's own size: TensorFlow's
 "SAME" padding, BatchNorm with momentum 0.99 and epsilon 1e-3. Drop-connect (stochastic depth), which that package
 applies when it trains, is left out.
 """

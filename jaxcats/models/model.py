@@ -61,7 +61,7 @@ def create(
         num_classes: outputs of the head.
         head: "lesson" (fast.ai's: concat pool, 512 units), "linear", or "classifier" (the network as published).
         dtype: what convolutions compute in; parameters, BatchNorm and the head stay in float32.
-        channels: of the pictures, for code of your own: all that reads pictures in this package makes them RGB. Published
+        channels: of the images, for code of your own: all that reads images in this package makes them RGB. Published
             weights are fitted to it, and `preprocess` has a mean and a deviation for each.
         weights: which weights it will get, as for `find_weights`: a known name brings its own `preprocess`.
 
@@ -115,7 +115,7 @@ class Model:
 
     @property
     def min_size(self) -> int:
-        """The smallest side of a picture, in pixels."""
+        """The smallest side of an image, in pixels."""
         return self.stride
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:

@@ -203,9 +203,9 @@ def to_torch_layout(array: np.ndarray) -> np.ndarray:
 
 
 def with_channels(tensors: dict[str, np.ndarray], channels: int) -> dict[str, np.ndarray]:
-    """Torch's tensors for pictures of another number of channels: the first convolution [O,3,h,w] as [O,channels,h,w].
+    """Torch's tensors for images of another number of channels: the first convolution [O,3,h,w] as [O,channels,h,w].
 
-    One channel gets the sum over the three (thrice their average), so that a grey picture gives exactly what it gives
+    One channel gets the sum over the three (thrice their average), so that a grey image gives exactly what it gives
     as RGB. Otherwise the three are repeated in turn and scaled by 3 / channels, which keeps the size of what comes out.
     """
 

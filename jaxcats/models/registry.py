@@ -28,7 +28,7 @@ class Backbone:
         torch_module: from a path of our modules to the name of torch's module (see resnet.torch_module).
         classifier: torch's name of the published classifier.
         dropout: before the published classifier.
-        stride: of the feature map, in pixels; also the smallest picture side.
+        stride: of the feature map, in pixels; also the smallest image side.
     """
 
     build: Callable[[Any], nn.Module]

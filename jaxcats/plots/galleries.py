@@ -1,4 +1,4 @@
-"""Pictures under their titles."""
+"""Images under their titles."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 from jaxcats.data.images import open_upright
 from jaxcats.plots.base import INK, RIGHT, WRONG, Figure, fit, set_heading, words
 
-LARGEST_SIDE = 480  # of a picture in a gallery, in pixels: what a screen shows of it
+LARGEST_SIDE = 480  # of an image in a gallery, in pixels: what a screen shows of it
 # Black, purple, orange, yellow: brightness alone says as much (matplotlib's inferno, at these heats).
 HEAT_COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 
@@ -22,13 +22,13 @@ def gallery(
     columns: int | None = None,
     heading: str | None = None,
 ) -> Figure:
-    """Pictures in a grid, each under its title; titles of wrong answers are in another colour.
+    """Images in a grid, each under its title; titles of wrong answers are in another colour.
 
     Args:
-        pictures: files, Pillow pictures, or uint8 arrays [H, W, 3] or [H, W].
-        titles: one per picture; long ones are wrapped.
-        wrong: whether each is a wrong answer; None is for pictures without a verdict.
-        columns: pictures per row; None is four, three for 5, 6 or 9 pictures, and six for more than 16.
+        images: files, Pillow images, or uint8 arrays [H, W, 3] or [H, W].
+        titles: one per image; long ones are wrapped.
+        wrong: whether each is a wrong answer; None is for images without a verdict.
+        columns: images per row; None is four, three for 5, 6 or 9 images, and six for more than 16.
         heading: over all, as in the lesson's plot_val_with_title.
     """
     n = len(pictures)
@@ -45,10 +45,10 @@ def heat_maps(
     wrong: Sequence[bool] | None = None,
     heading: str | None = None,
 ) -> Figure:
-    """Each picture, and beside it the same with its heat laid over; see `overlay`.
+    """Each image, and beside it the same with its heat laid over; see `overlay`.
 
     Args:
-        pictures: uint8 [S, S, 3], what the network saw (the square crop), so that heat and picture agree.
+        images: uint8 [S, S, 3], what the network saw (the square crop), so that heat and image agree.
         heats: float [h, w] from 0 to 1, as `results.cam.grad_cam` gives them.
         titles, wrong, heading: as for `gallery`.
     """
@@ -60,9 +60,9 @@ def heat_maps(
 
 
 def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A picture uint8 [H, W, 3] with heat float [h, w], 0 to 1, enlarged smoothly and laid over: uint8 [H, W, 3].
+    """An image uint8 [H, W, 3] with heat float [h, w], 0 to 1, enlarged smoothly and laid over: uint8 [H, W, 3].
 
-    Heat 0 leaves the picture as it is, only darker, so that it can be seen what is looked at and what is not.
+    Heat 0 leaves the image as it is, only darker, so that it can be seen what is looked at and what is not.
     """
     height, width = picture.shape[:2]
     small = Image.fromarray(np.asarray(heat, np.float32))
@@ -102,12 +102,12 @@ def _grid(
     heading: str | None,
     size: tuple[float, float],
 ) -> Figure:
-    """Pictures under their titles, each in a place of `size` inches."""
+    """Images under their titles, each in a place of `size` inches."""
     n = len(pictures)
     if len(titles) != n or (wrong is not None and len(wrong) != n):
-        raise ValueError(f"{n} pictures, {len(titles)} titles, wrong={wrong}")
+        raise ValueError(f"{n} images, {len(titles)} titles, wrong={wrong}")
     if not n:
-        return words(heading, "no pictures to show")
+        return words(heading, "no images to show")
     rows, (width, height) = -(-n // columns), size
     lines = [fit(title, int(width * 10), lines=6) for title in titles]
     top = [max(t.count("\n") + 1 for t in lines[r * columns : (r + 1) * columns]) for r in range(rows)]

@@ -20,7 +20,7 @@ TICKS = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
 def confusion(matrix: np.ndarray | Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
     """Actual class by row, predicted class by column, errors in a colour of their own.
 
-    The shade is the share of the row's pictures. That of errors ends at the worst share there is, and its square root
+    The shade is the share of the row's images. That of errors ends at the worst share there is, and its square root
     is drawn, so that one error of a hundred is seen beside ninety-nine right answers. Up to 15 classes have numbers in
     their cells; beyond that the ten most confused pairs are listed beside the matrix; beyond 30 some names only.
 
@@ -130,7 +130,7 @@ def reliability(
         confidence, confidence_after: float [N], the answers' probabilities; their histogram stands below.
     """
     if not bins:
-        return words("Reliability", "no pictures to show")
+        return words("Reliability", "no images to show")
     panels = [("as trained", bins, ece, confidence)]
     if after is not None:
         panels.append(("with the temperature", after, ece_after, confidence_after))
@@ -204,21 +204,21 @@ def risk_coverage(
     """How many of the answers given are wrong, by how many are given when the least sure are left out.
 
     Args:
-        coverage: share of the pictures that are answered, [k], 0 to 1.
+        coverage: share of the images that are answered, [k], 0 to 1.
         risk: share of those that are wrong, [k].
-        n: pictures in all; with it the 95 % Wilson interval is shaded.
+        n: images in all; with it the 95 % Wilson interval is shaded.
         point: (coverage, risk) at the chosen threshold.
         max_error: the share of errors that it was chosen for.
     """
     order = np.argsort(coverage)
     x, y = np.asarray(coverage, float)[order], np.asarray(risk, float)[order]
     if not len(x):
-        return words("Errors among the answers given", "no pictures to show")
+        return words("Errors among the answers given", "no images to show")
     if len(x) > 1000:  # more than there are dots on a screen
         keep = np.unique(np.linspace(0, len(x) - 1, 1000).astype(int))
         x, y = x[keep], y[keep]
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
-    ax = named_axes(figure.subplots(), "share of the pictures that get an answer", "share of the answers that is wrong")
+    ax = named_axes(figure.subplots(), "share of the images that get an answer", "share of the answers that is wrong")
     ax.plot(x, y, "o-" if len(x) < 3 else "-", color=COLOURS[0], linewidth=2, label="errors among the answers")
     top = max(y[-1], max_error or 0, point[1] if point else 0)
     if n is not None:
@@ -247,14 +247,14 @@ def per_class(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     Args:
         rows: each {"class", "n", "recall", "recall_interval": (low, high)}, as `metrics.judge` gives them; a class without
-            pictures has no recall and isn't drawn.
+            images has no recall and isn't drawn.
     """
     known = sorted((row for row in rows if row["n"] and row["recall"] is not None), key=lambda row: row["recall"])
     if not known:
-        return words("Recall by class", "no pictures with a known class")
+        return words("Recall by class", "no images with a known class")
     shown = known[:MOST_ROWS]
     figure = Figure(figsize=(7.6, 1.3 + 0.27 * len(shown)), layout="constrained")
-    ax = named_axes(figure.subplots(), "share of the class's pictures that is found (recall)", "")
+    ax = named_axes(figure.subplots(), "share of the class's images that is found (recall)", "")
     y = np.arange(len(shown))
     low, high = np.array([row["recall_interval"] for row in shown]).T
     ax.hlines(y, low, high, color=COLOURS[5], alpha=0.8, linewidth=3)
@@ -276,7 +276,7 @@ def per_class(rows: Sequence[Mapping[str, Any]]) -> Figure:
     if len(known) > len(shown):
         notes.append(f"the {len(shown)} worst of {len(known):,} classes")
     if len(rows) > len(known):
-        notes.append(f"{len(rows) - len(known):,} without pictures")
+        notes.append(f"{len(rows) - len(known):,} without images")
     if notes:
         ax.set_title("; ".join(notes), fontsize=10, color=INK, loc="left")
     return figure

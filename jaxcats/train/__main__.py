@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxcats.train.user_functions import Own
 
 
-DESCRIPTION = "Trains an image classifier on a folder of pictures and judges it on the validation pictures."
+DESCRIPTION = "Trains an image classifier on a folder of images and judges it on the validation images."
 OPTIONS = {
     "workdir": {"type": str, "help": "run folder (default: runs/NAME OF THE CONFIG-TIME)"},
     "resume": {"action": "store_true", "help": "go on from the last checkpoint in --workdir; start if there is none"},
@@ -32,7 +32,7 @@ OPTIONS = {
 
 
 def about(setup: Any) -> dict[str, Any]:
-    """What is kept of a run beside its configuration: versions, pictures, backend, and functions of one's own."""
+    """What is kept of a run beside its configuration: versions, images, backend, and functions of one's own."""
     import jax
 
     from jaxcats.train.experiment import fingerprint
@@ -43,7 +43,7 @@ def about(setup: Any) -> dict[str, Any]:
 
 
 def keep_facts(folder: Path, setup: Any, found: Any, *, begun: bool) -> None:
-    """Writes what later commands read of the settings and pictures; `begun`: of a run that goes on, whose split stands."""
+    """Writes what later commands read of the settings and images; `begun`: of a run that goes on, whose split stands."""
     from jaxcats.data.quality import counts
     from jaxcats.train.experiment import SPLIT
 

@@ -1,4 +1,4 @@
-"""What feeds a phase: features or pictures, as batches or resident on the device; the drivers; exact evaluation."""
+"""What feeds a phase: features or images, as batches or resident on the device; the drivers; exact evaluation."""
 
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -18,10 +18,10 @@ from jaxcats.train.experiment import Plan, Setup, augmentation
 Batches = Iterator[dict[str, np.ndarray]]
 
 
-def picture_batches(
+def image_batches(
     split: Split, *, preprocess: Preprocess, batch_size: int, workers: int | None, rows: np.ndarray | None = None
 ) -> Batches:
-    """Evaluation batches of pictures; the first use of TensorFlow in the process."""
+    """Evaluation batches of images; the first use of TensorFlow in the process."""
     from jaxcats.data.pipeline import evaluation_batches
 
     if mesh.several():
@@ -54,7 +54,7 @@ def _with_own_images(
 
 
 def decoding(setup: Setup) -> dict[str, Any]:
-    """The arguments of `picture_batches` that a Setup decides."""
+    """The arguments of `image_batches` that a Setup decides."""
     config = setup.config
     return {"preprocess": setup.preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
 
@@ -64,7 +64,7 @@ def _unmask(batch: dict[str, np.ndarray], out: jax.Array) -> tuple[np.ndarray, n
 
 
 def array_batches(arrays: dict[str, np.ndarray], batch_size: int) -> Batches:
-    """Padded and masked evaluation batches of arrays that have a row per picture."""
+    """Padded and masked evaluation batches of arrays that have a row per image."""
     n = len(arrays["label"])
     size = mesh.up_to_devices(min(batch_size, n))
     for at in range(0, n, size):
@@ -75,12 +75,12 @@ def array_batches(arrays: dict[str, np.ndarray], batch_size: int) -> Batches:
 
 
 def source(setup: Setup, plan: Plan) -> Preprocess:
-    """What a phase's training pictures go through before its augmentation."""
+    """What a phase's training images go through before its augmentation."""
     return augment.source_preprocess(setup.preprocess, augmentation(plan.phase))
 
 
 def resident(setup: Setup, plan: Plan, feats: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Arrays with a row per training picture, for the scan driver: features, or the pictures themselves."""
+    """Arrays with a row per training image, for the scan driver: features, or the images themselves."""
     split = setup.index.splits["train"]
     n = len(split)
     arrays = {"label": split.labels, "index": np.arange(n, dtype=np.int32), "mask": np.ones(n, bool)}
@@ -88,14 +88,14 @@ def resident(setup: Setup, plan: Plan, feats: np.ndarray | None) -> dict[str, np
         return arrays | {"features": feats}
     how: dict[str, Any] = decoding(setup) | {"preprocess": source(setup, plan)}
     images = np.zeros((n, how["preprocess"].size, how["preprocess"].size, 3), np.uint8)
-    for batch in picture_batches(split, **how):
+    for batch in image_batches(split, **how):
         image = np.asarray(mesh.gathered(batch["image"], len(batch["mask"])))
         images[batch["index"][batch["mask"]]] = image[batch["mask"]]
     return arrays | {"image": images}
 
 
 def streamed(setup: Setup, plan: Plan, order: np.ndarray) -> Generator[dict[str, np.ndarray], None, None]:
-    """Training batches of pictures, decoded on the fly: one per row of `order`."""
+    """Training batches of images, decoded on the fly: one per row of `order`."""
     from jaxcats.data.pipeline import training_batches
 
     split, workers = setup.index.splits["train"], setup.config.data.workers

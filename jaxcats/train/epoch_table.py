@@ -52,7 +52,7 @@ def overfitting(rows: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     low = min(range(len(rows)), key=lambda i: rows[i]["valid_loss"])
     least, last = rows[low], rows[-1]
-    # A rise of less than a twentieth is noise: of 1,000 pictures at 99 %, a loss is known to a tenth or two.
+    # A rise of less than a twentieth is noise: of 1,000 images at 99 %, a loss is known to a tenth or two.
     if last["valid_loss"] < 1.05 * least["valid_loss"] or not last["train_loss"] < least["train_loss"]:
         return None
     return (

@@ -1,4 +1,4 @@
-"""What feeds a phase: features or pictures, as batches or resident on the device; the drivers; exact evaluation."""
+"""What feeds a phase: features or images, as batches or resident on the device; the drivers; exact evaluation."""
 
 import functools
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from jaxcats.core.step import make_eval_step, normalise
 from jaxcats.data.images import Preprocess
 from jaxcats.data.index import Split
 from jaxcats.models import registry
-from jaxcats.train.drivers import Batches, _unmask, array_batches, picture_batches
+from jaxcats.train.drivers import Batches, _unmask, array_batches, image_batches
 from jaxcats.train.experiment import head_on_features
 
 ARRAY_BATCH = 1024  # rows per evaluation call on features
 
 
 def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: Batches, *, n: int) -> np.ndarray:
-    """Logits float32 [n, C] of every picture once, in the order of their index."""
+    """Logits float32 [n, C] of every image once, in the order of their index."""
     logits, pending, seen = None, None, 0
 
     def take(batch, out):
@@ -39,7 +39,7 @@ def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: 
     if pending:
         take(*pending)
     if logits is None or seen != n:
-        raise RunError(f"The evaluation saw {seen} of {n} pictures.")
+        raise RunError(f"The evaluation saw {seen} of {n} images.")
     return logits
 
 
@@ -54,7 +54,7 @@ def _eval_program(
 
 
 class Evaluator:
-    """`(params, batch_stats) -> logits [n, C]` of a split, from features where there are some, else from the pictures."""
+    """`(params, batch_stats) -> logits [n, C]` of a split, from features where there are some, else from the images."""
 
     def __init__(
         self,
@@ -71,7 +71,5 @@ class Evaluator:
         self.step = _eval_program(model, registry.get(model.name), preprocess, feats is not None, mesh.several())
 
     def __call__(self, params: Any, batch_stats: Any) -> np.ndarray:
-        batches = (
-            array_batches(self.arrays, ARRAY_BATCH) if self.arrays else picture_batches(self.split, **self.decoding)
-        )
+        batches = array_batches(self.arrays, ARRAY_BATCH) if self.arrays else image_batches(self.split, **self.decoding)
         return run_evaluation(self.step, params, batch_stats, batches, n=len(self.split))

@@ -1,4 +1,4 @@
-"""What a run is made of before it runs: the pictures, the model, the plan of its phases, their pure steps and states."""
+"""What a run is made of before it runs: the images, the model, the plan of its phases, their pure steps and states."""
 
 import dataclasses
 import hashlib
@@ -39,9 +39,9 @@ class Setup:
 
 
 def fingerprint(index: FolderIndex) -> str:
-    """Two hashes, "A-B", of the pictures' contents, labels and splits: whatever their order, and in their order.
+    """Two hashes, "A-B", of the images' contents, labels and splits: whatever their order, and in their order.
 
-    A run that resumes must find both unchanged. For judging the first is enough: renamed pictures are the same pictures.
+    A run that resumes must find both unchanged. For judging the first is enough: renamed images are the same images.
     """
     rows = [
         f"{name} {label} {h}\n"
@@ -51,8 +51,8 @@ def fingerprint(index: FolderIndex) -> str:
     return "-".join(hashlib.sha256("".join(some).encode()).hexdigest() for some in (sorted(rows), rows))
 
 
-def same_pictures(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same pictures, perhaps under other names."""
+def same_images(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same images, perhaps under other names."""
     return one.partition("-")[0] == other.partition("-")[0]
 
 
@@ -99,7 +99,7 @@ def start_jax(config: Config) -> Path:
 
 
 def create_model(config: Config, num_classes: int, *, dtype: str | None = None) -> tuple[models.Model, Preprocess]:
-    """The model of a Config and the Preprocess that its pictures go through; `dtype` is a run's own, where it has begun."""
+    """The model of a Config and the Preprocess that its images go through; `dtype` is a run's own, where it has begun."""
     if dtype is None:
         auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         dtype = auto if config.precision == "auto" else config.precision
@@ -109,32 +109,32 @@ def create_model(config: Config, num_classes: int, *, dtype: str | None = None) 
     return model, dataclasses.replace(model.preprocess, size=size, policy=config.data.policy)
 
 
-SPLIT = "split.json"  # in a run folder: which side each picture is on, where that isn't in folders or a table
+SPLIT = "split.json"  # in a run folder: which side each image is on, where that isn't in folders or a table
 
 
 def setup(
     config: Config, index: FolderIndex | None = None, *, own: Own | None = None, run: Path | None = None
 ) -> Setup:
-    """Indexes the pictures, unless that is done, and creates the model; no weights yet.
+    """Indexes the images, unless that is done, and creates the model; no weights yet.
 
     Args:
         own: functions of one's own.
         run: a run folder, whose split holds where the cache has lost it.
     """
     cache = start_jax(config)
-    create_model(config, 2)  # a backbone's name that doesn't exist is said before any picture is read
-    index = in_turn(lambda: index_pictures(config, cache, run)) if index is None else index
+    create_model(config, 2)  # a backbone's name that doesn't exist is said before any image is read
+    index = in_turn(lambda: index_images(config, cache, run)) if index is None else index
     model, preprocess = create_model(config, len(index.classes))
-    agree("The pictures or the precision", f"{fingerprint(index)} {index.classes} {model.dtype}")
+    agree("The images or the precision", f"{fingerprint(index)} {index.classes} {model.dtype}")
     if len(index.splits["train"]) < 2:
-        raise UserError(f"{config.data.root}: has one training picture; training needs two at least.")
+        raise UserError(f"{config.data.root}: has one training image; training needs two at least.")
     own = own or Own()
     own.check(config, classes=len(index.classes), size=preprocess.size)
     return Setup(config, index, model, preprocess, cache, own)
 
 
-def index_pictures(config: Config, cache: Path, run: Path | None = None) -> FolderIndex:
-    """The pictures that a Config names; of a `run` divided as it has divided them."""
+def index_images(config: Config, cache: Path, run: Path | None = None) -> FolderIndex:
+    """The images that a Config names; of a `run` divided as it has divided them."""
     d = config.data
     return scan_folder(
         d.root,
@@ -177,8 +177,8 @@ def plans(setup: Setup) -> list[Plan]:
         batch = min(phase.batch_size, n)
         if phase.accumulate > 1 and (batch % phase.accumulate or batch < 2 * phase.accumulate):
             raise UserError(
-                f"phases.{name}.accumulate: {phase.accumulate} parts of two pictures at least don't make a batch of {batch}, "
-                f"which is all the training pictures there are; set phases.{name}.accumulate to 1, or to a divisor."
+                f"phases.{name}.accumulate: {phase.accumulate} parts of two images at least don't make a batch of {batch}, "
+                f"which is all the training images there are; set phases.{name}.accumulate to 1, or to a divisor."
             )
         per_epoch = n // min(phase.batch_size, n)
         found.append(Plan(i, name, phase, step, epoch, per_epoch))
@@ -236,7 +236,7 @@ def schedules(plan: Plan) -> list[Schedule]:
 
 
 def augmentation(phase: Phase) -> augment.Augmentation | None:
-    """What a phase does to its pictures."""
+    """What a phase does to its images."""
     return augment.PRESETS[phase.augment]
 
 
@@ -246,12 +246,12 @@ def augment_key(key: jax.Array) -> jax.Array:
 
 
 def change(setup: Setup, phase: Phase, key: jax.Array) -> Callable | None:
-    """What a phase does to its pictures, in a train step: its `augment`, then a function of one's own; None: nothing."""
+    """What a phase does to its images, in a train step: its `augment`, then a function of one's own; None: nothing."""
     how, own = augmentation(phase), setup.own.augment
     preset = how and augment.make_augment(how, key=augment_key(key), size=setup.preprocess.size)
     if own is None or phase.precompute:
         return preset
-    each = augment.each_picture(own, key=jax.random.fold_in(augment_key(key), name_number("own")))
+    each = augment.each_image(own, key=jax.random.fold_in(augment_key(key), name_number("own")))
     return each if preset is None else lambda images, *which: each(preset(images, *which), *which)
 
 
@@ -316,7 +316,7 @@ def describe(setup: Any) -> str:
     index, c = setup.index, setup.config
     train, valid = index.splits["train"], index.splits["valid"]
     lines = [
-        f"{len(train):,} training and {len(valid):,} validation pictures in {len(index.classes)} classes "
+        f"{len(train):,} training and {len(valid):,} validation images in {len(index.classes)} classes "
         f"({', '.join(index.classes[:6])}{', ...' if len(index.classes) > 6 else ''}) from {index.root}"
     ]
     lines += skipped(index.bad)

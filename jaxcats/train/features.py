@@ -29,7 +29,7 @@ from jaxcats.core.step import normalise
 from jaxcats.data.images import TRANSFORM_VERSION, Preprocess
 from jaxcats.data.index import Split
 from jaxcats.models import registry
-from jaxcats.train.drivers import _unmask, decoding, picture_batches
+from jaxcats.train.drivers import _unmask, decoding, image_batches
 from jaxcats.train.experiment import Setup
 
 SHARD_ROWS = 4096
@@ -44,7 +44,7 @@ class Cached:
     Attributes:
         features: float32 [N, F], read-only.
         reused: rows answered from the cache.
-        computed: pictures that went through the backbone.
+        computed: images that went through the backbone.
         damaged: cache files that were unreadable and are computed again.
     """
 
@@ -170,10 +170,10 @@ def cached_features(
     cache_dir: Path,
     agree: Callable[[np.ndarray], np.ndarray] = lambda lacking: lacking,
 ) -> Cached:
-    """Features of pictures, from the cache where their content is known.
+    """Features of images, from the cache where their content is known.
 
     Args:
-        hashes: SHA-256 (hex) of each picture's content, N of them.
+        hashes: SHA-256 (hex) of each image's content, N of them.
         facts: everything else the features depend on; their JSON names the cache folder.
         width: F.
         compute: rows to compute, int [M] -> iterator of (rows [m], features float32 [m, F]).
@@ -186,7 +186,7 @@ def cached_features(
     sweep(folder)
     features = _zeros(len(hashes), width)
     rows: dict[str, int] = {}
-    first = np.array([rows.setdefault(h, row) for row, h in enumerate(hashes)], int)  # equal pictures are computed once
+    first = np.array([rows.setdefault(h, row) for row, h in enumerate(hashes)], int)  # equal images are computed once
     known, damaged = _read(folder, rows, features)
     lacking = agree(~known[first])
     missing = np.flatnonzero(lacking & (first == np.arange(len(hashes))))
@@ -207,7 +207,7 @@ def cached_features(
 def feature_program(model: models.Model, preprocess: Preprocess) -> Callable:
     """Jitted `(params, batch_stats, images uint8 [N,H,W,3]) -> features float32 [N,F]`, the backbone frozen.
 
-    On CPU the batch goes through the network a few pictures at a time, inside one program: their activations stay in the
+    On CPU the batch goes through the network a few images at a time, inside one program: their activations stay in the
     cache and reuse the same memory, where those of a whole batch are mapped and faulted in anew at every call.
     """
     prepare = normalise(preprocess.mean, preprocess.std)
@@ -234,16 +234,14 @@ def backbone_features(
     workers: int | None,
     cache_dir: Path,
 ) -> Cached:
-    """Pooled features [n, F] of a split's pictures, from the cache where their content and the backbone are known."""
+    """Pooled features [n, F] of a split's images, from the cache where their content and the backbone are known."""
     run = feature_program(model, preprocess)
     only = {"backbone": params["backbone"], "head": {}}, {"backbone": batch_stats["backbone"], "head": {}}
 
     def compute(rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         pending = None  # read one batch late, so that the device and the decoder overlap
         with progress_bar(total=len(rows), desc="features") as bar:
-            for batch in picture_batches(
-                split, preprocess=preprocess, batch_size=batch_size, workers=workers, rows=rows
-            ):
+            for batch in image_batches(split, preprocess=preprocess, batch_size=batch_size, workers=workers, rows=rows):
                 out = run(*only, mesh.place_images(batch["image"], len(batch["mask"])))
                 if pending:
                     yield _unmask(*pending)

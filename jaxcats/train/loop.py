@@ -149,7 +149,7 @@ class Fitter:
         while progress.epoch < plan.first_epoch + phase.epochs:
             order = epoch_order(n, batch_size=phase.batch_size, seed=self.setup.config.seed, epoch=progress.epoch)
             before = time.perf_counter()
-            pictures = (len(order) - progress.epoch_step) * order.shape[1]
+            images = (len(order) - progress.epoch_step) * order.shape[1]
             with self.clock(plan, "train"):
                 state = self.run_epoch(plan, progress, state, drive, order, lrs)
             seconds = time.perf_counter() - before
@@ -164,7 +164,7 @@ class Fitter:
                     raise  # the other processes know nothing of it, and a checkpoint needs them all
                 self.save(plan, progress, state)
                 raise Stopped.saved(stopped.signum, progress.step) from None
-            self.end_epoch(plan, progress, state, logits, seconds, pictures / seconds)
+            self.end_epoch(plan, progress, state, logits, seconds, images / seconds)
             if self.stopping and self.stopping.signum is not None:
                 raise self.stopping.leave(progress.step)
         return state
@@ -307,7 +307,7 @@ class Fitted:
         batch_stats: likewise.
         step: its step.
         identity: its hash; see Checkpoints.
-        valid_features: of the validation pictures, where they were computed with this very backbone; else None.
+        valid_features: of the validation images, where they were computed with this very backbone; else None.
         seconds: by phase and part.
         counts: features {"reused", "computed"} of the last precompute.
     """
@@ -322,7 +322,7 @@ class Fitted:
 
 
 def resume_point(setup: Setup, checkpoints: Checkpoints) -> tuple[Progress, Any] | None:
-    """(Progress, TrainState) of the latest checkpoint, or None; UserError when the pictures have changed since."""
+    """(Progress, TrainState) of the latest checkpoint, or None; UserError when the images have changed since."""
     steps = checkpoints.steps()
     if not steps:
         return None
@@ -331,7 +331,7 @@ def resume_point(setup: Setup, checkpoints: Checkpoints) -> tuple[Progress, Any]
     check_same(setup.own.names(setup.config), meta.get("own", {}))
     if meta["fingerprint"] != fingerprint(setup.index):
         raise UserError(
-            f"{setup.config.data.root}: the pictures have changed since this run was started; a resumed run would "
+            f"{setup.config.data.root}: the images have changed since this run was started; a resumed run would "
             f"not be the same. Restore the folder, or train into a new --workdir."
         )
     if meta["dtype"] != setup.model.dtype:

@@ -167,8 +167,8 @@ class _Found:
         return self.table()
 
     def _repr_html_(self) -> str:
-        picture = base64.b64encode(self.plot()._repr_png_()).decode()
-        return f'<pre>{html.escape(self.table())}</pre><img src="data:image/png;base64,{picture}" alt="loss by learning rate">'
+        image = base64.b64encode(self.plot()._repr_png_()).decode()
+        return f'<pre>{html.escape(self.table())}</pre><img src="data:image/png;base64,{image}" alt="loss by learning rate">'
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -296,7 +296,7 @@ class LRFindResult(_Found):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LRFindBand(_Found):
-    """The same range test under several seeds (other initialisation, other order of the pictures)."""
+    """The same range test under several seeds (other initialisation, other order of the images)."""
 
     results: tuple[LRFindResult, ...]
 
@@ -388,7 +388,7 @@ def _to_json(x: float) -> float | str | None:
 
 
 START, END, ITERATIONS = 1e-7, 10.0, 100  # fastai v2's
-PICTURE_CHUNK = 10  # iterations per program when the batches are pictures: bounds the memory
+PICTURE_CHUNK = 10  # iterations per program when the batches are images: bounds the memory
 
 
 def find_lr(
@@ -409,7 +409,7 @@ def find_lr(
         plan: the phase to find a rate for. Three rates keep their ratios; the reported one is the last group's.
         params: where it starts; unchanged afterwards, bit for bit.
         batch_stats: likewise.
-        feats: features [n, F] of the training pictures, with precompute.
+        feats: features [n, F] of the training images, with precompute.
         start: first learning rate.
         end: what the rate would be after the last iteration: `start (end / start)^(i / iterations)`.
         iterations: batches; the data are gone through again where they are fewer.
@@ -527,7 +527,7 @@ def cycled_order(setup: Setup, plan: Plan, iterations: int, *, seed: int) -> np.
 def chunks(
     setup: Setup, plan: Plan, order: np.ndarray, feats: np.ndarray | None
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """(arrays, order into them) of each stretch: one for features, ten batches at a time for pictures."""
+    """(arrays, order into them) of each stretch: one for features, ten batches at a time for images."""
     if feats is not None or scans(plan.phase):
         yield resident(setup, plan, feats), order
         return
@@ -555,10 +555,10 @@ def write_lr_find(folder: Path, result: LRFindResult | LRFindBand, *, name: str 
     """Writes NAME.json and figures/NAME.png into a folder; their paths."""
     import io
 
-    picture = io.BytesIO()
-    result.plot().savefig(picture, format="png", dpi=120)
+    image = io.BytesIO()
+    result.plot().savefig(image, format="png", dpi=120)
     files = [folder / f"{name}.json", folder / "figures" / f"{name}.png"]
     files[1].parent.mkdir(parents=True, exist_ok=True)
     write_json(files[0], result.to_dict())
-    write_bytes(files[1], picture.getvalue())
+    write_bytes(files[1], image.getvalue())
     return files

@@ -16,7 +16,7 @@ from jaxcats.common.io import ASIDE, hold, sweep, write_text
 
 # These may change between a run and its resumption: they don't change what is computed.
 RESUMABLE = {
-    "data.root",  # the pictures themselves are compared
+    "data.root",  # the images themselves are compared
     "data.manifest",
     "data.workers",
     "data.rehash",
@@ -95,7 +95,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
 
 
 def keep_config(folder: Path, config: Config) -> None:
-    """Writes what a later command on this run reads; of a run that is resumed once its pictures are known to be the same."""
+    """Writes what a later command on this run reads; of a run that is resumed once its images are known to be the same."""
     try:
         write_text(folder / "config.yaml", to_yaml(dataclasses.replace(config, distributed=DistributedConfig())))
     except OSError as e:

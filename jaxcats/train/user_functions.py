@@ -21,9 +21,9 @@ class Own:
         loss_fn: `(logits float32 [B, C], labels int32 [B]) -> losses [B]` in JAX, what training and lr_find minimise. The
             validation loss stays the cross-entropy, so that runs can be compared.
         augment: `(image float32 [S, S, 3] from 0 to 255, key) -> image`, of the same shape, in JAX: what training does to a
-            picture after the phase's `augment`. The key is a function of (seed, epoch, picture). It has no effect on phases
+            image after the phase's `augment`. The key is a function of (seed, epoch, image). It has no effect on phases
             with precompute.
-        metrics: `(logits float32 [N, C], labels int32 [N]) -> {name: number}` in NumPy, of all validation pictures after each epoch.
+        metrics: `(logits float32 [N, C], labels int32 [N]) -> {name: number}` in NumPy, of all validation images after each epoch.
     """
 
     loss_fn: Callable | None = None
@@ -55,16 +55,16 @@ class Own:
                 )
             shapes = jax.ShapeDtypeStruct((2, classes), np.float32), jax.ShapeDtypeStruct((2,), np.int32)
             got = jax.eval_shape(self.loss_fn, *shapes)
-            _same_shape("loss_fn", self.loss_fn, got, (2,), "a loss for each of the 2 pictures")
+            _same_shape("loss_fn", self.loss_fn, got, (2,), "a loss for each of the 2 images")
         if self.augment:
             if all(p.precompute for p in config.phases.values()):
                 raise UserError(
                     f"augment: {name_of(self.augment)} has no effect, as every phase has precompute: true (features are "
-                    f"computed once); set it to false where pictures are to be changed."
+                    f"computed once); set it to false where images are to be changed."
                 )
             image = jax.ShapeDtypeStruct((size, size, 3), np.float32)
             got = jax.eval_shape(self.augment, image, jax.eval_shape(lambda: jax.random.key(0)))
-            _same_shape("augment", self.augment, got, image.shape, "a picture of the size it was given")
+            _same_shape("augment", self.augment, got, image.shape, "an image of the size it was given")
         if self.metrics:  # a slip in it should not cost an epoch
             labels = np.arange(4 * classes, dtype=np.int32) % classes
             logits = np.random.default_rng(0).standard_normal((len(labels), classes), np.float32)

@@ -1,10 +1,10 @@
-"""An augmentation of one's own: `train` with a grey square somewhere in each picture ("cutout", arXiv:1708.04552).
+"""An augmentation of one's own: `train` with a grey square somewhere in each image ("cutout", arXiv:1708.04552).
 
     python scripts/examples/augmentation.py --config configs/dogscats_lite0.yaml --data.root data/dogscats \
         --phases.head.precompute false --phases.head.epochs 1
 
-Takes every flag of `python -m jaxcats.train`; `--phases.head.augment side_on` comes before it. The key of a picture depends on
-the seed, the epoch and the picture alone, so that a run can be repeated and resumed to the bit.
+Takes every flag of `python -m jaxcats.train`; `--phases.head.augment side_on` comes before it. The key of an image depends on
+the seed, the epoch and the image alone, so that a run can be repeated and resumed to the bit.
 """
 
 import sys
@@ -16,7 +16,7 @@ from jaxcats.train.__main__ import command
 
 
 def cutout(image, key):
-    """A picture float32 [S, S, 3] from 0 to 255 -> the same with a square of a third of its side grey."""
+    """An image float32 [S, S, 3] from 0 to 255 -> the same with a square of a third of its side grey."""
     side = image.shape[0]
     top, left = jax.random.randint(key, (2,), -side // 6, side - side // 6)  # it may hang over the edge
     at = jnp.arange(side)

@@ -1,4 +1,4 @@
-"""A loss of one's own: `train` with the focal loss, which makes little of pictures that are already right (arXiv:1708.02002).
+"""A loss of one's own: `train` with the focal loss, which makes little of images that are already right (arXiv:1708.02002).
 
     python scripts/examples/loss.py --config configs/dogscats_lite0.yaml --data.root data/dogscats
 

@@ -16,7 +16,7 @@ COSTS = np.array([[0.0, 1.0], [5.0, 0.0]])  # [what it shows, what it is taken f
 
 
 def cost(logits, labels):
-    """Logits float32 [N, 2] and labels int32 [N] of all validation pictures -> numbers by name."""
+    """Logits float32 [N, 2] and labels int32 [N] of all validation images -> numbers by name."""
     odds = np.exp(logits - logits.max(1, keepdims=True))
     probabilities = odds / odds.sum(1, keepdims=True)
     cautious = (probabilities @ COSTS).argmin(1)  # the answer that costs least on average, not the likeliest

@@ -16,7 +16,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def photo():
-    """photo(seed, width, height): an RGB picture with smooth parts and edges, different for every seed."""
+    """photo(seed, width, height): an RGB image with smooth parts and edges, different for every seed."""
 
     def make(seed: int, width: int = 60, height: int = 44) -> Image.Image:
         small = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), np.uint8)
@@ -29,7 +29,7 @@ def photo():
 
 @pytest.fixture
 def encoded(photo):
-    """encoded(picture or seed, format, orientation=..., **options): a file's content."""
+    """encoded(image or seed, format, orientation=..., **options): a file's content."""
 
     def make(picture, kind: str = "JPEG", *, orientation: int | None = None, **options) -> bytes:
         picture = photo(picture) if isinstance(picture, int) else picture
@@ -62,7 +62,7 @@ def folder(tmp_path, encoded):
 
 @pytest.fixture
 def two_classes(folder):
-    """A sound folder: 3 + 3 pictures to train on, 1 + 1 for validation."""
+    """A sound folder: 3 + 3 images to train on, 1 + 1 for validation."""
     names = [f"train/{kind}s/{kind}{i}.jpg" for kind in ("cat", "dog") for i in range(3)]
     return folder({name: seed for seed, name in enumerate([*names, "valid/cats/x.jpg", "valid/dogs/y.jpg"])})
 

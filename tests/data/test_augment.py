@@ -42,7 +42,7 @@ FIELDS = {  # of a Draw, by the operation that fills them
 
 
 def noise(n: int, side: int, seed: int = 0) -> np.ndarray:
-    """Pictures of which none is another's mirror image, so that what was done to each can be told."""
+    """Images of which none is another's mirror image, so that what was done to each can be told."""
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), np.uint8)
 
 
@@ -80,7 +80,7 @@ seen_through = jax.jit(
 
 
 def sampled(image: np.ndarray, size: int, **choices) -> np.ndarray:
-    """One picture through the affine map of the given choices, the others neutral."""
+    """One image through the affine map of the given choices, the others neutral."""
     d = Draw(**{k: jnp.asarray([v]) for k, v in (NEUTRAL | choices).items()}, brightness=0, contrast=0)
     return np.asarray(seen_through(image[None].astype(np.float32), d, size)[0])
 
@@ -142,7 +142,7 @@ def test_an_impossible_augmentation_is_an_error(values, message):
         Augmentation(**values)
 
 
-def test_pictures_must_be_square():
+def test_images_must_be_square():
     with pytest.raises(UserError, match="32 x 30 pixels"):
         make_augment(PRESETS["flip"], key=KEY, size=32)(np.zeros((2, 32, 30, 3), np.uint8), 0, rows(2))
 
@@ -150,7 +150,7 @@ def test_pictures_must_be_square():
 # --- each operation against another way of computing it
 
 
-def test_with_everything_off_pictures_stay_or_are_plainly_resized():
+def test_with_everything_off_images_stay_or_are_plainly_resized():
     images = noise(3, SIDE)
     kept = augmented(Augmentation(), images, size=SIDE)
     np.testing.assert_array_equal(kept, images)
@@ -225,7 +225,7 @@ def test_the_window_is_pillows(photo, place, zoom):
 
 
 def test_all_of_the_geometry_at_once_is_turn_then_cut_then_mirror():
-    """Each picture followed through its own draws, one operation after the other, in float64."""
+    """Each image followed through its own draws, one operation after the other, in float64."""
     how = dataclasses.replace(PRESETS["top_down"], lighting=0.0, rotate=40, zoom=1.5)
     images = np.stack([ndimage.gaussian_filter(x.astype(float), (2, 2, 0)) for x in noise(24, SIDE)]).astype(np.uint8)
     out, choices = augmented(how, images), draws(how, 24)
@@ -256,7 +256,7 @@ def test_lighting_is_fastais_formula():
     assert choices["contrast"].min() < 0 < choices["contrast"].max()
 
 
-def test_lighting_turns_about_the_mean_of_the_picture_in_all_channels():
+def test_lighting_turns_about_the_mean_of_the_image_in_all_channels():
     image = np.zeros((1, 4, 4, 3), np.float32) + np.array([0, 100, 200], np.float32)
     out = relight(image, jnp.array([100.0]), jnp.array([0.0]), jnp.array([0.5]))
     np.testing.assert_allclose(out[0, 0, 0], [0, 100, 250], atol=1e-3)
@@ -264,7 +264,7 @@ def test_lighting_turns_about_the_mean_of_the_picture_in_all_channels():
 
 @pytest.mark.parametrize("name", ["crop", "side_on", "top_down"])
 def test_no_border_is_invented(name):
-    """A picture of one colour stays so, however it is turned and cut; outputs stay within 0 to 255."""
+    """An image of one colour stays so, however it is turned and cut; outputs stay within 0 to 255."""
     how, images = PRESETS[name], source_of(PRESETS[name])
     one_colour = augmented(how, np.full_like(images, 200))
     assert np.ptp(one_colour, axis=(1, 2, 3)).max() < 1e-3
@@ -297,7 +297,7 @@ def test_choices_are_spread_as_said():
 
 
 @pytest.mark.parametrize(("p", "share"), [(0, 0), (1, 1)])
-def test_p_is_the_share_of_pictures_turned_and_lit(p, share):
+def test_p_is_the_share_of_images_turned_and_lit(p, share):
     d = draws(dataclasses.replace(PRESETS["side_on"], p=p))
     for name in ("angle", "brightness", "contrast"):
         assert (d[name] != 0).mean() == share
@@ -321,8 +321,8 @@ def test_windows_lie_within_the_source_and_reach_its_corners():
 
 
 @pytest.mark.parametrize("name", ["flip", "top_down"])
-def test_a_picture_is_changed_alike_whatever_its_batch(name):
-    """A resumed epoch, another driver or another batch size must show the same picture the same way."""
+def test_a_image_is_changed_alike_whatever_its_batch(name):
+    """A resumed epoch, another driver or another batch size must show the same image the same way."""
     how, images = PRESETS[name], source_of(PRESETS[name])
     whole = augmented(how, images)
     assert np.mean([np.array_equal(a, b) for a, b in zip(whole, images, strict=True)]) < 0.8

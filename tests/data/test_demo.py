@@ -42,7 +42,7 @@ def test_colours_and_places_dont_tell_cats_from_dogs(drawn):
         assert classifier.score(*valid) < 0.8
 
 
-def test_a_seed_gives_the_same_pictures_and_another_gives_others(tmp_path):
+def test_a_seed_gives_the_same_images_and_another_gives_others(tmp_path):
     first = contents(draw(tmp_path / "a", n_train=5, n_valid=2, seed=1))
     assert sorted(first) == [
         *("train/cats/cat.0000.jpg", "train/cats/cat.0001.jpg", "train/cats/cat.0002.jpg"),
@@ -75,15 +75,15 @@ def test_other_numbers_draw_anew_and_keep_what_isnt_ours(tmp_path):
 
 def test_a_folder_of_the_users_is_never_touched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="other than demo pictures; give a new or an empty folder"):
+    with pytest.raises(UserError, match="other than demo images; give a new or an empty folder"):
         draw(tmp_path)
-    with pytest.raises(UserError, match="other than demo pictures"):
+    with pytest.raises(UserError, match="other than demo images"):
         draw(tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_too_few_pictures(tmp_path):
-    with pytest.raises(UserError, match="at least two pictures in each"):
+def test_too_few_images(tmp_path):
+    with pytest.raises(UserError, match="at least two images in each"):
         draw(tmp_path / "a", n_train=1)
 
 
@@ -99,7 +99,7 @@ def test_the_command(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "2 training and 2 validation pictures" in done.stdout
+    assert "2 training and 2 validation images" in done.stdout
     (tmp_path / "mine.txt").write_text("")
     command[3] = str(tmp_path)
     done = subprocess.run(command, capture_output=True, text=True)

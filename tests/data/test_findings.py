@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from folders import write_pictures
+from folders import write_images
 
 from jaxcats.data.index import FolderIndex, Split, scan
 from jaxcats.data.quality import FEW, counts, findings
@@ -17,7 +17,7 @@ def found(root) -> dict[str, dict]:
 
 @pytest.fixture
 def large(tmp_path):
-    return write_pictures(tmp_path / "large", train=70, valid=2 * FEW, size=(12, 10))
+    return write_images(tmp_path / "large", train=70, valid=2 * FEW, size=(12, 10))
 
 
 def test_a_clean_folder_has_no_findings(large):
@@ -31,13 +31,13 @@ def test_copies_are_told_apart_by_where_they_are(large):
     shutil.copy(large / "train/cats/cats.1.jpg", large / "train/dogs/conflict.jpg")
     shutil.copy(large / "valid/dogs/dogs.2.jpg", large / "valid/dogs/again.jpg")
     shutil.copy(large / "valid/dogs/dogs.2.jpg", large / "valid/dogs/thrice.jpg")
-    (large / "train/cats/broken.jpg").write_bytes(b"no picture")
+    (large / "train/cats/broken.jpg").write_bytes(b"no image")
     seen = found(large)
     assert list(seen) == [
-        "the same picture in train and valid",
-        "the same picture under two classes",
+        "the same image in train and valid",
+        "the same image under two classes",
         "files left out",
-        "the same picture twice in a split",
+        "the same image twice in a split",
     ]
     leak, conflict, bad, twice = seen.values()
     assert leak["examples"] == ["train/cats/cats.0.jpg = valid/cats/leak.jpg"]
@@ -50,7 +50,7 @@ def test_copies_are_told_apart_by_where_they_are(large):
 
 def test_a_leak_across_classes_is_both(large):
     shutil.copy(large / "train/cats/cats.0.jpg", large / "valid/dogs/both.jpg")
-    assert {"the same picture in train and valid", "the same picture under two classes"} == set(found(large))
+    assert {"the same image in train and valid", "the same image under two classes"} == set(found(large))
 
 
 def test_many_leaks_take_no_longer_each(tmp_path):
@@ -72,5 +72,5 @@ def test_unequal_and_small_classes(large):
     for path in sorted((large / "valid/cats").iterdir())[5:]:
         path.unlink()
     seen = found(large)
-    assert seen["unequal classes"]["examples"] == ["cats: 35 training pictures; dogs: 10"]
-    assert seen[f"classes with fewer than {FEW} validation pictures"]["examples"] == ["cats: 5"]
+    assert seen["unequal classes"]["examples"] == ["cats: 35 training images; dogs: 10"]
+    assert seen[f"classes with fewer than {FEW} validation images"]["examples"] == ["cats: 5"]

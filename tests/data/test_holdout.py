@@ -53,7 +53,7 @@ def test_names_and_places_dont_matter(pile, tmp_path):
     assert sides(scan(pile, valid_fraction=0.3)) == first
 
 
-def test_old_pictures_keep_their_side_when_others_come_and_go(pile, encoded):
+def test_old_images_keep_their_side_when_others_come_and_go(pile, encoded):
     first = sides(scan(pile, valid_fraction=0.2))
     for seed in range(100, 140):
         (pile / "cats" / f"a{seed}.jpg").write_bytes(encoded(seed))
@@ -64,7 +64,7 @@ def test_old_pictures_keep_their_side_when_others_come_and_go(pile, encoded):
     }
     assert len(second) == 69
     assert abs(sum(side == "valid" for side in second.values()) - 0.2 * 69) <= 1
-    # Without this, a picture that returns could have changed sides in between.
+    # Without this, an image that returns could have changed sides in between.
     (pile / "cats/c03.jpg").write_bytes(encoded(3))
     third = sides(scan(pile, valid_fraction=0.2))
     assert {content: third[content] for content in first} == first
@@ -118,7 +118,7 @@ def test_impossible_fractions(pile, fraction):
         scan(pile, valid_fraction=fraction)
 
 
-def test_a_class_of_one_picture_cant_be_split(folder, encoded):
+def test_a_class_of_one_image_cant_be_split(folder, encoded):
     root = folder({"cats/a.jpg": 1, "cats/b.jpg": 2, "dogs/c.jpg": 3, "dogs/copy.jpg": 3})
-    with pytest.raises(UserError, match="class dogs: 2 pictures, but only one distinct"):
+    with pytest.raises(UserError, match="class dogs: 2 images, but only one distinct"):
         scan(root, valid_fraction=0.5)

@@ -7,14 +7,14 @@ import pytest
 from PIL import Image, ImageOps
 
 from jaxcats.common.errors import UserError
-from jaxcats.data.images import PictureError, Preprocess, evaluation_pixels, open_upright
+from jaxcats.data.images import ImageError, Preprocess, evaluation_pixels, open_upright
 
 SMALL = Preprocess(size=32)
 WEIGHTS = Preprocess(size=32, interpolation="bicubic", policy="weights", crop_fraction=0.875)
 
 
 def plain_pillow(picture: Image.Image, *, size: int, shorter: int, method: Image.Resampling) -> np.ndarray:
-    """The definition: resize the whole picture, then cut out the centre."""
+    """The definition: resize the whole image, then cut out the centre."""
     width, height = picture.size
     sides = (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
     left, top = round((sides[0] - size) / 2.0), round((sides[1] - size) / 2.0)
@@ -61,14 +61,14 @@ def test_orientations_come_out_upright(photo, encoded, kind, orientation):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_corrupt_exif_is_no_reason_to_refuse_a_picture(encoded):
+def test_corrupt_exif_is_no_reason_to_refuse_a_image(encoded):
     assert open_upright(encoded(1, exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff garbage")).size == (60, 44)
 
 
 RED, CLEAR_BLUE, WHITE = (200, 30, 40), (10, 20, 250, 0), (255, 255, 255)
 
 
-def picture_of(mode: str, colour) -> Image.Image:
+def image_of(mode: str, colour) -> Image.Image:
     return Image.new(mode, (8, 8), colour)
 
 
@@ -89,33 +89,33 @@ def saved(picture: Image.Image, kind: str, **options) -> bytes:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        pytest.param(saved(picture_of("L", 90), "PNG"), (90, 90, 90), id="grey"),
-        pytest.param(saved(picture_of("1", 1), "PNG"), WHITE, id="one-bit"),
-        pytest.param(saved(picture_of("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0), id="cmyk-tiff"),
-        pytest.param(saved(picture_of("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0), id="cmyk-jpeg"),
-        pytest.param(picture_of("YCbCr", (128, 128, 128)), (128, 128, 128), id="ycbcr"),
+        pytest.param(saved(image_of("L", 90), "PNG"), (90, 90, 90), id="grey"),
+        pytest.param(saved(image_of("1", 1), "PNG"), WHITE, id="one-bit"),
+        pytest.param(saved(image_of("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0), id="cmyk-tiff"),
+        pytest.param(saved(image_of("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0), id="cmyk-jpeg"),
+        pytest.param(image_of("YCbCr", (128, 128, 128)), (128, 128, 128), id="ycbcr"),
         pytest.param(palette(RED, transparent=False), RED, id="palette"),
         pytest.param(palette(RED, transparent=True), WHITE, id="palette-transparent"),
-        pytest.param(saved(picture_of("RGBA", CLEAR_BLUE), "PNG"), WHITE, id="rgba-clear"),
-        pytest.param(saved(picture_of("RGBA", (0, 0, 0, 51)), "PNG"), (204, 204, 204), id="rgba-veil"),
-        pytest.param(saved(picture_of("LA", (0, 51)), "PNG"), (204, 204, 204), id="grey-alpha"),
-        pytest.param(saved(picture_of("RGB", RED), "PNG", transparency=RED), WHITE, id="rgb-key"),
-        pytest.param(saved(picture_of("L", 90), "PNG", transparency=90), WHITE, id="grey-key"),
-        pytest.param(saved(picture_of("I;16", 257 * 100), "PNG"), (100, 100, 100), id="grey-16-png"),
-        pytest.param(saved(picture_of("I;16", 257 * 100), "PNG", transparency=257 * 100), WHITE, id="grey-16-key"),
-        pytest.param(saved(picture_of("I;16", 257 * 100), "TIFF"), (100, 100, 100), id="grey-16-tiff"),
+        pytest.param(saved(image_of("RGBA", CLEAR_BLUE), "PNG"), WHITE, id="rgba-clear"),
+        pytest.param(saved(image_of("RGBA", (0, 0, 0, 51)), "PNG"), (204, 204, 204), id="rgba-veil"),
+        pytest.param(saved(image_of("LA", (0, 51)), "PNG"), (204, 204, 204), id="grey-alpha"),
+        pytest.param(saved(image_of("RGB", RED), "PNG", transparency=RED), WHITE, id="rgb-key"),
+        pytest.param(saved(image_of("L", 90), "PNG", transparency=90), WHITE, id="grey-key"),
+        pytest.param(saved(image_of("I;16", 257 * 100), "PNG"), (100, 100, 100), id="grey-16-png"),
+        pytest.param(saved(image_of("I;16", 257 * 100), "PNG", transparency=257 * 100), WHITE, id="grey-16-key"),
+        pytest.param(saved(image_of("I;16", 257 * 100), "TIFF"), (100, 100, 100), id="grey-16-tiff"),
         pytest.param(b"P5 8 8 65535\n" + b"\x64\x64" * 64, (100, 100, 100), id="grey-16-pgm"),
-        pytest.param(saved(picture_of("F", 0.2), "TIFF"), (51, 51, 51), id="float"),
-        pytest.param(saved(picture_of("RGB", RED), "BMP"), RED, id="bmp"),
-        pytest.param(saved(picture_of("RGB", RED), "WEBP", lossless=True), RED, id="webp"),
+        pytest.param(saved(image_of("F", 0.2), "TIFF"), (51, 51, 51), id="float"),
+        pytest.param(saved(image_of("RGB", RED), "BMP"), RED, id="bmp"),
+        pytest.param(saved(image_of("RGB", RED), "WEBP", lossless=True), RED, id="webp"),
         pytest.param(
-            saved(picture_of("RGB", RED), "GIF", save_all=True, append_images=[picture_of("RGB", WHITE)]),
+            saved(image_of("RGB", RED), "GIF", save_all=True, append_images=[image_of("RGB", WHITE)]),
             RED,
             id="animation",
         ),
     ],
 )
-def test_every_kind_of_picture_becomes_rgb(content, expected):
+def test_every_kind_of_image_becomes_rgb(content, expected):
     picture = open_upright(content)
     assert (picture.mode, picture.size) == ("RGB", (8, 8))
     np.testing.assert_allclose(np.asarray(picture)[4, 4], expected, atol=2)
@@ -178,32 +178,32 @@ def test_strips_give_a_square_and_no_gigabytes(width, height):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not a picture"),
-        (b"<html>404</html>", "not a picture"),
+        (b"", "not an image"),
+        (b"<html>404</html>", "not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "EPS"),
     ],
 )
-def test_what_is_no_picture_says_so(content, reason):
-    with pytest.raises(PictureError, match=reason):
+def test_what_is_no_image_says_so(content, reason):
+    with pytest.raises(ImageError, match=reason):
         open_upright(content)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_truncated_file_is_an_error(photo, encoded, kind):
     content = encoded(photo(1, 300, 300), kind)
-    with pytest.raises(PictureError, match="truncated"):
+    with pytest.raises(ImageError, match="truncated"):
         open_upright(content[: len(content) // 2])
 
 
 def test_missing_file_says_so(tmp_path):
-    with pytest.raises(PictureError, match="no such file"):
+    with pytest.raises(ImageError, match="no such file"):
         open_upright(tmp_path / "absent.jpg")
 
 
 def test_a_bomb_is_refused():
     content = bytearray(saved(Image.new("1", (8, 8)), "BMP"))
     content[18:26] = (20_000).to_bytes(4, "little") * 2
-    with pytest.raises(PictureError, match="too large"):
+    with pytest.raises(ImageError, match="too large"):
         open_upright(bytes(content))
 
 

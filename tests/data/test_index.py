@@ -88,7 +88,7 @@ def test_bad_files_are_listed_with_their_reasons(two_classes, folder, encoded, p
     index = scan(two_classes)
     reasons = {file.path.rsplit("/")[-1]: file.reason for file in index.bad}
     assert "zero bytes" in reasons["empty.jpg"]
-    assert "not a picture" in reasons["page.jpg"]
+    assert "not an image" in reasons["page.jpg"]
     assert "truncated" in reasons["half.jpg"]
     assert "truncated" in reasons["half.png"]
     assert "not an ordinary file" in reasons.get("pipe.jpg", "not an ordinary file")
@@ -100,7 +100,7 @@ def test_bad_files_are_listed_with_their_reasons(two_classes, folder, encoded, p
 
 def test_on_bad_file_fail_lists_the_first(two_classes, folder):
     folder({f"train/dogs/bad{i}.jpg": b"x" for i in range(7)})
-    with pytest.raises(UserError, match=r"7 of 15 pictures.*bad0\.jpg \(not a picture.*and 2 more.*on_bad_file"):
+    with pytest.raises(UserError, match=r"7 of 15 images.*bad0\.jpg \(not an image.*and 2 more.*on_bad_file"):
         scan(two_classes, on_bad_file="fail")
 
 
@@ -248,7 +248,7 @@ def test_a_warning_stays_one_line_whatever_the_folder_is_called(folder, capsys):
     assert (said.count("\n"), said.count("\x1b")) == (1, 0)
 
 
-def test_a_cut_off_picture_is_called_that(two_classes, encoded):
+def test_a_cut_off_image_is_called_that(two_classes, encoded):
     (two_classes / "train/cats/cut.webp").write_bytes(encoded(7, "WEBP")[:300])
     (bad,) = scan(two_classes).bad
     assert bad.reason.startswith("damaged or cut off")
@@ -334,39 +334,39 @@ def test_an_empty_folder(tmp_path):
         scan(tmp_path)
 
 
-def test_pictures_without_class_folders(folder):
+def test_images_without_class_folders(folder):
     root = folder({"train/a.jpg": 1, "train/b.jpg": 2, "valid/c.jpg": 3})
-    with pytest.raises(UserError, match=r"train: 2 pictures but no class folders; expected"):
+    with pytest.raises(UserError, match=r"train: 2 images but no class folders; expected"):
         scan(root)
 
 
-def test_class_folders_without_pictures(folder):
+def test_class_folders_without_images(folder):
     root = folder({f"{part}/{name}/x.txt": b"x" for part in ("train", "valid") for name in ("cats", "dogs")})
-    with pytest.raises(UserError, match=r"train: no pictures in its 2 class folders; looked for .*\.jpg"):
+    with pytest.raises(UserError, match=r"train: no images in its 2 class folders; looked for .*\.jpg"):
         scan(root)
 
 
 def test_one_empty_class(two_classes):
     for path in (two_classes / "train/dogs").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"train/dogs: no pictures in this class folder.*remove the folder"):
+    with pytest.raises(UserError, match=r"train/dogs: no images in this class folder.*remove the folder"):
         scan(two_classes)
 
 
-def test_a_class_without_usable_pictures(two_classes):
+def test_a_class_without_usable_images(two_classes):
     for path in (two_classes / "train/dogs").iterdir():
         path.write_bytes(b"x")
-    with pytest.raises(UserError, match=r"train/dogs: none of its 3 pictures can be used: .*dog0\.jpg \(not a picture"):
+    with pytest.raises(UserError, match=r"train/dogs: none of its 3 images can be used: .*dog0\.jpg \(not an image"):
         scan(two_classes)
 
 
-def test_a_large_class_without_usable_pictures_is_said_at_once():
+def test_a_large_class_without_usable_images_is_said_at_once():
     """Of 30,000 files in one class: not 30,000 times 30,000 steps."""
     paths = [f"train/dogs/{i}.jpg" for i in range(30_000)]
     bad = [index.BadFile(path, "empty") for path in paths]
     found = SimpleNamespace(parts={"train": [paths]}, classes=("dogs",), places={"train": "train/"})
     started = time.process_time()
-    with pytest.raises(UserError, match=r"none of its 30,000 pictures can be used: train/dogs/0\.jpg \(empty\)"):
+    with pytest.raises(UserError, match=r"none of its 30,000 images can be used: train/dogs/0\.jpg \(empty\)"):
         index._usable("train", found, {}, bad)
     assert time.process_time() - started < 5
 
@@ -374,7 +374,7 @@ def test_a_large_class_without_usable_pictures_is_said_at_once():
 def test_every_file_bad(two_classes):
     for path in two_classes.rglob("*.jpg"):
         path.write_bytes(b"x")
-    with pytest.raises(UserError, match="none of the 8 pictures can be used"):
+    with pytest.raises(UserError, match="none of the 8 images can be used"):
         scan(two_classes)
 
 
@@ -424,7 +424,7 @@ def test_a_folder_with_other_classes_is_refused(two_classes):
 
 
 def test_a_flat_folder_has_no_labels(two_classes):
-    with pytest.raises(UserError, match="1 pictures but no class folders"):
+    with pytest.raises(UserError, match="1 images but no class folders"):
         scan_labelled(two_classes / "valid/cats", classes=("cats", "dogs"))
 
 
@@ -437,6 +437,6 @@ def test_any_folder_can_be_predicted_on(folder):
     assert Image.open(split.root / split.paths[0]).size == (60, 44)
 
 
-def test_a_folder_without_pictures_to_predict_on(tmp_path):
-    with pytest.raises(UserError, match="no pictures found at any depth"):
+def test_a_folder_without_images_to_predict_on(tmp_path):
+    with pytest.raises(UserError, match="no images found at any depth"):
         scan_unlabelled(tmp_path)

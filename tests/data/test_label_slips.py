@@ -38,13 +38,13 @@ def sides(index):
     return {content: name for name, split in every for content in split.hashes}
 
 
-def test_a_picture_without_a_label_is_as_bad_as_one_that_is_broken(heap, encoded):
+def test_a_image_without_a_label_is_as_bad_as_one_that_is_broken(heap, encoded):
     (heap / "catalogue.jpg").write_bytes(encoded(99))
-    (heap / "dog.9.jpg").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"2 of 21 pictures can't be used: catalogue\.jpg .*; dog\.9\.jpg"):
+    (heap / "dog.9.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"2 of 21 images can't be used: catalogue\.jpg .*; dog\.9\.jpg"):
         scan(heap, labels=NAME, valid_fraction=0.2, on_bad_file="fail")
     rows = [(name, name[:3]) for name in names_of(heap) if name != "catalogue.jpg"]
-    with pytest.raises(UserError, match=r"2 of 21 pictures can't be used: \.\./out\.jpg \(lies outside the folder\)"):
+    with pytest.raises(UserError, match=r"2 of 21 images can't be used: \.\./out\.jpg \(lies outside the folder\)"):
         scan(heap, labels=table(heap, [*rows, ("../out.jpg", "cat")]), valid_fraction=0.2, on_bad_file="fail")
 
 
@@ -73,7 +73,7 @@ def test_utf16_without_its_mark(heap):
         scan(heap, labels="labels.csv", valid_fraction=0.2)
 
 
-def test_parquet_beside_a_column_of_whole_pictures(heap):
+def test_parquet_beside_a_column_of_whole_images(heap):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     names = names_of(heap)
     columns = {"image": [(heap / n).read_bytes() for n in names], "path": names, "label": [int(n < "d") for n in names]}
@@ -144,8 +144,8 @@ def test_groups_made_too_late_are_said(heap, capsys, tmp_path):
     for kind in ("cat", "dog"):
         for i in range(10):  # nine of a kind turn out to be the same animal
             (heap / f"{kind}.{i}.jpg").rename(heap / f"{kind}.{kind * (i > 0) or 'other'}.{i}.jpg")
-    assert sides(scan(heap, **how)) == first  # old pictures never change sides
-    assert "2 groups have pictures on several sides, for example cat: they were split before" in capsys.readouterr().err
+    assert sides(scan(heap, **how)) == first  # old images never change sides
+    assert "2 groups have images on several sides, for example cat: they were split before" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_what_leaves_a_class_without_a_side_is_not_a_manifest_that_is_not_there(
         }
     )
     with pytest.raises(
-        UserError, match=r"what it shares with other classes leaves it no \w+ pictures; try another split_seed"
+        UserError, match=r"what it shares with other classes leaves it no \w+ images; try another split_seed"
     ):
         scan(root, labels=r"^(?P<label>\w)\.", group=r"^\w\.(?P<group>\w)\.", valid_fraction=0.5)
 
@@ -217,7 +217,7 @@ def test_bad_files_know_their_split_where_the_table_says_it(heap):
         csv.writer(file).writerows([("path", "label", "split"), *rows])
     found = {b.path: b.split for b in scan(heap, labels="l.csv").bad}
     assert found == {"gone.jpg": "test", "lost.jpg": "valid"}
-    (heap / "dog.9.jpg").write_bytes(b"no picture")
+    (heap / "dog.9.jpg").write_bytes(b"no image")
     assert [b.split for b in scan(heap, labels=NAME, valid_fraction=0.2).bad] == [""]  # nobody can know
 
 

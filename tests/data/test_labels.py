@@ -16,7 +16,7 @@ NAME = r"^(?P<label>cat|dog)\."
 
 @pytest.fixture
 def flat(folder):
-    """Five cats and five dogs named as Kaggle names them, and one picture that is neither."""
+    """Five cats and five dogs named as Kaggle names them, and one image that is neither."""
     names = [f"{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(5)]
     return folder({name: seed for seed, name in enumerate([*names, "bird.0.jpg"])})
 
@@ -70,7 +70,7 @@ def test_names_in_train_and_valid_folders(flat):
     assert [len(s) for s in (*index.splits.values(), index.test)] == [6, 2, 2]
 
 
-def test_the_folder_a_picture_lies_in_at_any_depth(folder):
+def test_the_folder_a_image_lies_in_at_any_depth(folder):
     names = [f"site{i % 2}/day{i % 3}/{kind}/{i}.jpg" for kind in ("cat", "dog") for i in range(4)]
     root = folder({name: seed for seed, name in enumerate([*names, "loose.jpg"])})
     index = scan(root, labels="parent", valid_fraction=0.25)
@@ -136,7 +136,7 @@ def test_rows_that_cannot_be_used_are_listed_with_their_reasons(flat, table):
         "gone.jpg": "no such file or directory",
         "../secret.jpg": "lies outside the folder",
         "cat.4.jpg": "has no label (line 12)",
-        "labels.csv line 13": "names no picture",
+        "labels.csv line 13": "names no image",
         "labels.csv line 14": "has 1 of 2 columns or more",
         "dog.3.jpg": "labels.csv gives it two labels or splits",
     }
@@ -156,9 +156,9 @@ def test_rows_that_cannot_be_used_are_listed_with_their_reasons(flat, table):
         ('path,label\n"cat.0.jpg,cat\n', "line 2: can't be read as CSV"),
         (b"path,label\ncat.0.jpg,K\xe4tzchen\n", r"line 2: is not UTF-8"),
         ("path,label,split\ncat.0.jpg,cat,train\n", "only one class"),
-        ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\ncat.1.jpg,cat,valid\n", "valid has no pictures of dog"),
+        ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\ncat.1.jpg,cat,valid\n", "valid has no images of dog"),
         ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\ncat.1.jpg,cow,test\n", "test has classes that train lacks: cow"),
-        ("path,label,split\ncat.0.jpg,cat,valid\n", "no training pictures"),
+        ("path,label,split\ncat.0.jpg,cat,valid\n", "no training images"),
         ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\n", "set valid_fraction"),
     ],
 )  # fmt: skip
@@ -306,11 +306,11 @@ def test_slips_are_said(flat):
         ("(?P<label>", "is no regular expression"),
         ("(?P<lable>.)", r"has no group \(\?P<label>"),
         ("none.csv", "no such file, neither in"),
-        (r"(?P<label>cow)\.", "no picture gets a label from data.labels.* for example bird.0.jpg"),
-        ("parent", "no picture gets a label"),
+        (r"(?P<label>cow)\.", "no image gets a label from data.labels.* for example bird.0.jpg"),
+        ("parent", "no image gets a label"),
         (NAME, None),
     ):
-        with pytest.raises(UserError, match=words or "nothing says which pictures are for validation"):
+        with pytest.raises(UserError, match=words or "nothing says which images are for validation"):
             scan(flat, labels=labels, valid_fraction=0.2 if words else None)
 
 
@@ -328,10 +328,10 @@ def test_another_folder_is_judged_by_the_same_rule(flat):
 def test_a_million_rows(flat):
     with (flat / "labels.csv").open("w") as out:
         out.write("path,label\n")
-        out.writelines(f"folder{i % 1000}/picture{i}.jpg,{'cat' if i % 2 else 'dog'}\n" for i in range(1_000_000))
+        out.writelines(f"folder{i % 1000}/image{i}.jpg,{'cat' if i % 2 else 'dog'}\n" for i in range(1_000_000))
     rows, bad = read_table(flat, "labels.csv", {})
     assert (len(rows), len(bad)) == (1_000_000, 0)
-    assert rows[-1].path == "folder999/picture999999.jpg"
+    assert rows[-1].path == "folder999/image999999.jpg"
 
 
 @pytest.mark.slow

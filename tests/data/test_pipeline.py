@@ -16,7 +16,7 @@ SMALL = Preprocess(size=32)
 
 @pytest.fixture
 def pictures(folder, encoded, photo):
-    """11 pictures of many kinds and shapes, labelled."""
+    """11 images of many kinds and shapes, labelled."""
     root = folder(
         {
             "train/cats/a.jpg": encoded(photo(1, 90, 60)),
@@ -44,7 +44,7 @@ def joined(batches):
 
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 16])
-def test_every_picture_counts_once(pictures, batch_size, workers):
+def test_every_image_counts_once(pictures, batch_size, workers):
     batches = list(evaluation_batches(pictures, preprocess=SMALL, batch_size=batch_size, workers=workers))
     assert len(batches) == -(-11 // batch_size)
     for batch in batches:
@@ -118,8 +118,8 @@ def test_an_epoch_continues_from_its_middle(pictures):
         np.testing.assert_array_equal(rest[key], whole[key][3:])
 
 
-def test_training_pictures_come_in_the_size_asked_for(pictures):
-    """Augmentation cuts its window from a picture larger than the network's."""
+def test_training_images_come_in_the_size_asked_for(pictures):
+    """Augmentation cuts its window from an image larger than the network's."""
     larger = Preprocess(size=37)
     batch = joined(training_batches(pictures, preprocess=larger, order=ORDER))
     assert batch["image"].shape == (9, 37, 37, 3)

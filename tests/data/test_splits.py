@@ -21,7 +21,7 @@ def sides(index):
 
 @pytest.fixture
 def subjects(folder):
-    """Forty pictures of ten subjects in each of two classes."""
+    """Forty images of ten subjects in each of two classes."""
     names = [
         f"{kind}/s{s}_{i}.jpg"
         for k, kind in enumerate(("cats", "dogs"))
@@ -39,7 +39,7 @@ def groups_of(index):
     return found
 
 
-def test_three_ways_stratified_and_the_validation_pictures_of_two(subjects):
+def test_three_ways_stratified_and_the_validation_images_of_two(subjects):
     two = scan(subjects, valid_fraction=0.2)
     three = scan(subjects, valid_fraction=0.2, test_fraction=0.1)
     assert two.test is None
@@ -60,7 +60,7 @@ def test_a_subject_is_on_one_side(subjects):
     assert any(len(where) > 1 for where in groups_of(without).values())
 
 
-def test_later_pictures_of_a_known_subject_join_it_and_old_ones_stay(subjects, encoded):
+def test_later_images_of_a_known_subject_join_it_and_old_ones_stay(subjects, encoded):
     how = {"valid_fraction": 0.2, "test_fraction": 0.1, "group": SUBJECT}
     first = scan(subjects, **how)
     before, where = sides(first), groups_of(first)
@@ -77,7 +77,7 @@ def test_later_pictures_of_a_known_subject_join_it_and_old_ones_stay(subjects, e
     assert len(sides(later)) == 80 - 1 + 75
 
 
-def test_renamed_pictures_keep_their_side(subjects, tmp_path):
+def test_renamed_images_keep_their_side(subjects, tmp_path):
     how = {"valid_fraction": 0.2, "test_fraction": 0.1, "group": SUBJECT}
     first = sides(scan(subjects, **how))
     for number, path in enumerate(sorted(subjects.glob("*/*.jpg"))):
@@ -85,12 +85,12 @@ def test_renamed_pictures_keep_their_side(subjects, tmp_path):
     assert sides(scan(subjects, **how)) == first
 
 
-def test_a_picture_of_two_subjects_keeps_both_together(subjects, encoded):
+def test_a_image_of_two_subjects_keeps_both_together(subjects, encoded):
     for s in range(9):  # a chain: 0-1-2-...-9
         content = encoded(5000 + s)
         (subjects / f"cats/s{s}_pair.jpg").write_bytes(content)
         (subjects / f"cats/s{s + 1}_riap.jpg").write_bytes(content)
-    with pytest.raises(UserError, match="class cats: 58 pictures, but only one group"):
+    with pytest.raises(UserError, match="class cats: 58 images, but only one group"):
         scan(subjects, valid_fraction=0.2, group=SUBJECT)
 
 
@@ -132,23 +132,23 @@ def test_a_test_folder_with_the_classes_is_a_test_split(folder):
     root = folder({name: seed for seed, name in enumerate(names)})
     assert len(scan(root).test) == 4
     (root / "test/more").mkdir()
-    assert scan(root).test is None  # other folders than the classes: pictures without labels
+    assert scan(root).test is None  # other folders than the classes: images without labels
 
 
-def test_the_same_picture_in_test_and_train_is_a_finding(folder):
+def test_the_same_image_in_test_and_train_is_a_finding(folder):
     names = [
         f"{part}/{kind}/{i}.jpg" for part in ("train", "valid", "test") for kind in ("cats", "dogs") for i in range(2)
     ]
     files = {name: seed for seed, name in enumerate(names)} | {"test/cats/0.jpg": 0}
     (grave,) = [f for f in findings(scan(folder(files))) if f["grave"]]
-    assert grave["what"] == "the same picture in test and in train or valid"
+    assert grave["what"] == "the same image in test and in train or valid"
     assert grave["examples"] == ["train/cats/0.jpg = test/cats/0.jpg"]
 
 
 def test_what_cannot_be_held_out_is_said(subjects):
     for how, words in (
         ({"valid_fraction": 0.6, "test_fraction": 0.5}, "leave nothing to train on"),
-        ({"valid_fraction": 0.2, "group": "(?P<group>nobody)"}, "no picture is in a group"),
+        ({"valid_fraction": 0.2, "group": "(?P<group>nobody)"}, "no image is in a group"),
         ({"valid_fraction": 0.2, "group": "(?P<group>s)"}, "only one group"),
     ):
         with pytest.raises(UserError, match=words):
@@ -162,5 +162,5 @@ def test_what_cannot_be_held_out_is_said(subjects):
             subjects / "valid" / kind / "v.jpg"
         )
     for how in ({"test_fraction": 0.1}, {"group": SUBJECT}):
-        with pytest.raises(UserError, match="has its own validation pictures"):
+        with pytest.raises(UserError, match="has its own validation images"):
             scan(subjects, **how)

@@ -53,7 +53,7 @@ def test_without_the_prior_no_other_temperature_is_better():
     assert found == pytest.approx(grid[np.argmin(losses)], rel=2e-3)
 
 
-def test_the_prior_does_not_show_among_a_thousand_pictures():
+def test_the_prior_does_not_show_among_a_thousand_images():
     logits, labels = drawn(1000, 2, scale=2)
     assert fit_temperature(logits, labels) == pytest.approx(fit_temperature(logits, labels, prior=0), rel=0.03)
 
@@ -66,7 +66,7 @@ def test_a_few_right_answers_do_not_make_a_classifier_certain():
 
 
 @pytest.mark.parametrize("logits", [[[1e4, -1e4]], [[-1e4, 1e4]], [[0.0, 0.0]], [[-1e-30, 1e-30]]])
-def test_one_picture_however_extreme_gives_a_usable_temperature(logits):
+def test_one_image_however_extreme_gives_a_usable_temperature(logits):
     found = fit_temperature(np.array(logits), np.array([0]))
     assert 0.05 <= found <= 20
     assert fit_temperature(np.zeros((0, 2)), np.zeros(0, int)) == 1
@@ -156,7 +156,7 @@ def test_calibration_error_by_hand():
     assert expected_calibration_error(confidence, correct, bins=3) == pytest.approx((0.1 + 0.2 + 0.4) / 3)
 
 
-def test_the_order_of_the_pictures_does_not_matter_even_among_equals():
+def test_the_order_of_the_images_does_not_matter_even_among_equals():
     rng = np.random.default_rng(3)
     confidence, correct = rng.choice([0.7, 0.99, 1.0], 400, p=[0.1, 0.2, 0.7]), rng.random(400) < 0.9
     found = expected_calibration_error(confidence, correct)
@@ -173,7 +173,7 @@ def test_equals_go_to_the_bin_of_their_middle():
     assert [row["n"] for row in rows] == [9, 1]
 
 
-def test_reliability_accounts_for_every_picture_once():
+def test_reliability_accounts_for_every_image_once():
     rng = np.random.default_rng(4)
     confidence, correct = rng.uniform(0.5, 1, 1003), rng.random(1003) < 0.8
     rows = reliability(confidence, correct)
@@ -205,7 +205,7 @@ def test_the_bootstrap_is_what_a_plain_loop_finds():
     assert found == ece_interval(confidence, correct, resamples=2000)
 
 
-def test_the_bootstrap_of_many_pictures_goes_in_parts():
+def test_the_bootstrap_of_many_images_goes_in_parts():
     n = 250_000  # of which eight samples go at once
     rng = np.random.default_rng(6)
     confidence, correct = rng.uniform(0.5, 1, n), rng.random(n)

@@ -13,7 +13,7 @@ from jaxcats.models.head import HEADS
 
 
 class Identity(nn.Module):
-    """A backbone whose feature map is the picture itself: red, green and blue are its channels."""
+    """A backbone whose feature map is the image itself: red, green and blue are its channels."""
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -59,7 +59,7 @@ def test_where_nothing_speaks_for_the_class_there_is_no_heat():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_any_head_gives_heat_from_0_to_1_and_pictures_do_not_mix(head):
+def test_any_head_gives_heat_from_0_to_1_and_images_do_not_mix(head):
     model = models.create("tiny", 3, head=head)
     params, batch_stats = model.init(jax.random.key(3))
     images = jax.random.normal(jax.random.key(1), (5, 40, 48, 3))

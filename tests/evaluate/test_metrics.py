@@ -175,7 +175,7 @@ def test_brier_is_scikit_learns():
 
 
 def test_auc_by_hand():
-    # Of the four pairs of a first-class and a second-class picture, three are in order and one is a tie.
+    # Of the four pairs of a first-class and a second-class image, three are in order and one is a tie.
     assert area_under_roc(np.array([1.0, 2.0, 2.0, 3.0]), np.array([0, 0, 1, 1])) == pytest.approx(3.5 / 4)
     assert area_under_roc(np.array([1.0, 2.0]), np.array([1, 1])) is None
 
@@ -216,7 +216,7 @@ def test_judging_agrees_with_scikit_learn(classes):
 
 def test_rows_and_columns_of_the_confusion_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2])
-    logits = np.eye(4)[[0, 1, 1, 1, 0, 0]]  # nobody says 2; class 3 has no picture
+    logits = np.eye(4)[[0, 1, 1, 1, 0, 0]]  # nobody says 2; class 3 has no image
     found, _ = judge(logits, labels, ["ant", "bee", "cow", "dog"])
     assert found["confusion"] == [[1, 2, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     ant, bee, cow, dog = found["per_class"]
@@ -236,11 +236,11 @@ def test_rows_and_columns_of_the_confusion_by_hand():
 
 
 ODD = {
-    "one picture": (*drawn(1, 2), 2),
-    "one picture, wrong": (np.array([[9.0, -9.0]]), np.array([1]), 2),
+    "one image": (*drawn(1, 2), 2),
+    "one image, wrong": (np.array([[9.0, -9.0]]), np.array([1]), 2),
     "all of one class": (drawn(30, 2)[0], np.zeros(30, int), 2),
-    "fewer pictures than folds": (*drawn(3, 3), 3),
-    "fewer pictures than classes": (*drawn(20, 100), 100),
+    "fewer images than folds": (*drawn(3, 3), 3),
+    "fewer images than classes": (*drawn(20, 100), 100),
     "always right and sure": (np.repeat([[800.0, -800.0], [-800.0, 800.0]], 10, 0), np.repeat([0, 1], 10), 2),
     "always wrong and sure": (np.repeat([[800.0, -800.0], [-800.0, 800.0]], 10, 0), np.repeat([1, 0], 10), 2),
     "no opinion": (np.zeros((12, 3)), np.arange(12) % 3, 3),
@@ -262,7 +262,7 @@ def test_odd_sets_give_plain_numbers_and_a_table(name):
 
 
 def test_nothing_to_judge_is_said():
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         judge(np.zeros((0, 2)), np.zeros(0, int), ["a", "b"])
 
 

@@ -1,4 +1,4 @@
-"""Which pictures a gallery shows, against cases worked by hand."""
+"""Which images a gallery shows, against cases worked by hand."""
 
 import numpy as np
 import pytest
@@ -85,12 +85,12 @@ def test_labels_that_look_wrong():
     assert label_errors(np.log([[0.9, 0.1], [0.1, 0.9]]), np.array([0, 1])).tolist() == []
 
 
-def test_a_class_without_pictures_can_be_suggested_but_not_surely():
+def test_a_class_without_images_can_be_suggested_but_not_surely():
     assert label_errors(THREE, np.array([0, 1, 1, 0]), most=1).tolist() == [2]
     assert label_errors(THREE, np.array([0, 1, 1, 0]), most=0).tolist() == []
 
 
-def test_the_strangest_picture_is_the_one_without_neighbours():
+def test_the_strangest_image_is_the_one_without_neighbours():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(2, 64))[np.arange(60) % 2] + 0.3 * rng.normal(size=(60, 64))
     features[:, 7] = 3  # a feature that says nothing
@@ -100,7 +100,7 @@ def test_the_strangest_picture_is_the_one_without_neighbours():
     assert found.shape == (60,)
     assert np.isfinite(found).all()
     assert found.argmax() == 55
-    # As it is for a training picture, whose own place doesn't count; nor do its copies.
+    # As it is for a training image, whose own place doesn't count; nor do its copies.
     turned = np.roll(np.arange(60), 20)
     assert strangeness(features[turned], [hashes[i] for i in turned], known=50).argmax() == turned.tolist().index(55)
     copied = features[[*range(50), 55, 55, 55]]
@@ -108,6 +108,6 @@ def test_the_strangest_picture_is_the_one_without_neighbours():
     assert set(found.argsort()[-3:].tolist()) == {50, 51, 52}
 
 
-def test_few_training_pictures_still_have_neighbours():
+def test_few_training_images_still_have_neighbours():
     found = strangeness(np.eye(4, 3), ["a", "b", "c", "c"], known=3)
     assert np.isfinite(found).all()

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from jaxcats.common import stats
-from jaxcats.data.images import PictureError
+from jaxcats.data.images import ImageError
 from jaxcats.evaluate import report
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -71,7 +71,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """Eight pictures with about as much detail as photos."""
+    """Eight images with about as much detail as photos."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for k in range(8):
@@ -83,7 +83,7 @@ def drawn(tmp_path_factory):
 
 
 def make(root, n=40, *, classes=("cats", "dogs"), wrong=4, seed=0, paths=None, threshold=0.6, **more):
-    """A report of n pictures, the first `wrong` of which were misjudged."""
+    """A report of n images, the first `wrong` of which were misjudged."""
     rng = np.random.default_rng(seed)
     c = len(classes)
     labels = np.arange(n) % c
@@ -96,11 +96,11 @@ def make(root, n=40, *, classes=("cats", "dogs"), wrong=4, seed=0, paths=None, t
         "found": {"n": n, "errors": wrong, "classes": list(classes)},
         "title": "a run: " + " / ".join(classes[:3]),
         "trained": {"network": "resnet34"},
-        "notes": [("serious", "The same picture is in train and valid."), ("note", "All else is well.")],
+        "notes": [("serious", "The same image is in train and valid."), ("note", "All else is well.")],
         "figures": [report.Figure("confusion", "Confusion", "How to read it.", "What it shows.", SVG)],
-        "config": "seed: 0\ndata:\n  root: pictures\n",
+        "config": "seed: 0\ndata:\n  root: images\n",
         "facts": {"jax": "0.10.2"},
-        "commands": {"predict": "python -m jaxcats.predict --model runs/x/model PICTURES..."},
+        "commands": {"predict": "python -m jaxcats.predict --model runs/x/model IMAGES..."},
     }
     return report.Report(classes=classes, pictures=pictures, **(whole | more))
 
@@ -141,10 +141,10 @@ def test_the_result_comes_first_and_everything_else_is_there(drawn):
     text = page.text.replace("\N{NO-BREAK SPACE}", " ")
     in_order = [
         "9 errors of 1,000 (99.1 %, 95 % interval 98.3 to 99.5 %)",
-        "The same picture is in train and valid.",
+        "The same image is in train and valid.",
         "resnet34",
         "off by 1.2 % on average as trained, and by 0.5 % after a temperature of 1.5",
-        "only where it is 90.0 % sure or more, to keep errors to 0.5 %, it answers 95.0 % of the pictures, and 4 of",
+        "only where it is 90.0 % sure or more, to keep errors to 0.5 %, it answers 95.0 % of the images, and 4 of",
         "How to read it.",
         "dogs taken for cats: 6",
         "0.9991",
@@ -152,14 +152,14 @@ def test_the_result_comes_first_and_everything_else_is_there(drawn):
         "files left out: 1",
         "jaxcats.predict",
         "0.10.2",
-        "root: pictures",
+        "root: images",
     ]
     places = [re.sub(r"\s+", "", text).find(re.sub(r"\s+", "", words)) for words in in_order]
     assert -1 not in places
     assert places == sorted(places)
 
 
-def test_no_threshold_and_classes_without_pictures_are_said(drawn):
+def test_no_threshold_and_classes_without_images_are_said(drawn):
     page = Page(report.render(make(drawn, found=judged(["cats", "dogs"], threshold=None), threshold=None)))
     assert "so it always answers" in page.text
     assert "abstains" not in page.text
@@ -240,7 +240,7 @@ def test_it_is_sound_html(drawn):
     assert page.all("html")[0]["lang"] == "en"
 
 
-def test_a_thousand_pictures_stay_under_five_megabytes(drawn):
+def test_a_thousand_images_stay_under_five_megabytes(drawn):
     figures = [report.Figure(f"f{k}", "F", "c", "a", SVG.replace("M0 0", "M0 0" + 9_000 * "L10 10")) for k in range(6)]
     text = report.render(make(drawn, n=1000, wrong=10, figures=figures, found=judged(["cats", "dogs"])))
     page = Page(text)
@@ -265,7 +265,7 @@ def test_more_than_fit_are_drawn_and_the_page_says_so(drawn):
     assert len(text.encode()) <= 800_000
     assert len(text.encode()) > 600_000
     kept = len(page.items)
-    said = f"{kept:,} of 5,000 pictures are on this page, to keep it small: all 30 wrong ones, the 100 least sure of the right ones, {kept - 130:,}"
+    said = f"{kept:,} of 5,000 images are on this page, to keep it small: all 30 wrong ones, the 100 least sure of the right ones, {kept - 130:,}"
     assert said in page.text
     assert sum("wrong" in a["class"].split() for a in page.items) == 30
     least_sure = sorted(float(a["data-m"]) for a in page.items if "wrong" not in a["class"].split())
@@ -285,13 +285,13 @@ def test_a_thousand_real_photos_stay_under_five_megabytes(photos):
 
 def test_more_wrong_ones_than_fit(drawn):
     page = Page(report.render(make(drawn, n=900, wrong=800), budget=500_000))
-    assert f"{len(page.items)} of 900 pictures are on this page" in page.text
+    assert f"{len(page.items)} of 900 images are on this page" in page.text
     assert "of the 800 wrong ones those of the highest loss, none of the right ones." in page.text
     losses = [float(a["data-l"]) for a in page.items]
     assert losses == sorted(losses, reverse=True)
 
 
-def test_a_picture_that_has_gone_is_named_with_the_reason(drawn):
+def test_a_image_that_has_gone_is_named_with_the_reason(drawn):
     page = Page(report.render(make(drawn, n=2, wrong=0, paths=["gone.jpg", "0.jpg"])))
     assert "gone.jpg" in page.text
     assert "no such file or directory" in page.text
@@ -330,7 +330,7 @@ def test_writing(drawn, tmp_path):
         ((9000, 1), 110, (3, 1)),
     ],
 )
-def test_thumbnails_keep_the_picture_whole(size, side, want):
+def test_thumbnails_keep_the_image_whole(size, side, want):
     data = io.BytesIO()
     Image.new("RGB", size, "red").save(data, "JPEG")
     small = Image.open(io.BytesIO(report.thumbnail(data.getvalue(), side=side)))
@@ -349,8 +349,8 @@ def test_thumbnails_stand_upright():
     assert red > 200 > 50 > blue
 
 
-def test_what_is_no_picture_has_no_thumbnail():
-    with pytest.raises(PictureError, match="not a picture"):
+def test_what_is_no_image_has_no_thumbnail():
+    with pytest.raises(ImageError, match="not an image"):
         report.thumbnail(b"nothing")
 
 

@@ -15,7 +15,7 @@ SVG = '<svg viewBox="0 0 700 200" xmlns="http://www.w3.org/2000/svg" fill="curre
 
 
 def make(root, classes):
-    """N pictures, of which the first WRONG were misjudged; (report, probability of the answer [N])."""
+    """N images, of which the first WRONG were misjudged; (report, probability of the answer [N])."""
     rng = np.random.default_rng(0)
     c = len(classes)
     labels = np.arange(N) % c
@@ -159,7 +159,7 @@ def test_the_keyboard_alone_is_enough(visit):
     assert page.evaluate("document.activeElement.textContent") == "Skip to the result"
     page.get_by_label("Path contains").focus()
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.textContent") == "Skip the pictures"
+    assert page.evaluate("document.activeElement.textContent") == "Skip the images"
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     second = page.evaluate("document.activeElement.firstElementChild.alt")
@@ -187,7 +187,7 @@ def test_the_table_of_classes_sorts(visit):
     assert page.get_by_role("columnheader", name="Class").get_attribute("aria-sort") == "ascending"
     page.get_by_role("button", name="Class", exact=True).press("Enter")
     assert names.all_inner_texts() == ["dogs", "cats"]
-    page.get_by_role("button", name="Pictures", exact=True).press("Enter")
+    page.get_by_role("button", name="Images", exact=True).press("Enter")
     assert names.all_inner_texts() == ["cats", "dogs"]
 
 
@@ -216,7 +216,7 @@ def test_nothing_is_wider_than_the_window(visit, pages, width):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_without_javascript_the_pictures_are_there(visit):
+def test_without_javascript_the_images_are_there(visit):
     page = visit(java_script_enabled=False)
     assert page.locator("#pics li:visible").count() == N
     assert page.locator("#pics img:visible").count() == N - 1  # one can't be read, and says so

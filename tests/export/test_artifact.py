@@ -125,7 +125,7 @@ def test_a_file_is_no_folder_for_an_export(tmp_path):
         ({"accuracy": {"n": "many", "errors": 1}}, "accuracy"),
         ({"preprocess": None}, "preprocess"),
         ({"preprocess__size": 1 << 40}, "no network can have"),
-        ({"preprocess__size": 32}, "pictures of 32 pixels"),
+        ({"preprocess__size": 32}, "images of 32 pixels"),
         ({"preprocess__std": [0, 1, 1]}, "no network can have"),
         ({"preprocess__mean": [1, 1]}, "no network can have"),
         ({"preprocess__crop_fraction": 1e-300}, "no network can have"),
@@ -298,7 +298,7 @@ def test_a_program_with_another_result_is_refused(folder, function):
     made = exported_of(function)
     artifact.remember(made)
     replace(folder, artifact.PROGRAM, made)
-    with pytest.raises(UserError, match="not a function of pictures"):
+    with pytest.raises(UserError, match="not a function of images"):
         artifact.read(folder)
 
 

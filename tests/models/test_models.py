@@ -153,7 +153,7 @@ def test_dropout_follows_its_key(tiny):
 
 
 @pytest.mark.parametrize("shape", [(1, 31, 64, 3), (1, 64, 64), (1, 64, 64, 1)])
-def test_pictures_that_do_not_fit_are_named(shape):
+def test_images_that_do_not_fit_are_named(shape):
     model = models.create("resnet18", 2)
     params, batch_stats = models.shapes(model)
     with pytest.raises(ValueError, match=r"expected \[N,H,W,3\] with sides of at least 32"):
@@ -194,7 +194,7 @@ def test_import_brings_no_heavy_library():
 @pytest.mark.parametrize(
     ("channels", "mean"), [(1, [0.449]), (3, [0.485, 0.456, 0.406]), (4, [0.485, 0.456, 0.406, 0.485])]
 )
-def test_pictures_of_another_number_of_channels_go_through_the_whole_pipeline(channels, mean):
+def test_images_of_another_number_of_channels_go_through_the_whole_pipeline(channels, mean):
     model = models.create("resnet18", 2, channels=channels)
     np.testing.assert_allclose(model.preprocess.mean, mean, atol=1e-3)
     prepare = normalise(model.preprocess.mean, model.preprocess.std)

@@ -25,7 +25,7 @@ CATS, DOGS = range(281, 286), range(151, 269)  # of ImageNet's classes
 
 
 def random_net(name: str, size: tuple[int, int]) -> torch.nn.Module:
-    """Torch's network with torch's own random weights, and BatchNorm averages from a pass over random pictures."""
+    """Torch's network with torch's own random weights, and BatchNorm averages from a pass over random images."""
     torch.manual_seed(0)
     net = reference.build(name, size=size, state="random")
     with torch.no_grad():

@@ -23,7 +23,7 @@ NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficien
 
 
 def build(name: str, *, size: tuple[int, int], state: dict[str, np.ndarray] | str = "") -> torch.nn.Module:
-    """The network for pictures of `size` with 1000 classes, with the given, torch's own "random", or seeded weights."""
+    """The network for images of `size` with 1000 classes, with the given, torch's own "random", or seeded weights."""
     if name == "efficientnet_lite0":
         net = EfficientNet.from_name("efficientnet-lite0", image_size=list(size), drop_connect_rate=0.0)
     else:

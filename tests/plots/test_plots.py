@@ -91,8 +91,8 @@ def test_a_dollar_sign_in_a_name_is_no_formula():
 
 def test_nothing_to_show_says_so():
     figure = plots.gallery([], [], wrong=[], heading="Most incorrect cats")
-    assert {t.get_text() for t in [*figure.texts, figure._suptitle]} == {"Most incorrect cats", "no pictures to show"}
-    with pytest.raises(ValueError, match="1 pictures, 2 titles"):
+    assert {t.get_text() for t in [*figure.texts, figure._suptitle]} == {"Most incorrect cats", "no images to show"}
+    with pytest.raises(ValueError, match="1 images, 2 titles"):
         plots.gallery([picture()], ["a", "b"])
 
 

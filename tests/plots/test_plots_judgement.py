@@ -1,4 +1,4 @@
-"""Figures that judge a classifier: what they show for few and many classes, few and many pictures, and odd names."""
+"""Figures that judge a classifier: what they show for few and many classes, few and many images, and odd names."""
 
 import re
 from xml.etree import ElementTree
@@ -96,7 +96,7 @@ def test_one_error_of_a_hundred_is_seen_in_a_colour_of_its_own():
     assert len(listed) == 4
 
 
-def test_no_errors_and_no_pictures_are_drawn_too():
+def test_no_errors_and_no_images_are_drawn_too():
     assert "none here" in plots.confusion([[5, 0], [0, 0]], ["a", "b"])._suptitle.get_text()
     assert png(plots.confusion(np.zeros((40, 40), int), names(40))).width > 100
 
@@ -144,9 +144,9 @@ def test_a_sure_networks_bins_do_not_lie_on_one_another():
 
 
 def test_no_bins_say_so():
-    assert "no pictures to show" in words(plots.reliability([]))
-    assert "no pictures to show" in words(plots.risk_coverage([], []))
-    assert "no pictures with a known class" in words(plots.per_class([]))
+    assert "no images to show" in words(plots.reliability([]))
+    assert "no images to show" in words(plots.risk_coverage([], []))
+    assert "no images with a known class" in words(plots.per_class([]))
 
 
 def test_risk_by_coverage_marks_the_threshold_and_what_was_wanted():
@@ -167,7 +167,7 @@ def test_risk_by_coverage_marks_the_threshold_and_what_was_wanted():
 
 
 @pytest.mark.parametrize(("n", "accuracy"), [(1, 0.9), (2, 0.9), (300, 0.5), (100_000, 0.999)])
-def test_risk_by_coverage_for_few_and_many_pictures(n, accuracy):
+def test_risk_by_coverage_for_few_and_many_images(n, accuracy):
     confidence, right = answers(n, accuracy=accuracy)
     coverage, risk = calibration.risk_coverage(confidence, right)
     figure = plots.risk_coverage(coverage[::-1], risk[::-1], n=n, point=(coverage[0], risk[0]), max_error=0.01)
@@ -198,7 +198,7 @@ def test_recall_by_class_shows_the_worst_first_and_thirty_at_most(c, n):
     assert shown == sorted(row["recall"] for row in rows)[:30]
     note = ax.get_title(loc="left")
     assert ("the 30 worst of 100 classes" in note) == (c == 100)
-    assert "1 without pictures" in note
+    assert "1 without images" in note
     worst = min(rows, key=lambda row: row["recall"])
     assert f"{n - round(worst['recall'] * n):,} of {n:,} missed" in [t.get_text() for t in drawn]
     left, right = ax.get_xlim()
@@ -206,7 +206,7 @@ def test_recall_by_class_shows_the_worst_first_and_thirty_at_most(c, n):
     assert all(left <= row["recall_interval"][0] + 1e-9 for row in rows)
 
 
-def test_heat_lies_on_its_picture():
+def test_heat_lies_on_its_image():
     photo = np.full((64, 64, 3), 100, np.uint8)
     heat = np.zeros((4, 4))
     heat[0, 3] = 1.0
@@ -223,7 +223,7 @@ def test_heat_lies_on_its_picture():
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_heat_maps_stand_beside_their_pictures(n):
+def test_heat_maps_stand_beside_their_images(n):
     titles = ["dogs 97.2 % (is cats)", AWKWARD[0] * 3, "柴犬" * 20, "a", "b"][:n]
     heats = [np.random.default_rng(i).random((7, 7)) for i in range(n)]
     figure = plots.heat_maps([picture(64, 64, i) for i in range(n)], heats, titles, wrong=[True] * n, heading="Where")
@@ -233,7 +233,7 @@ def test_heat_maps_stand_beside_their_pictures(n):
     np.testing.assert_array_equal(both[:, :64], picture(64, 64, 0))
     np.testing.assert_array_equal(both[:, -64:], plots.overlay(picture(64, 64, 0), heats[0]))
     assert_apart(figure, [*(ax.title for ax in shown), figure._suptitle])
-    assert "no pictures to show" in words(plots.heat_maps([], [], []))
+    assert "no images to show" in words(plots.heat_maps([], [], []))
 
 
 def test_top_losses_are_titled_as_in_fastai():

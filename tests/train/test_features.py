@@ -22,7 +22,7 @@ def hashes(*names: str) -> list[str]:
 
 
 def value(h: str) -> np.ndarray:
-    """What the backbone makes of a picture, here: a function of its content alone."""
+    """What the backbone makes of an image, here: a function of its content alone."""
     return np.frombuffer(bytes.fromhex(h), np.uint8)[:WIDTH].astype(np.float32) / 7
 
 
@@ -61,7 +61,7 @@ def test_the_second_time_nothing_is_computed(get):
     assert get.asked == [[0, 1, 2]]
 
 
-def test_only_changed_pictures_are_computed_again(get):
+def test_only_changed_images_are_computed_again(get):
     get(hashes("a", "b", "c", "d"))
     got = get(hashes("a", "B", "c", "d", "e"))
     assert get.asked[1:] == [[1, 4]]
@@ -75,7 +75,7 @@ def test_the_order_and_the_selection_do_not_matter(get):
     assert len(get.asked) == 1
 
 
-def test_equal_pictures_are_computed_once_and_not_called_reused(get):
+def test_equal_images_are_computed_once_and_not_called_reused(get):
     got = get(hashes("a", "b", "a", "a"))
     assert get.asked == [[0, 1]]
     assert (got.reused, got.computed) == (0, 2)
@@ -83,7 +83,7 @@ def test_equal_pictures_are_computed_once_and_not_called_reused(get):
     assert (again.reused, again.computed) == (4, 0)
 
 
-def test_no_pictures_need_no_computation(get):
+def test_no_images_need_no_computation(get):
     assert get([]).features.shape == (0, WIDTH)
     assert get.asked == []
 
@@ -311,7 +311,7 @@ def test_the_hash_of_weights_sees_names_shapes_types_and_bytes():
 
 
 def test_the_cpu_trains_on_features_where_they_lie(tmp_path):
-    """Otherwise they are in memory twice, which for ten million pictures is 50 GB more."""
+    """Otherwise they are in memory twice, which for ten million images is 50 GB more."""
     names = hashes(*map(str, range(64)))
 
     def compute(rows):

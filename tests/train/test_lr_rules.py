@@ -257,7 +257,7 @@ def test_a_band_needs_half_of_its_seeds():
         LRFindBand(())
 
 
-def test_notebooks_get_the_table_and_the_picture():
+def test_notebooks_get_the_table_and_the_image():
     for result in (curve("late divergence"), curve("flat"), LRFindBand((curve("flat"), curve("nan tail")))):
         shown = result._repr_html_()
         assert "learning rate range test" in shown

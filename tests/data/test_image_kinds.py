@@ -1,4 +1,4 @@
-"""One picture of every kind, each shown to the network as a person would see it."""
+"""One image of every kind, each shown to the network as a person would see it."""
 
 import io
 import subprocess
@@ -17,9 +17,9 @@ from jaxcats.data.quality import findings, look
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-import picture_kinds  # noqa: E402
+import image_kinds  # noqa: E402
 
-KINDS = picture_kinds.kinds(large=False)
+KINDS = image_kinds.kinds(large=False)
 GREY = ("grey", "1_bit", "float")
 NOTES = {
     "gif_moving.gif": "first of 3 frames",
@@ -53,7 +53,7 @@ def fields(pixels: np.ndarray) -> np.ndarray:
 def test_it_looks_as_it_should(name, tmp_path):
     (tmp_path / name).write_bytes(KINDS[name])
     seen = fields(evaluation_pixels(tmp_path / name, Preprocess(size=64)))
-    wanted = np.array(picture_kinds.FIELDS, float)
+    wanted = np.array(image_kinds.FIELDS, float)
     if any(word in name for word in GREY):
         wanted = np.repeat(wanted @ [[0.299], [0.587], [0.114]], 3, 1)
     if "1_bit" in name:
@@ -66,7 +66,7 @@ def test_what_is_unusual_is_noted_and_nothing_else(name, tmp_path):
     (tmp_path / name).write_bytes(KINDS[name])
     record, seen = look_at(tmp_path / name), look(tmp_path / name)  # the second is doctor's
     assert (record.bad, seen.bad) == (None, "")
-    said = [detail for kind, detail in seen.notes if kind in ("unusual picture", "wrong extension")]
+    said = [detail for kind, detail in seen.notes if kind in ("unusual image", "wrong extension")]
     assert "; ".join(said) == record.note
     if name in NOTES:
         assert record.note == NOTES[name]
@@ -75,27 +75,27 @@ def test_what_is_unusual_is_noted_and_nothing_else(name, tmp_path):
 
 
 def test_srgbs_own_profile_changes_no_bit(tmp_path):
-    profile = picture_kinds.ImageCms.ImageCmsProfile(picture_kinds.ImageCms.createProfile("sRGB")).tobytes()
+    profile = image_kinds.ImageCms.ImageCmsProfile(image_kinds.ImageCms.createProfile("sRGB")).tobytes()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     for name, options in (("with.png", {"icc_profile": profile}), ("without.png", {})):
-        (tmp_path / name).write_bytes(picture_kinds.encoded(picture, "PNG", **options))
+        (tmp_path / name).write_bytes(image_kinds.encoded(picture, "PNG", **options))
     pixels = [evaluation_pixels(tmp_path / name, Preprocess(size=32)) for name in ("with.png", "without.png")]
     np.testing.assert_array_equal(*pixels)
 
 
 def test_the_colour_of_transparency_is_looked_for_before_colours_are_converted():
     for mode, colour, profile in (
-        ("RGB", (200, 30, 40), picture_kinds.swapped_profile()),
-        ("L", 90, picture_kinds.linear_grey_profile()),
+        ("RGB", (200, 30, 40), image_kinds.swapped_profile()),
+        ("L", 90, image_kinds.linear_grey_profile()),
     ):
         picture = Image.new(mode, (8, 8), colour)
-        content = picture_kinds.encoded(picture, "PNG", transparency=colour, icc_profile=profile)
+        content = image_kinds.encoded(picture, "PNG", transparency=colour, icc_profile=profile)
         assert (np.asarray(open_upright(content)) == 255).all()
 
 
 def test_a_grey_profile_on_deep_greys_is_said_to_be_not_applied(tmp_path):
-    for name, options in (("with.png", {"icc_profile": picture_kinds.linear_grey_profile()}), ("without.png", {})):
-        (tmp_path / name).write_bytes(picture_kinds.encoded(picture_kinds.deep("16"), "PNG", **options))
+    for name, options in (("with.png", {"icc_profile": image_kinds.linear_grey_profile()}), ("without.png", {})):
+        (tmp_path / name).write_bytes(image_kinds.encoded(image_kinds.deep("16"), "PNG", **options))
     pixels = [evaluation_pixels(tmp_path / name, Preprocess(size=32)) for name in ("with.png", "without.png")]
     np.testing.assert_array_equal(*pixels)
     said = "more than 8 bits a pixel, scaled; colour profile not applied to deep greys"
@@ -104,18 +104,18 @@ def test_a_grey_profile_on_deep_greys_is_said_to_be_not_applied(tmp_path):
 
 @pytest.mark.parametrize("orientation", [None, 6])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P"])
-def test_large_pictures_are_converted_in_bands_as_if_at_once(mode, orientation, monkeypatch):
+def test_large_images_are_converted_in_bands_as_if_at_once(mode, orientation, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (900, 701, 4), np.uint8)
-    profile = picture_kinds.linear_grey_profile() if mode == "LA" else picture_kinds.swapped_profile()
+    profile = image_kinds.linear_grey_profile() if mode == "LA" else image_kinds.swapped_profile()
     picture = Image.fromarray(pixels).convert(mode)
-    content = picture_kinds.encoded(picture, "PNG", orientation=orientation, icc_profile=profile, compress_level=0)
+    content = image_kinds.encoded(picture, "PNG", orientation=orientation, icc_profile=profile, compress_level=0)
     in_bands = open_upright(content)
     assert in_bands.width * in_bands.height > 2 * images.BAND
     monkeypatch.setattr(images, "BAND", 2**30)
     np.testing.assert_array_equal(np.asarray(open_upright(content)), np.asarray(in_bands))
 
 
-def test_the_picture_of_a_caller_is_left_as_it_was_and_none_is_converted_twice():
+def test_the_image_of_a_caller_is_left_as_it_was_and_none_is_converted_twice():
     picture = Image.open(io.BytesIO(KINDS["jpeg_profile.jpg"]))
     before = np.array(picture)
     first, second = (np.asarray(open_upright(picture)) for _ in range(2))
@@ -132,7 +132,7 @@ def test_the_index_keeps_the_notes_and_the_findings_say_them(tmp_path):
             for name in names:
                 (tmp_path / part / kind / name).write_bytes(KINDS[name])
     for _ in range(2):  # from the files, and from the cache
-        (said,) = [f for f in findings(scan(tmp_path)) if f["what"] == "unusual pictures"]
+        (said,) = [f for f in findings(scan(tmp_path)) if f["what"] == "unusual images"]
         assert said["examples"] == [f"{part}/a/gif_moving.gif: first of 3 frames" for part in ("train", "valid")]
 
 
@@ -171,7 +171,7 @@ MIB = {  # as measured, and a tenth more
 def test_forty_megapixels_take_bounded_memory(name, what, tmp_path):
     """Decoded it is 150 MiB (16-bit greys half of that): turning it, or making it RGB, needs another, nothing a third."""
     path = tmp_path / f"megapixels_40{name}"
-    path.write_bytes(picture_kinds.large_kinds()[path.name]())
+    path.write_bytes(image_kinds.large_kinds()[path.name]())
     code = f"""
 import re
 from pathlib import Path

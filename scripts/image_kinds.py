@@ -1,8 +1,8 @@
-"""One picture of every kind that people's folders hold, and what the network sees of each, as a contact sheet:
+"""One image of every kind that people's folders hold, and what the network sees of each, as a contact sheet:
 
-    python scripts/picture_kinds.py --out kinds.png [--keep FOLDER]
+    python scripts/image_kinds.py --out kinds.png [--keep FOLDER]
 
-All show the same four fields: red and green above, blue and white below (grey ones by their brightness). Where a picture
+All show the same four fields: red and green above, blue and white below (grey ones by their brightness). Where an image
 has transparency its white field is the transparent one.
 """
 
@@ -110,7 +110,7 @@ def encoded(picture: Image.Image, kind: str, *, orientation: int | None = None, 
 
 
 def lying(orientation: int) -> Image.Image:
-    """The picture as a camera stores it that notes this orientation."""
+    """The image as a camera stores it that notes this orientation."""
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's Transpose numbers of the inverse
     return plain().transpose(Image.Transpose(undo[orientation])) if orientation > 1 else plain()
 
@@ -133,7 +133,7 @@ def swap(picture: Image.Image) -> Image.Image:
 
 
 def large_kinds() -> dict[str, Callable[[], bytes]]:
-    """File name -> what makes its content: pictures of 40 megapixels."""
+    """File name -> what makes its content: images of 40 megapixels."""
     size, turned, jpeg = (7744, 5184), Image.Transpose.ROTATE_90, {"kind": "JPEG", "quality": 80}
     profile = {"icc_profile": swapped_profile()}
     makers: dict[str, Callable[[], bytes]] = {
@@ -149,7 +149,7 @@ def large_kinds() -> dict[str, Callable[[], bytes]]:
 
 
 def several_frames() -> dict[str, bytes]:
-    """The picture and two others, as films and pages, whole and cut within the second."""
+    """The image and two others, as films and pages, whole and cut within the second."""
     rgb = plain()
     pages = {"save_all": True, "append_images": [Image.new("RGB", rgb.size, name) for name in ("black", "purple")]}
     gif, tiff = encoded(rgb, "GIF", **pages, duration=100), encoded(rgb, "TIFF", **pages)
@@ -249,7 +249,7 @@ def main() -> None:
         for name, content in found.items():
             (folder / name).write_bytes(content)
         sheet(folder, sorted(found)).save(args.out)
-    print(f"{len(found)} kinds of picture: {args.out}")
+    print(f"{len(found)} kinds of image: {args.out}")
 
 
 if __name__ == "__main__":
