@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcats.common.cli import Parser, as_typed, one_line, run_command
+from jaxcats.common.cli import Parser, command_line, one_line, run_command
 from jaxcats.common.errors import UserError, unwritable
 
 DESCRIPTION = (
@@ -101,7 +101,7 @@ def feature_reader(root: Path, backbone: str) -> Callable[[Sequence[str], Sequen
     from jaxcats.train.features import backbone_features
 
     config = Config(model=ModelConfig(backbone=backbone))
-    cache = experiment.start_jax(config)
+    cache = experiment.enable_compile_cache(config)
     model, preprocess = experiment.create_model(config, 2)
     params, stats = models.load_pretrained(model)
 
@@ -148,7 +148,7 @@ def read_options(argv: Sequence[str]) -> Any:
     if options.folder is None:
         for name, file in outputs.items():
             if file and os.path.isdir(file):
-                way_out = f"give the folder first: {as_typed('doctor')} {shlex.quote(file)} --{name}"
+                way_out = f"give the folder first: {command_line('doctor')} {shlex.quote(file)} --{name}"
                 raise UserError(f"--{name} {file}: is a folder, taken for the file to write; {way_out}")
         parser.error("the following arguments are required: folder")
     from jaxcats.data.files import check_targets

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxcats.common.cli import parse, quiet_tensorflow, run_command
+from jaxcats.common.cli import parse, run_command, silence_tensorflow
 from jaxcats.common.errors import RunError, UserError, nearest
 
 DESCRIPTION = (
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     name = options["phase"] or names[0]
     if name not in names:
         raise UserError(f"--phase {name}: not in the configuration.{nearest(name, names)} It has {', '.join(names)}.")
-    quiet_tensorflow()
+    silence_tensorflow()
     from jaxcats.train import experiment
     from jaxcats.train.experiment import describe
     from jaxcats.train.features import precompute

@@ -22,7 +22,7 @@ from jaxcats.core.state import copy
 from jaxcats.data.index import FolderIndex, Split
 from jaxcats.train.drivers import decoding, make_driver
 from jaxcats.train.evaluator import Evaluator
-from jaxcats.train.experiment import Setup, create_model, initial_params, make_phase, plans, setup
+from jaxcats.train.experiment import Experiment, create_model, initial_params, make_phase, plans, setup
 from jaxcats.train.features import backbone_features
 
 # optimizer, learning rate, weight decay, epochs
@@ -74,7 +74,7 @@ def fold_of(split: Split, folds: int) -> np.ndarray:
     return fold
 
 
-def train_and_judge(whole: Setup, feats: np.ndarray, start, *, held: np.ndarray) -> np.ndarray:
+def train_and_judge(whole: Experiment, feats: np.ndarray, start, *, held: np.ndarray) -> np.ndarray:
     """Logits of the held-out rows, after training on the others."""
     split = whole.index.splits["train"]
     parts = {"train": np.flatnonzero(~held), "valid": np.flatnonzero(held)}
@@ -107,7 +107,7 @@ def main() -> None:
                 seed, DataConfig(args.root, policy=policy), ModelConfig(args.backbone, head), {"head": phase}
             )
             model, preprocess = create_model(config, len(base.index.classes))
-            whole = Setup(config, base.index, model, preprocess, base.cache)
+            whole = Experiment(config, base.index, model, preprocess, base.cache)
             train = whole.index.splits["train"]
             params, stats, _ = initial_params(whole)
             if (policy, head) not in known:

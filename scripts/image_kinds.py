@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw
 
-from jaxcats.data.files import look_at
+from jaxcats.data.files import inspect_file
 from jaxcats.data.images import Preprocess, evaluation_pixels
 
 FIELDS = ((230, 30, 30), (30, 200, 40), (40, 50, 220), (255, 255, 255))
@@ -34,7 +34,7 @@ def plain(width: int = 96, height: int = 64) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def see_through(width: int = 96, height: int = 64) -> Image.Image:
+def has_alpha(width: int = 96, height: int = 64) -> Image.Image:
     """The same, with the white field black and transparent."""
     picture = plain(width, height).convert("RGBA")
     picture.paste((0, 0, 0, 0), (width // 2, height // 2, width, height))
@@ -142,7 +142,7 @@ def large_kinds() -> dict[str, Callable[[], bytes]]:
         "_profile.jpg": lambda: encoded(swap(plain(*size)), **jpeg, **profile),
         "_profile_turned.jpg": lambda: encoded(swap(plain(*size)).transpose(turned), **jpeg, **profile, orientation=6),
         "_cmyk.jpg": lambda: encoded(plain(*size).convert("CMYK"), **jpeg),
-        "_alpha.png": lambda: encoded(see_through(*size), "PNG", compress_level=1),
+        "_alpha.png": lambda: encoded(has_alpha(*size), "PNG", compress_level=1),
         "_16_grey.png": lambda: encoded(deep("16", *size), "PNG", compress_level=1),
     }
     return {f"megapixels_40{name}": maker for name, maker in makers.items()}
@@ -167,7 +167,7 @@ def several_frames() -> dict[str, bytes]:
 
 def kinds(large: bool = True) -> dict[str, bytes]:
     """File name -> content."""
-    rgb, grey, alpha = plain(), plain().convert("L"), see_through()
+    rgb, grey, alpha = plain(), plain().convert("L"), has_alpha()
     greys = {"icc_profile": linear_grey_profile()}
     black = np.asarray(deep("16")) % 65535  # the white field, to be the transparent value
     found = {
@@ -230,7 +230,7 @@ def sheet(folder: Path, names: list[str], side: int = 96, columns: int = 8) -> I
         y, x = divmod(number, columns)
         x, y = x * (side + 60) + 4, y * high + 2
         out.paste(Image.fromarray(evaluation_pixels(folder / name, Preprocess(size=side))), (x, y))
-        record = look_at(folder / name)
+        record = inspect_file(folder / name)
         words = f"{name.replace('_', ' ')}\n{record.bad or record.note or ''}"
         lines = [part for line in words.split("\n") for part in textwrap.wrap(line, 28)]
         draw.text((x, y + side + 1), "\n".join(lines[:4]), fill="white", font_size=9)

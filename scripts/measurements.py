@@ -124,12 +124,12 @@ def run_step(a: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from jaxcats.common.compile_cache import jit, keep_heap
+    from jaxcats.common.compile_cache import jit, keep_freed_memory
     from jaxcats.core import optim, schedules
     from jaxcats.core import state as state_module
     from jaxcats.core.step import make_train_step, normalise
 
-    keep_heap()  # as the train command does
+    keep_freed_memory()  # as the train command does
     model, preprocess, params, stats = random_network(a)
     put, put_batch = spread(a)
     groups = model.groups(params)
@@ -157,7 +157,7 @@ def run_step(a: argparse.Namespace) -> dict[str, Any]:
 
 def run_features(a: argparse.Namespace) -> dict[str, Any]:
     """The frozen backbone to pooled features: of random images, or with --root of files through the real cache."""
-    from jaxcats.common.compile_cache import keep_compiled
+    from jaxcats.common.compile_cache import enable_compilation_cache
     from jaxcats.train import features
 
     model, preprocess, params, stats = random_network(a)
@@ -170,7 +170,7 @@ def run_features(a: argparse.Namespace) -> dict[str, Any]:
     split, seconds = files_split(a), []
     how = {"params": params, "batch_stats": stats, "preprocess": preprocess, "batch_size": a.batch, "workers": None}
     with tempfile.TemporaryDirectory() as folder:
-        keep_compiled(Path(folder))
+        enable_compilation_cache(Path(folder))
         for turn in range(a.rounds + 1):  # the first one compiles
             start = time.perf_counter()
             features.backbone_features(model, split, **how, cache_dir=Path(folder, str(turn)))
@@ -232,7 +232,12 @@ def head_setup(a: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:
         feats[name] = rng.standard_normal((n, model.feature_size), np.float32)
     index = FolderIndex(Path("."), ("a", "b"), splits, (), 0.0, 0)
     params, stats = jax.jit(model.init)(jax.random.key(0))
-    return experiment.Setup(config, index, model, preprocess, experiment.cache_of(config)), params, stats, feats
+    return (
+        experiment.Experiment(config, index, model, preprocess, experiment.cache_folder_of(config)),
+        params,
+        stats,
+        feats,
+    )
 
 
 def run_head(a: argparse.Namespace) -> dict[str, Any]:

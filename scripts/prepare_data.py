@@ -24,7 +24,7 @@ from tqdm import tqdm
 from jaxcats.common.cli import Parser, run_command
 from jaxcats.common.errors import UserError, nearest
 from jaxcats.common.io import write_bytes, write_json
-from jaxcats.data.splits import Rule, hold_out
+from jaxcats.data.splits import Rule, split_by_content
 
 MARKER, SPLIT = "prepared.json", "split.json"
 USED = ("train", "validation", "test")  # of the splits that TFDS may have
@@ -193,7 +193,7 @@ def held_out(builder: Any, picture: str, label: str, classes: list[str], args: a
     if not 0 < number < total:
         raise UserError(f"--valid {number}: can't be held out of {total:,} images.")
     rule = Rule(number / total, args.seed)
-    return hold_out(contents, rule=rule, manifest=args.out / SPLIT, given=True)
+    return split_by_content(contents, rule=rule, manifest=args.out / SPLIT, given=True)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -62,10 +62,10 @@ def run_job(a: argparse.Namespace) -> dict[str, Any]:
             root = photo_folder(root, a.limit, folder / "photos")
         pictures = sum(1 for part in ("train", "valid") for _ in (root / part).rglob("*.jpg"))
         cache, out = Path(a.cache) if a.cache else folder / "cache", {}
-        begun = cache.is_dir() and any(cache.iterdir())
-        if begun and a.state != "warm":
+        resumed = cache.is_dir() and any(cache.iterdir())
+        if resumed and a.state != "warm":
             sys.exit(f"--cache {cache}: not empty, so no run on it is cold; add --state warm, or name another.")
-        if not begun:
+        if not resumed:
             out["cold"] = train_once(a, root, folder / "cold", cache)
         if a.state != "cold":
             warm_runs = [train_once(a, root, folder / f"warm{i}", cache) for i in range(a.rounds)]

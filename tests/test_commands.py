@@ -472,15 +472,15 @@ def test_the_calibration_of_another_training_is_not_taken(run, tmp_path, capsys)
     """Trained again in the same folder, and killed before its own evaluation: the old metrics.json is of equal steps."""
     old = run(workdir=tmp_path / "old")
     saved = json.loads((old / "metrics.json").read_text())
-    assert predictions.kept_calibration(old, saved["checkpoint"]) is not None
+    assert predictions.read_calibration(old, saved["checkpoint"]) is not None
     new = run("--phases.head.lr", 0.5, workdir=tmp_path / "new")
     checkpoint = run_module.load_run(new).checkpoint
     assert checkpoint["step"] == saved["checkpoint"]["step"]
     for damaged in ("[1]", '"x"', "null"):
         (new / "metrics.json").write_text(f'{{"checkpoint": {damaged}}}')
-        assert predictions.kept_calibration(new, checkpoint) is None
+        assert predictions.read_calibration(new, checkpoint) is None
     shutil.copy(old / "metrics.json", new)
-    assert predictions.kept_calibration(new, checkpoint) is None
+    assert predictions.read_calibration(new, checkpoint) is None
     assert run_command(export_command.main, ["--run", str(new)]) == 0
     assert "No temperature is known" in capsys.readouterr().out
 

@@ -236,5 +236,5 @@ def test_alone_nothing_is_started(monkeypatch):
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.delenv(name, raising=False)
     distributed.start(settings())
-    assert distributed.first()
-    assert not distributed.many()
+    assert distributed.is_primary()
+    assert not distributed.is_multiprocess()

@@ -14,12 +14,12 @@ import tiny  # noqa: F401
 
 import jaxcats as jc
 from jaxcats.common.cli import run_command
-from jaxcats.data.augment import each_image
+from jaxcats.data.augment import per_image
 from jaxcats.evaluate import report
 from jaxcats.evaluate.run import load_run
 from jaxcats.models import efficientnet_lite
 from jaxcats.train import __main__ as train_command
-from jaxcats.train.user_functions import Own, name_of
+from jaxcats.train.user_functions import UserFunctions, function_name
 
 EXAMPLES = Path(__file__).parent.parent / "scripts" / "examples"
 FILES = sorted(EXAMPLES.glob("*.py"))
@@ -162,7 +162,7 @@ def test_an_augmentation_of_ones_own(script, pictures, tmp_path):
 def test_cutout_depends_on_seed_epoch_and_image_alone():
     cutout = example("augmentation")["cutout"]
     images = np.full((4, 30, 30, 3), 200, np.uint8)
-    apply = each_image(cutout, key=jax.random.key(0))
+    apply = per_image(cutout, key=jax.random.key(0))
     first = np.asarray(apply(images, 0, np.arange(4)))
     assert first.shape == images.shape
     assert set(np.unique(first)) == {127.0, 200.0}
@@ -276,9 +276,9 @@ def test_names_say_where_a_function_is_from():
     class Loss:
         def __call__(self, logits, labels): ...
 
-    assert name_of(functools.partial(jnp.sum, 1, b=2, a="x")) == f"{name_of(jnp.sum)}(1, a='x', b=2)"
-    assert name_of(Loss()).endswith("names_say_where_a_function_is_from.<locals>.Loss")
-    assert Own().names(jc.Config()) == {}
+    assert function_name(functools.partial(jnp.sum, 1, b=2, a="x")) == f"{function_name(jnp.sum)}(1, a='x', b=2)"
+    assert function_name(Loss()).endswith("names_say_where_a_function_is_from.<locals>.Loss")
+    assert UserFunctions().names(jc.Config()) == {}
 
 
 @pytest.mark.slow

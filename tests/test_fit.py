@@ -62,7 +62,9 @@ def last_state(workdir: Path):
     model, _ = experiment.create_model(config, 2)
     step = saved.pick("last")
     name = saved.meta(step)["phase"]
-    return saved.restore(step, experiment.abstract_state(model, experiment.Plan(0, name, config.phases[name], 0, 0, 1)))
+    return saved.restore(
+        step, experiment.abstract_state(model, experiment.PhasePlan(0, name, config.phases[name], 0, 0, 1))
+    )
 
 
 def job_config(workdir: Path):

@@ -186,7 +186,7 @@ def test_evaluate_takes_the_features_that_train_computed(run):
     split = run_module.own_images(loaded).splits["valid"]
     how = {"preprocess": loaded.preprocess, "batch_size": loaded.config.feature_batch, "workers": None}
     weights = {"params": loaded.state.params, "batch_stats": loaded.state.batch_stats}
-    cache = experiment.cache_of(loaded.config)
+    cache = experiment.cache_folder_of(loaded.config)
     got = features.backbone_features(loaded.model, split, **weights, **how, cache_dir=cache)
     assert (got.reused, got.computed) == (21, 0)
 

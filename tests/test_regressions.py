@@ -276,7 +276,7 @@ def saved_states(workdir: Path) -> dict[int, state_module.TrainState]:
     """The states of all checkpoints of a run of one phase, by step."""
     config = from_file(workdir / "config.yaml")
     model, _ = experiment.create_model(config, 2)
-    target = experiment.abstract_state(model, experiment.Plan(0, "head", config.phases["head"], 0, 0, 1))
+    target = experiment.abstract_state(model, experiment.PhasePlan(0, "head", config.phases["head"], 0, 0, 1))
     store = Checkpoints(workdir / "checkpoints", read_only=True)
     found = {step: store.restore(step, target) for step in store.steps()}
     store.close()

@@ -68,7 +68,7 @@ def test_a_run_asked_to_end_saves_says_how_to_go_on_and_goes_on_to_the_bit(place
     first = start(place, "run", *how)
     until_training(place, "run", first)
     with pytest.raises(UserError, match=f"process {first.pid} on .* is training in it now"):
-        io.hold(place / "run")
+        io.lock_folder(place / "run")
     first.send_signal(signum)
     said = first.communicate(timeout=100)[1]
     assert first.returncode == 128 + signum, said
@@ -194,10 +194,10 @@ def test_a_folder_is_one_process_s_and_free_when_it_ends(tmp_path):
         other.flush()
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="process 7 on elsewhere is training in it now"):
-            io.hold(tmp_path)
-    io.hold(tmp_path)
-    io.hold(tmp_path)  # this process's own
-    io.release(tmp_path)
+            io.lock_folder(tmp_path)
+    io.lock_folder(tmp_path)
+    io.lock_folder(tmp_path)  # this process's own
+    io.unlock_folder(tmp_path)
 
 
 def test_links_stay_links_and_devices_stay_devices(tmp_path):

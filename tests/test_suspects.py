@@ -19,15 +19,15 @@ from jaxcats.core.folds import fold_orders, stratified_folds
 from jaxcats.core.scan import epoch_order
 from jaxcats.evaluate import label_errors as label_errors_module
 from jaxcats.evaluate.ranking import label_errors
-from jaxcats.train.experiment import Plan, Setup, initial_params, make_phase, name_number, setup
+from jaxcats.train.experiment import Experiment, PhasePlan, initial_params, make_phase, setup, stable_number
 
 PHASE = Phase(precompute=True, epochs=5, lr=0.1, batch_size=8)
 
 
-def on_features(head: str = "linear", seed: int = 0) -> Setup:
+def on_features(head: str = "linear", seed: int = 0) -> Experiment:
     """A Setup for arrays, without images."""
     model = models.create("tiny", 2, head=head)
-    return Setup(Config(seed=seed), None, model, model.preprocess, Path())
+    return Experiment(Config(seed=seed), None, model, model.preprocess, Path())
 
 
 def blobs(n: int, width: int, seed: int = 0):
@@ -79,13 +79,13 @@ def test_all_folds_at_once_train_as_one_after_the_other(head):
     whole = on_features(head, seed=3)
     feats, labels = blobs(50, whole.model.feature_size)
     fold = stratified_folds(labels[:40], names(40), folds=3, seed=0)
-    found = label_errors_module.judge_by_folds(whole, PHASE, feats, labels[:40], fold=fold)
-    base = jax.random.fold_in(jax.random.key(3), name_number("folds"))
+    found = label_errors_module.cross_validated_logits(whole, PHASE, feats, labels[:40], fold=fold)
+    base = jax.random.fold_in(jax.random.key(3), stable_number("folds"))
     for k in range(3):
         rows, key = np.flatnonzero(fold != k), jax.random.fold_in(base, k)
-        params, stats = whole.model.init_head(jax.random.fold_in(key, name_number("init")))
+        params, stats = whole.model.init_head(jax.random.fold_in(key, stable_number("init")))
         params = {"backbone": {}, "head": params}
-        step, create = make_phase(whole, Plan(0, "x", PHASE, 0, 0, 26 // 8), key=key, params=params)
+        step, create = make_phase(whole, PhasePlan(0, "x", PHASE, 0, 0, 26 // 8), key=key, params=params)
         state, step = create(params, {"backbone": {}, "head": stats}), jax.jit(step)
         for epoch in range(PHASE.epochs):
             for at in epoch_order(len(rows), batch_size=8, seed=3, epoch=epoch)[: 26 // 8]:
@@ -100,10 +100,10 @@ def test_a_held_out_image_leaves_no_trace():
     whole = on_features()
     feats, labels = blobs(50, 8)
     fold = stratified_folds(labels[:40], names(40), folds=4, seed=0)
-    before = label_errors_module.judge_by_folds(whole, PHASE, feats, labels[:40], fold=fold)
+    before = label_errors_module.cross_validated_logits(whole, PHASE, feats, labels[:40], fold=fold)
     held = np.append(fold == 1, np.ones(10, bool))  # fold 1 and the ten images that are only judged
     changed = np.where(held[:, None], feats * -3 + 1, feats)
-    after = label_errors_module.judge_by_folds(
+    after = label_errors_module.cross_validated_logits(
         whole, PHASE, changed, np.where(held, 1 - labels, labels)[:40], fold=fold
     )
     assert np.array_equal(before[1][~held], after[1][~held])
@@ -128,7 +128,7 @@ def test_flipped_labels_come_first():
     fold = stratified_folds(noisy, names(90), folds=5, seed=0)
     longer = dataclasses.replace(PHASE, epochs=20)
     log_probs = label_errors_module.out_of_fold(
-        label_errors_module.judge_by_folds(whole, longer, feats, noisy, fold=fold), fold
+        label_errors_module.cross_validated_logits(whole, longer, feats, noisy, fold=fold), fold
     )
     assert sorted(label_errors(log_probs, noisy)[:4].tolist()) == flipped
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn
 
 from jaxcats.common.config import Config, Phase, field_types, known_keys, read_yaml, unknown_key, validate
 from jaxcats.common.errors import MAKE_ROOM, RunError, UserError, is_full, nearest
-from jaxcats.common.signals import keyboard
+from jaxcats.common.signals import safe_keyboard_interrupt
 
 COMMANDS = {
     "train": "train a classifier on a folder of images, and judge it",
@@ -37,7 +37,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal has no letters for is no reason to stop
             stream.reconfigure(errors="backslashreplace")
     try:
-        with keyboard():
+        with safe_keyboard_interrupt():
             return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:
         print(f"error: {one_line(e)}", file=sys.stderr)
@@ -61,7 +61,7 @@ def one_line(message: Any) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(message))
 
 
-def quiet_tensorflow() -> None:
+def silence_tensorflow() -> None:
     """Before TensorFlow is imported: its warnings and tracebacks in C++ stay away, unless the user has asked for a level.
 
     JAX's own import sets the level 1, which can't be told from a user's.
@@ -73,7 +73,7 @@ def quiet_tensorflow() -> None:
 _started_by = ""
 
 
-def as_typed(name: str) -> str:
+def command_line(name: str) -> str:
     """How the command `name` is given by the user of this process: as a module, or by what called `main`."""
     return f"{_started_by} {name}" if _started_by else f"python -m jaxcats.{name}"
 

@@ -43,7 +43,7 @@ def compiler_options(platform: str) -> dict[str, str] | None:
     return _CPU_OPTIONS
 
 
-def keep_heap() -> None:
+def keep_freed_memory() -> None:
     """Has glibc's allocator keep the memory that this process frees; where there is another allocator, does nothing.
 
     By default each large array is mapped anew and its pages are faulted in one by one, which takes a third of a train
@@ -55,7 +55,7 @@ def keep_heap() -> None:
             libc.mallopt(option, value)
 
 
-def keep_compiled(cache: Path | None = None) -> None:
+def enable_compilation_cache(cache: Path | None = None) -> None:
     """Turns on the persistent compilation cache in a cache folder (by default the user's), where it can be written."""
     folder = (cache or cache_folder()) / "xla"
     with contextlib.suppress(OSError):

@@ -310,7 +310,7 @@ TABLES = (".csv", ".tsv", ".parquet")
 WAYS = "folders, parent, a regular expression with (?P<label>...), or a .csv, .tsv or .parquet file"
 
 
-def way(labels: str) -> str:
+def label_kind(labels: str) -> str:
     """Which of "folders", "parent", "pattern" and "table" a `labels` means; UserError for none of them."""
     if labels in ("folders", "parent"):
         return labels
@@ -324,7 +324,7 @@ def way(labels: str) -> str:
 
 def check_labels(labels: str, group: str | None) -> None:
     """UserError for values of data.labels and data.group that no folder can have."""
-    kind = way(labels)
+    kind = label_kind(labels)
     if group is not None and "(?P<" in group:
         compiled(group, "group", "data.group")
     elif group is not None and kind != "table":

@@ -30,7 +30,7 @@ def _found_by_jax() -> bool:
     return any(os.environ.get(name, "1") not in ("", "0", "1") for name in _COUNTS)
 
 
-def wanted(settings: Any) -> bool:
+def is_requested(settings: Any) -> bool:
     """Whether the configuration or the environment names several processes; see `start`."""
     given = (settings.coordinator, settings.num_processes, settings.process_id)
     if all(x is None for x in given):
@@ -65,7 +65,7 @@ def start(settings: Any) -> None:
         UserError: half of the settings, or the others can't be reached.
     """
     global _joined
-    if not wanted(settings):
+    if not is_requested(settings):
         return
     given = (settings.coordinator, settings.num_processes, settings.process_id)
     import jax
@@ -83,33 +83,33 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def joined() -> bool:
+def has_joined() -> bool:
     """Whether this process has joined others; unlike `many` it asks no backend, which may wait for them."""
     return _joined
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes and prints."""
     import jax
 
     return jax.process_index() == 0
 
 
-def many() -> bool:
+def is_multiprocess() -> bool:
     """Whether this is one of several processes."""
     import jax
 
     return jax.process_count() > 1
 
 
-def by_first(work: Callable[[], T]) -> T | None:
+def on_primary(work: Callable[[], T]) -> T | None:
     """What `work` returns, done by the first process alone; None in the others, which wait and stop where it fails."""
-    if not many():
+    if not is_multiprocess():
         return work()
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
     result = error = None
-    if first():
+    if is_primary():
         try:
             result = work()
         except Exception as caught:  # raised below, when the others know
@@ -122,9 +122,9 @@ def by_first(work: Callable[[], T]) -> T | None:
     return result
 
 
-def together(work: Callable[[], T]) -> T:
+def all_or_none(work: Callable[[], T]) -> T:
     """What `work` returns in this process; where it fails in one of them, all stop."""
-    if not many():
+    if not is_multiprocess():
         return work()
     result = error = None
     try:
@@ -139,15 +139,15 @@ def together(work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def in_turn(work: Callable[[], T]) -> T:
+def primary_first(work: Callable[[], T]) -> T:
     """What `work` returns in this process: the first does it before the others, which find its caches filled."""
-    result = by_first(work)
-    return together(lambda: cast(T, result) if first() else work())
+    result = on_primary(work)
+    return all_or_none(lambda: cast(T, result) if is_primary() else work())
 
 
-def agree(what: str, value: str) -> None:
+def require_equal(what: str, value: str) -> None:
     """UserError in every process unless all have the same `value`; otherwise they would wait for each other for ever."""
-    if not many():
+    if not is_multiprocess():
         return
     every = _of_all(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8))
     others = np.flatnonzero((every != every[0]).any(1))
@@ -162,12 +162,12 @@ def _of_all(own: np.ndarray) -> np.ndarray:
     return np.asarray(process_allgather(own))
 
 
-def any_of(flags: np.ndarray) -> np.ndarray:
+def any_process(flags: np.ndarray) -> np.ndarray:
     """Flags, bool [N], that are set in any of the processes."""
-    return np.logical_or.reduce(_of_all(flags), axis=0) if many() else flags
+    return np.logical_or.reduce(_of_all(flags), axis=0) if is_multiprocess() else flags
 
 
-def leave(said: str, code: int) -> NoReturn:
+def exit_now(said: str, code: int) -> NoReturn:
     """Ends this process at once, and it alone: the others find it dead within HEARTBEAT seconds.
 
     By the usual way out JAX would wait as long for them, who know of nothing, and then abort.
@@ -178,7 +178,7 @@ def leave(said: str, code: int) -> NoReturn:
     os._exit(code)
 
 
-def hush() -> None:
+def silence_stdout() -> None:
     """What a process prints that is not the first goes nowhere; its errors stay."""
-    if not first():
+    if not is_primary():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for the rest of the process

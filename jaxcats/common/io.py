@@ -16,19 +16,19 @@ from typing import Any
 from jaxcats.common.cli import one_line
 from jaxcats.common.errors import UserError
 
-OURS = re.compile(r"\..+\.\d+\.tmp(\.old)?")  # what `temporary` gives, and what storage.artifact moves away
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.old)?")  # what `temporary` gives, and what storage.artifact moves away
 # A checkpoint until the one that replaces it is whole; here, since storage.checkpoint loads Orbax.
-ASIDE = re.compile(r"\.(\d+)\.replaced")
+REPLACED_CHECKPOINT = re.compile(r"\.(\d+)\.replaced")
 
 
-def cut(name: str, most: int) -> str:
+def shorten_bytes(name: str, most: int) -> str:
     """The beginning of a file's name, of so many bytes: file systems count these, of 255, and not letters."""
     return os.fsencode(name)[:most].decode(errors="ignore")
 
 
 def temporary(path: Path) -> Path:
     """Where this process makes a file or a folder that is to become `path`; `sweep` knows it by its name."""
-    return path.with_name(f".{cut(path.name, 200)}.{os.getpid()}.tmp")
+    return path.with_name(f".{shorten_bytes(path.name, 200)}.{os.getpid()}.tmp")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -51,11 +51,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def sweep(folder: Path, *, older: float = 24 * 3600) -> None:
+def remove_stale_temporaries(folder: Path, *, older: float = 24 * 3600) -> None:
     """Removes what killed processes left half-written, once it is so many seconds old; what can't be removed stays."""
     for left in folder.glob(".*.tmp*"):
         with contextlib.suppress(OSError):
-            if OURS.fullmatch(left.name) and time.time() - left.stat().st_mtime > older:
+            if TEMPORARY.fullmatch(left.name) and time.time() - left.stat().st_mtime > older:
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
@@ -73,7 +73,7 @@ NAME = ".lock"
 _held: dict[Path, int] = {}  # open for the rest of the process
 
 
-def hold(folder: Path) -> None:
+def lock_folder(folder: Path) -> None:
     """Locks a folder for this process until it ends (flock on a file in it; where the file system has no locks, nothing).
 
     Raises:
@@ -103,7 +103,7 @@ def hold(folder: Path) -> None:
     _held[place] = handle
 
 
-def release(folder: Path) -> None:
+def unlock_folder(folder: Path) -> None:
     """Lets another process have the folder."""
     handle = _held.pop(folder.resolve() / NAME, None)
     if handle is not None:
@@ -121,7 +121,7 @@ def cache_folder() -> Path:
 def cache_name(root: Path, more: str = "") -> str:
     """What a file in the cache is called that is about the folder `root`, and of `more` that decides it."""
     key = hashlib.sha256(os.fsencode(root) + more.encode()).hexdigest()[:16]
-    return f"{cut(root.name, 230) or 'root'}-{key}.json"
+    return f"{shorten_bytes(root.name, 230) or 'root'}-{key}.json"
 
 
 def warn(message: str) -> None:

@@ -29,7 +29,7 @@ def raise_when_safe(error: BaseException, frame: Any) -> None:
 
 
 @contextlib.contextmanager
-def keyboard() -> Iterator[None]:
+def safe_keyboard_interrupt() -> Iterator[None]:
     """Within it Ctrl-C is a KeyboardInterrupt at a safe place; nothing where another handler or thread is at work."""
     if (
         threading.current_thread() is not threading.main_thread()
@@ -48,7 +48,9 @@ class Stopped(KeyboardInterrupt):
     """Raised where a process that was asked to end leaves; `code` is its exit code, 128 + the signal's number."""
 
     def __init__(self, signum: int, message: str = ""):
-        super().__init__(message or f"stopped by {'the keyboard' if signum == signal.SIGINT else 'SIGTERM'}.")
+        super().__init__(
+            message or f"stopped by {'the safe_keyboard_interrupt' if signum == signal.SIGINT else 'SIGTERM'}."
+        )
         self.signum, self.code = signum, 128 + signum
 
     @classmethod
@@ -84,7 +86,7 @@ class Stopping:
                 signal.signal(s, handler)
 
     def _asked(self, signum: int, frame: Any) -> None:
-        wait = self._patient and self.signum is None and not (distributed.many() and signum == signal.SIGINT)
+        wait = self._patient and self.signum is None and not (distributed.is_multiprocess() and signum == signal.SIGINT)
         self.signum = signum
         if not wait:
             raise_when_safe(Stopped(signum), frame)
@@ -118,7 +120,7 @@ class Stopping:
 
     def asked(self) -> bool:
         """Whether to save and leave, after a step; every process must ask equally often."""
-        if self.signum is None and distributed.many():
+        if self.signum is None and distributed.is_multiprocess():
             from jax.experimental.multihost_utils import reached_preemption_sync_point
 
             self._questions += 1

@@ -18,18 +18,18 @@ AXIS = "data"
 _alone = False
 
 
-def several() -> bool:
+def has_many_devices() -> bool:
     """Whether there is more than one device to share the work among."""
     return not _alone and jax.device_count() > 1
 
 
-def work_alone() -> None:
+def use_first_device_only() -> None:
     """From here on this process works by itself, on its first device: the others have nothing left to do."""
     global _alone
     _alone = True
 
 
-def here(tree: Any) -> Any:
+def to_local(tree: Any) -> Any:
     """Replicated global arrays as arrays of this process's own first device."""
     return jax.device_put(jax.tree.map(np.asarray, tree), jax.local_devices()[0])
 
@@ -50,21 +50,21 @@ def by_row(axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh(), P(*[None] * axis, AXIS))
 
 
-def up_to_devices(batch: int) -> int:
+def round_up_to_devices(batch: int) -> int:
     """The next multiple of the number of devices."""
     return -(-batch // jax.device_count()) * jax.device_count()
 
 
-def own_part(batch: int) -> slice:
+def local_slice(batch: int) -> slice:
     """The rows of a batch (a multiple of the number of devices) that lie on this process's devices."""
     each = batch // jax.process_count()
     return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
 
 
-def everywhere(tree: Any, sharding: NamedSharding | None = None) -> Any:
+def replicate(tree: Any, sharding: NamedSharding | None = None) -> Any:
     """Host arrays, the same in every process, as global arrays: whole on every device, or laid out as `sharding` says."""
     how = sharding or replicated()
-    if not several():
+    if not has_many_devices():
         return jax.device_put(tree)  # nothing is moved that is there
 
     def put(x: Any) -> jax.Array:
@@ -78,10 +78,10 @@ def everywhere(tree: Any, sharding: NamedSharding | None = None) -> Any:
 
 def place_images(own: np.ndarray, rows: int) -> Any:
     """An array of `rows` rows laid out by row, of which this process has its `own_part` (or all, which is cut)."""
-    if not several():
+    if not has_many_devices():
         return own
     if len(own) == rows and jax.process_count() > 1:
-        own = own[own_part(rows)]
+        own = own[local_slice(rows)]
     return jax.make_array_from_process_local_data(by_row(), own, (rows, *own.shape[1:]))
 
 
@@ -92,14 +92,14 @@ def place_batch(batch: dict[str, np.ndarray], rows: int) -> dict[str, Any]:
 
 def place_order(order: np.ndarray) -> Any:
     """Row numbers [steps, B]: each device looks up its own part of every step's, where B divides among the devices."""
-    if not several():
+    if not has_many_devices():
         return order
-    return everywhere(order, by_row(1) if order.shape[1] % jax.device_count() == 0 else replicated())
+    return replicate(order, by_row(1) if order.shape[1] % jax.device_count() == 0 else replicated())
 
 
-def gathered(own: np.ndarray, rows: int) -> Any:
+def gather_rows(own: np.ndarray, rows: int) -> Any:
     """All `rows` rows of an array of which each process has its `own_part`."""
-    if not several():
+    if not has_many_devices():
         return own
     return _gather()(place_images(own, rows))
 
@@ -109,13 +109,13 @@ def _gather() -> Callable:
     return jax.jit(lambda x: x, out_shardings=replicated())
 
 
-def whole_results() -> dict[str, Any]:
+def replicated_outputs() -> dict[str, Any]:
     """Options of `jit` whose results every device, and so every process, is to have whole."""
-    return {"out_shardings": replicated()} if several() else {}
+    return {"out_shardings": replicated()} if has_many_devices() else {}
 
 
-def each_device(fun: Callable) -> Callable:
+def per_device(fun: Callable) -> Callable:
     """`fun(params, batch_stats, images)`, whose rows know nothing of each other, run by every device on its own rows."""
-    if not several():
+    if not has_many_devices():
         return fun
     return jax.shard_map(fun, mesh=mesh(), in_specs=(P(), P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)

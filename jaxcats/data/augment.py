@@ -220,7 +220,7 @@ def _turned(images: jax.Array, d: Draw) -> jax.Array:
     return where(d.columns, images[:, :, ::-1], images)
 
 
-def each_image(change: Callable, *, key: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+def per_image(change: Callable, *, key: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """`(images [B, S, S, 3], epoch, index [B]) -> images` from a function of one image.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 import PIL
 
 from jaxcats.common.errors import UserError
-from jaxcats.common.io import cache_name, sweep, warn, write_bytes
+from jaxcats.common.io import cache_name, remove_stale_temporaries, warn, write_bytes
 from jaxcats.data.images import ImageError, bad_reason, open_image, upright_with_remarks
 
 # HEIC is listed so that a folder of them is answered with a reason (Pillow reads it with a plug-in only).
@@ -99,7 +99,7 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def look_at(path: Path) -> FileRecord:
+def inspect_file(path: Path) -> FileRecord:
     """Read and fully decode one file; whatever is wrong with it ends up in the record's `bad`."""
     try:
         status = path.stat()
@@ -139,7 +139,7 @@ _ENDINGS = {
 }
 
 
-def belied(kind: str, suffix: str) -> str:
+def wrong_extension_note(kind: str, suffix: str) -> str:
     """What to say of a file whose content is of another format than its ending says; "" where they agree."""
     agree = kind in _ENDINGS.get(suffix.lower().removeprefix("."), (kind,))
     return "" if agree else f"{kind} by its content, whatever its name says"
@@ -148,7 +148,7 @@ def belied(kind: str, suffix: str) -> str:
 def _decode(content: bytes, suffix: str) -> dict[str, Any]:
     with open_image(content) as image:
         picture, said = upright_with_remarks(image, content)
-        said += filter(None, [belied(str(image.format), suffix)])
+        said += filter(None, [wrong_extension_note(str(image.format), suffix)])
         return {
             "width": picture.width,
             "height": picture.height,
@@ -174,7 +174,7 @@ def examine(
     What was looked at before an exception (Ctrl-C, SIGTERM) is kept in it; before a SIGKILL, what was a minute before.
     """
     store = cache_dir / "index" / cache_name(root)
-    sweep(store.parent)
+    remove_stale_temporaries(store.parent)
     known = _load_records(store)
     records = {path: known[path] for path in paths if path in known and not rehash and _same(root / path, known[path])}
     todo = [path for path in paths if path not in records]
@@ -185,7 +185,7 @@ def examine(
         pool = ThreadPoolExecutor(workers or os.cpu_count())
         try:
             parts = (todo[at : at + AT_ONCE] for at in range(0, len(todo), AT_ONCE))
-            looks = (seen for part in parts for seen in pool.map(look_at, [root / path for path in part]))
+            looks = (seen for part in parts for seen in pool.map(inspect_file, [root / path for path in part]))
             bar = tqdm(
                 looks,
                 total=len(todo),

@@ -25,12 +25,12 @@ def _srgb() -> Any:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
-def see_through(image: Image.Image) -> bool:
+def has_alpha(image: Image.Image) -> bool:
     """Whether an image has transparency, as a channel or as one colour that stands for it."""
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
 
-def deep_grey(image: Image.Image) -> bool:
+def is_high_bit_depth(image: Image.Image) -> bool:
     """Whether an image has greys of more than 8 bits."""
     return image.mode.startswith(("I", "F"))
 
@@ -51,7 +51,7 @@ def to_srgb(image: Image.Image) -> tuple[Callable[[Image.Image], Image.Image] | 
         space = profile.profile.xcolor_space.strip()
         if "sRGB" in name:
             return None, ""
-        if deep_grey(image) and space == "GRAY":
+        if is_high_bit_depth(image) and space == "GRAY":
             return None, "colour profile not applied to deep greys"
         if mode not in _MODES.get(space, ()):
             return None, "colour profile of another kind left out"
@@ -88,9 +88,9 @@ def to_rgb(image: Image.Image, colours: Callable[[Image.Image], Image.Image] | N
         image: it may be changed where it is `ours`.
         colours: how any part of it becomes sRGB (see colour.to_srgb); None: it is so already.
     """
-    if deep_grey(image):
+    if is_high_bit_depth(image):
         return _by_bands(image, _deep_grey_to_rgb(image), Image.new("RGB", image.size))
-    veiled = see_through(image)
+    veiled = has_alpha(image)
     if colours is None and not veiled:
         return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -330,13 +330,13 @@ def upright_with_remarks(image: Image.Image, content: bytes) -> tuple[Image.Imag
     """
     picture, colours = _upright(image, ours=True)
     said = [_said_of_frames(image, content)]
-    if deep_grey(image):
+    if is_high_bit_depth(image):
         said.append("more than 8 bits a pixel, scaled")
     elif image.mode == "CMYK":
         said.append("CMYK, made RGB")
     ranges: Any = image.getextrema() if image.mode in ("LA", "RGBA") else [(0, 0)]
     opaque = ranges[-1][0] == 255  # as in every screenshot
-    if see_through(image) and not opaque:
+    if has_alpha(image) and not opaque:
         said.append("transparency laid on white")
     return picture, [remark for remark in (*said, colours) if remark]
 

@@ -15,7 +15,7 @@ from jaxcats.common.errors import UserError
 from jaxcats.common.io import cache_folder
 from jaxcats.data.files import IMAGE_EXTENSIONS, FileRecord, examine, list_images
 from jaxcats.data.labels import Labelled, existing_folder, extensions, find_labels, grouping, labelled_images
-from jaxcats.data.splits import Rule, default_manifest, hold_out
+from jaxcats.data.splits import Rule, default_manifest, split_by_content
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -188,7 +188,9 @@ def scan(
         }
         groups = _groups(grouping(group, found), table, good) if group else None
         kept = None if manifest else kept_manifest
-        sides = hold_out(contents, rule=rule, manifest=place, given=manifest is not None, groups=groups, kept=kept)
+        sides = split_by_content(
+            contents, rule=rule, manifest=place, given=manifest is not None, groups=groups, kept=kept
+        )
         for name in ("train", "valid", "test"):
             of_it = [[path for path in paths if sides[good[path].sha256] == name] for paths in table]
             if any(of_it):
@@ -229,14 +231,14 @@ def _check_holding(
 
 
 def _groups(
-    name_of: Callable[[str], str | None],
+    function_name: Callable[[str], str | None],
     table: Sequence[Sequence[str]],
     good: Mapping[str, FileRecord],
 ) -> dict[str, set[str]]:
     """The groups of each content; UserError where no image has one."""
     found: dict[str, set[str]] = {}
     for path in (path for paths in table for path in paths):
-        name = name_of(path)
+        name = function_name(path)
         if name:
             found.setdefault(good[path].sha256, set()).add(name)
     if not found:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxcats.common.config import compiled, way
+from jaxcats.common.config import compiled, label_kind
 from jaxcats.common.errors import UserError, nearest
 from jaxcats.data.files import IMAGE_EXTENSIONS, list_images
 
@@ -84,7 +84,7 @@ def check_classes(
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         parts = [f"missing {shortened(missing)}"] * bool(missing) + [f"unknown {shortened(extra)}"] * bool(extra)
-        spelt = [(a, b) for a in missing for b in extra if letters(a) == letters(b)]
+        spelt = [(a, b) for a in missing for b in extra if normalized_name(a) == normalized_name(b)]
         if spelt:
             a, b = map(ascii, spelt[0])
             raise UserError(
@@ -97,7 +97,7 @@ def check_classes(
         )
 
 
-def letters(name: str) -> str:
+def normalized_name(name: str) -> str:
     """What two names have in common that differ in capitals, spaces around them, or how an accent is encoded."""
     return unicodedata.normalize("NFC", name).casefold().strip()
 
@@ -348,7 +348,7 @@ def find_labels(
 
     Raises UserError where the folder or the table can't be used so.
     """
-    kind = way(labels)
+    kind = label_kind(labels)
     if kind == "folders":
         return _from_folders(root, valid_fraction)
     if kind == "table":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcats.common.cli import quiet_tensorflow
+from jaxcats.common.cli import silence_tensorflow
 from jaxcats.common.errors import UserError
 from jaxcats.data.images import Preprocess, bad_reason, evaluation_pixels
 from jaxcats.data.index import Split
@@ -161,7 +161,7 @@ def _close_all() -> None:
 @cache
 def _tensorflow() -> Any:
     """TensorFlow, imported quietly and hidden from GPUs before any op runs."""
-    quiet_tensorflow()
+    silence_tensorflow()
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # unused here, and announced on stderr
     import tensorflow as tf
 

@@ -14,15 +14,15 @@ import numpy as np
 
 from jaxcats.common.config import TABLES
 from jaxcats.common.errors import UserError
-from jaxcats.data.files import IMAGE_EXTENSIONS, belied, list_images, look_at, walk
-from jaxcats.data.images import bad_reason, deep_grey, exif_orientation, open_image, upright_with_remarks
+from jaxcats.data.files import IMAGE_EXTENSIONS, inspect_file, list_images, walk, wrong_extension_note
+from jaxcats.data.images import bad_reason, exif_orientation, is_high_bit_depth, open_image, upright_with_remarks
 from jaxcats.data.index import FolderIndex, Split
 from jaxcats.data.labels import (
     SPLITS,
     check_classes,
     extensions,
     find_labels,
-    letters,
+    normalized_name,
     read_table,
     shortened,
     subfolders,
@@ -156,14 +156,14 @@ class Look:
     even: bool = False
 
 
-def look(path: Path) -> Look:
+def inspect_image(path: Path) -> Look:
     """Read and decode one file, once."""
     import imagehash
     from PIL import Image
 
     try:
         if not path.is_file() or not path.stat().st_size:
-            return Look(bad=look_at(path).bad or "")
+            return Look(bad=inspect_file(path).bad or "")
         content = path.read_bytes()
         # Pixels are worked on inside: a file of several frames takes its image with it as it is closed.
         with open_image(content) as image:
@@ -172,7 +172,7 @@ def look(path: Path) -> Look:
             turned = max(early, exif_orientation(image))
             even = bool(np.asarray(picture.resize((64, 64))).astype(float).std(axis=(0, 1)).max() < EVEN)
             checks = (
-                ("wrong extension", belied(str(image.format), path.suffix)),
+                ("wrong extension", wrong_extension_note(str(image.format), path.suffix)),
                 ("unusual image", "; ".join(unusual)),
                 ("turned by EXIF", f"orientation {turned}" if turned > 1 else ""),
                 *_checks_of_pixels(picture, image, even),
@@ -194,7 +194,7 @@ def _checks_of_pixels(picture: Any, image: Any, even: bool) -> tuple[tuple[str, 
     size = f"{picture.width} x {picture.height}"
     # Seen small, a title page and a night sky are as even as a blank sheet.
     flat = even and max(high - low for low, high in picture.getextrema()) < BLANK
-    unused = _unused_range(image, flat) if deep_grey(image) else ""
+    unused = _unused_range(image, flat) if is_high_bit_depth(image) else ""
     return (
         ("tiny", size if short < TINY else ""),
         ("long and narrow", size if long > EXTREME * short else ""),
@@ -361,7 +361,7 @@ def _few(index: FolderIndex) -> dict[str, Any]:
 Features = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 SPELT = "one class spelt in two ways"
 LIKE_SPLITS = ("training", "testing", *SPLITS)
-Found = dict[str, list[dict[str, Any]]]
+EvaluationNumbers = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -453,7 +453,7 @@ def examine_folder(
     cosine: float = 0.95,
     workers: int | None = None,
     progress: bool = True,
-) -> tuple[int, str, Found]:
+) -> tuple[int, str, EvaluationNumbers]:
     """How many images there are, what they were taken for, and what was found: kind -> items {"paths", "detail"}.
 
     Args:
@@ -463,7 +463,7 @@ def examine_folder(
     """
     from tqdm import tqdm
 
-    found: Found = defaultdict(list)
+    found: EvaluationNumbers = defaultdict(list)
     paths, layout = list_images(root, root), find_layout(root)
     for kind, path, detail in other_files(root):
         found[kind].append({"paths": [path], "detail": detail})
@@ -472,7 +472,7 @@ def examine_folder(
     bar = {"total": len(paths), "unit": "file", "desc": "looking at images", "disable": None if progress else True}
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
-        looks = list(tqdm(pool.map(look, [root / p for p in paths]), **bar))
+        looks = list(tqdm(pool.map(inspect_image, [root / p for p in paths]), **bar))
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C doesn't wait for the rest
     for path, seen in zip(paths, looks, strict=True):
@@ -522,7 +522,7 @@ def _crossing(contents: Sequence[Sequence[str]], layout: Layout) -> tuple[list[s
     return across(0), across(1)
 
 
-def _same(found: Found, same: Mapping[str, list[str]], layout: Layout) -> None:
+def _same(found: EvaluationNumbers, same: Mapping[str, list[str]], layout: Layout) -> None:
     for copies in same.values():
         if len(copies) > 1:
             splits, classes = _crossing([[path] for path in copies], layout)
@@ -534,7 +534,7 @@ def _same(found: Found, same: Mapping[str, list[str]], layout: Layout) -> None:
 
 
 def _alike(
-    found: Found,
+    found: EvaluationNumbers,
     looks: Sequence[Look],
     same: Mapping[str, list[str]],
     layout: Layout,
@@ -575,7 +575,7 @@ def _placed(copies: Sequence[str], layout: Layout) -> list[str]:
     return [path for place, path in places.items() if any(place)] or [copies[0]]
 
 
-def _classes(found: Found, counts: Mapping[tuple[str, str], int], layout: Layout, root: Path) -> None:
+def _classes(found: EvaluationNumbers, counts: Mapping[tuple[str, str], int], layout: Layout, root: Path) -> None:
     classes = layout.classes
     if not classes or layout.table:  # images without labels, or with others
         return
@@ -590,7 +590,7 @@ def _classes(found: Found, counts: Mapping[tuple[str, str], int], layout: Layout
     ]
     spelt = defaultdict(list)
     for c in classes:
-        spelt[letters(c)].append(c)
+        spelt[normalized_name(c)].append(c)
     twins: list[str] = []
     for names in spelt.values():
         # All of them may be classes; where a folder lacks one of them and has another, they are the same.
@@ -609,7 +609,7 @@ def _classes(found: Found, counts: Mapping[tuple[str, str], int], layout: Layout
             found["unequal classes"].append({"paths": [top], "detail": detail})
 
 
-def _training(found: Found, paths: Sequence[str], layout: Layout, root: Path) -> None:
+def _training(found: EvaluationNumbers, paths: Sequence[str], layout: Layout, root: Path) -> None:
     """What training would make of the folder, by its own code, where the labels come from folders."""
     if not layout.by_folders:
         return

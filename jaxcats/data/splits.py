@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcats.common.errors import UserError
-from jaxcats.common.io import cache_name, sweep, warn, write_json
+from jaxcats.common.io import cache_name, remove_stale_temporaries, warn, write_json
 
 SIDES = ("valid", "test", "train")
 
@@ -42,7 +42,7 @@ def default_manifest(cache_dir: Path, root: Path, rule: Rule, labels: str = "fol
     return cache_dir / "splits" / cache_name(root, key)
 
 
-def hold_out(
+def split_by_content(
     contents: Mapping[str, Sequence[str]],
     *,
     rule: Rule,
@@ -66,7 +66,7 @@ def hold_out(
         kept: a copy of a manifest, of this rule, that goes before `manifest` where it knows every content.
     """
     if not given:
-        sweep(manifest.parent)
+        remove_stale_temporaries(manifest.parent)
     every = {content for hashes in contents.values() for content in hashes}
     saved, known = _read_kept(kept, rule, every) or _read(manifest, rule, given)
     before = (len(saved), len(known))

@@ -11,17 +11,17 @@ from jaxcats.common import stats
 from jaxcats.common.cli import Parser, run_command
 from jaxcats.common.config import check_tta
 from jaxcats.common.errors import UserError
-from jaxcats.common.io import sweep
+from jaxcats.common.io import remove_stale_temporaries
 from jaxcats.data.index import skipped
 from jaxcats.evaluate.predictions import (
     CHOSE,
-    kept_calibration,
-    kept_metrics,
     labelled,
+    read_calibration,
+    read_metrics,
     write_predictions,
     write_results,
 )
-from jaxcats.evaluate.run import Run, judge_with_tta, load_run, other_images, own_images, seen_before
+from jaxcats.evaluate.run import Run, count_seen_images, evaluate_with_tta, load_run, other_images, own_images
 
 DESCRIPTION = (
     "Judges a trained run: every image counts once. Writes predictions.csv, metrics.json, figures and report.html. "
@@ -113,7 +113,7 @@ def look_for_suspects(run: Run, folder: Path) -> None:
 
 def earlier(folder: Path, run: Run, tta: bool) -> dict[str, Any]:
     """What an earlier evaluation in the folder measured and this one keeps; its TTA answers go when they are not made again."""
-    before = kept_metrics(folder)
+    before = read_metrics(folder)
     if "tta" in before and not tta:
         (folder / "predictions_tta.csv").unlink(missing_ok=True)  # perhaps of other weights
     return {k: before[k] for k in ("seconds", "features") if k in before} if folder == run.folder else {}
@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     loaded = time.perf_counter()
     folder = results_folder(run.folder, options.data, options.split, options.out)
     for place in () if options.out else (folder, folder / "figures"):
-        sweep(place)
+        remove_stale_temporaries(place)
     if options.split == "train":
         look_for_suspects(run, folder)
         return
@@ -135,13 +135,13 @@ def main(argv: Sequence[str]) -> None:
     other = bool(options.data) or options.split == "test"  # than those that training was judged on
     for line in skipped(bad):
         print(line)
-    seen = seen_before(run, split) if other else {}
+    seen = count_seen_images(run, split) if other else {}
     for name, count in seen.items():
         print(f"Among these images {count:,} of the run's own {name} images were found: the result flatters.")
     indexed = time.perf_counter()
     logits = run.logits(split)
     n = options.tta
-    averaged, how = judge_with_tta(run, split, logits, n=n, weight=options.tta_weight) if n else (None, {})
+    averaged, how = evaluate_with_tta(run, split, logits, n=n, weight=options.tta_weight) if n else (None, {})
     done = time.perf_counter()
     seconds = {"load": loaded - started, "index": indexed - loaded, "evaluate": done - indexed, "total": done - started}
     seconds = {name: round(value, 3) for name, value in seconds.items()}
@@ -178,9 +178,9 @@ def main(argv: Sequence[str]) -> None:
         )
     written = ["predictions.csv"] + ["predictions_tta.csv"] * bool(n) + ["metrics.json"] * bool(found)
     if found and (options.report == "yes" if options.report else run.config.report):
-        from jaxcats.evaluate.report import present
+        from jaxcats.evaluate.report import write_evaluation
 
-        present(folder, run, split, logits, found)
+        write_evaluation(folder, run, split, logits, found)
         written += ["figures/", "report.html"]
     print(f"Written: {folder}/{', '.join(written)}")
 
@@ -189,7 +189,7 @@ def calibration_of(run: Run) -> Any:
     """The calibration that the run's own validation images gave this checkpoint; none, said so, where that is unknown."""
     from jaxcats.evaluate.calibration import Calibration
 
-    kept = kept_calibration(run.folder, run.checkpoint)
+    kept = read_calibration(run.folder, run.checkpoint)
     if kept is None:
         print("No temperature is known for this checkpoint: evaluate it without --data to have one.")
     return kept or Calibration()

@@ -166,7 +166,7 @@ def ece_interval(
     return float(max(0, min(low, 2 * estimate - high))), float(max(high, 2 * estimate - low))
 
 
-def trust(log_probs: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+def calibration_metrics(log_probs: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
     """How good log-probabilities [N, C] are: {"log_loss", "brier", "ece", "ece_interval"}."""
     sure = np.exp(log_probs.max(-1)), log_probs.argmax(-1) == labels
     return {

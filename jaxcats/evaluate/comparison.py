@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxcats.common.errors import UserError
 from jaxcats.common.stats import wilson_interval
-from jaxcats.evaluate.predictions import kept_metrics
+from jaxcats.evaluate.predictions import read_metrics
 
 
 @dataclass(frozen=True)
@@ -169,5 +169,5 @@ def read_predictions(place: str | Path) -> tuple[dict[str, Answer], tuple[str, .
 def flattered(place: str | Path) -> bool:
     """Whether a run folder says that its best epoch was chosen on the images of its predictions.csv."""
     folder = Path(os.path.expanduser(place))
-    checkpoint = kept_metrics(folder).get("checkpoint") if (folder / "config.yaml").is_file() else None
+    checkpoint = read_metrics(folder).get("checkpoint") if (folder / "config.yaml").is_file() else None
     return isinstance(checkpoint, dict) and bool(checkpoint.get("valid_used_for"))

@@ -55,11 +55,11 @@ LOOKED_AT = 4  # top losses, and as many of the surest answers, with a heat map
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluatedSplit:
     """A split with the answers of a run.
 
     Attributes:
-        run: judging.Run.
+        run: evaluate.run.Run.
         split: N images, all labelled.
         logits: [N, C].
         found: metrics.json's content.
@@ -140,7 +140,7 @@ def plot_learning_rates(rows: Sequence[Mapping[str, Any]], *, momentum: Any = No
     return plots.learning_rates(curves, momentum=moments)
 
 
-def of_numbers(judged: Judged) -> dict[str, plots.Figure]:
+def of_numbers(judged: EvaluatedSplit) -> dict[str, plots.Figure]:
     """Confusion, recall by class, reliability and risk against coverage."""
     found, classes = judged.found, judged.run.classes
     cal, abstain = found["calibration"], found["abstain"]
@@ -163,7 +163,7 @@ def of_numbers(judged: Judged) -> dict[str, plots.Figure]:
     }
 
 
-def galleries(judged: Judged) -> dict[str, plots.Figure]:
+def galleries(judged: EvaluatedSplit) -> dict[str, plots.Figure]:
     """The lesson's galleries: random right and wrong answers, the surest of each class, the least sure, the top losses."""
     log_probs, labels, classes = judged.log_probs, judged.split.labels, judged.run.classes
     recall = [row["recall"] if row["recall"] is not None else 2.0 for row in judged.found["per_class"]]
@@ -186,13 +186,13 @@ def galleries(judged: Judged) -> dict[str, plots.Figure]:
     return drawn
 
 
-def _gallery(judged: Judged, rows: np.ndarray, heading: str, titles: list[str] | None = None) -> plots.Figure:
+def _gallery(judged: EvaluatedSplit, rows: np.ndarray, heading: str, titles: list[str] | None = None) -> plots.Figure:
     titles = [title_of(judged, int(i)) for i in rows] if titles is None else titles
     wrong = (~judged.right[rows]).tolist()
     return plots.gallery([judged.file(int(i)) for i in rows], titles, wrong=wrong, heading=heading)
 
 
-def title_of(judged: Judged, row: int) -> str:
+def title_of(judged: EvaluatedSplit, row: int) -> str:
     """'dogs 97.3 %', and what it is where that is something else."""
     classes, best = judged.run.classes, int(judged.log_probs[row].argmax())
     actual = int(judged.split.labels[row])
@@ -200,7 +200,7 @@ def title_of(judged: Judged, row: int) -> str:
     return f"{classes[best]} {percent(np.exp(judged.log_probs[row, best]))}{more}"
 
 
-def heat_maps(judged: Judged) -> plots.Figure:
+def heat_maps(judged: EvaluatedSplit) -> plots.Figure:
     """Where the network looked in its worst and its surest answers, for the class that it named."""
 
     from jaxcats.common.compile_cache import jit

@@ -24,10 +24,10 @@ from jaxcats.common.io import write_bytes, write_text
 from jaxcats.core import scan
 from jaxcats.core.folds import fold_orders, stratified_folds
 from jaxcats.data.index import FolderIndex, Split
-from jaxcats.evaluate.ranking import label_errors, strangeness
+from jaxcats.evaluate.ranking import knn_outlier_score, label_errors
 from jaxcats.train.drivers import decoding
 from jaxcats.train.evaluator import ARRAY_BATCH
-from jaxcats.train.experiment import Plan, Setup, cache_of, initial_params, make_phase, name_number
+from jaxcats.train.experiment import Experiment, PhasePlan, cache_folder_of, initial_params, make_phase, stable_number
 from jaxcats.train.features import backbone_features
 
 LESSON = Phase(precompute=True)
@@ -67,8 +67,8 @@ def head_recipe(phases: Mapping[str, Phase]) -> Phase:
     return dataclasses.replace(found, lr=LESSON.lr if found.lr == "auto" else found.lr, accumulate=1)
 
 
-def judge_by_folds(
-    setup: Setup, phase: Phase, feats: np.ndarray, labels: np.ndarray, *, fold: np.ndarray
+def cross_validated_logits(
+    setup: Experiment, phase: Phase, feats: np.ndarray, labels: np.ndarray, *, fold: np.ndarray
 ) -> np.ndarray:
     """Logits of every row by one head per fold, each trained without its fold, all in one program.
 
@@ -83,14 +83,14 @@ def judge_by_folds(
         float32 [folds, N, C].
     """
     orders = fold_orders(fold, batch_size=phase.batch_size, epochs=phase.epochs, seed=setup.config.seed)
-    plan = Plan(0, "folds", phase, 0, 0, orders.shape[2])
-    base = jax.random.fold_in(jax.random.key(setup.config.seed), name_number("folds"))
+    plan = PhasePlan(0, "folds", phase, 0, 0, orders.shape[2])
+    base = jax.random.fold_in(jax.random.key(setup.config.seed), stable_number("folds"))
     n = len(labels)
     known = {"label": labels, "index": np.arange(n, dtype=np.int32), "mask": np.ones(n, bool)}
 
     def one(number: jax.Array, order: jax.Array, feats: jax.Array) -> jax.Array:
         key = jax.random.fold_in(base, number)
-        head, stats = setup.model.init_head(jax.random.fold_in(key, name_number("init")))
+        head, stats = setup.model.init_head(jax.random.fold_in(key, stable_number("init")))
         params = {"backbone": {}, "head": head}
         step, create = make_phase(setup, plan, key=key, params=params)
         state = create(params, {"backbone": {}, "head": stats})
@@ -122,7 +122,7 @@ def find_suspects(run: Any, splits: Mapping[str, Split], *, folds: int = 5) -> l
     Where the run's backbone has learned from the images, the pretrained one's features are used: its own know the labels.
 
     Args:
-        run: a judging.Run.
+        run: a evaluate.run.Run.
         splits: by name, with one root; "train" is what the heads learn from, the others are only judged.
         folds: how many parts the training images are held out in.
 
@@ -139,16 +139,16 @@ def find_suspects(run: Any, splits: Mapping[str, Split], *, folds: int = 5) -> l
     paths, hashes = (sum((getattr(s, field) for s in every.values()), ()) for field in ("paths", "hashes"))
     whole = Split(train.root, paths, np.concatenate([s.labels for s in every.values()]), hashes)
     index = FolderIndex(train.root, run.classes, dict(splits), (), 0.0, 0)
-    setup = Setup(run.config, index, run.model, run.preprocess, cache_of(run.config))
+    setup = Experiment(run.config, index, run.model, run.preprocess, cache_folder_of(run.config))
     feats = _features(setup, run, whole)
     fold = stratified_folds(train.labels, train.hashes, folds=folds, seed=run.config.seed)
-    logits = judge_by_folds(setup, head_recipe(run.config.phases), feats, train.labels, fold=fold)
+    logits = cross_validated_logits(setup, head_recipe(run.config.phases), feats, train.labels, fold=fold)
     if not np.isfinite(logits).all():
         raise RunError("The heads trained on parts of the images diverged; train the run with a lower learning rate.")
     known = dict(zip(train.hashes, fold.tolist(), strict=True))
     # A copy of a training image in another split is judged as that image is.
     log_probs = out_of_fold(logits, np.asarray([known.get(h, -1) for h in whole.hashes]))
-    distance = strangeness(feats, whole.hashes, known=len(train))
+    distance = knn_outlier_score(feats, whole.hashes, known=len(train))
     wrong = label_errors(log_probs, whole.labels).tolist()
     strange = np.argsort(-distance, kind="stable")[: math.ceil(STRANGEST * len(distance))].tolist()
     rows = list(dict.fromkeys(wrong + strange))
@@ -169,7 +169,7 @@ def find_suspects(run: Any, splits: Mapping[str, Split], *, folds: int = 5) -> l
     ]
 
 
-def _features(setup: Setup, run: Any, split: Split) -> np.ndarray:
+def _features(setup: Experiment, run: Any, split: Split) -> np.ndarray:
     """Features [N, F] of a backbone that hasn't seen the labels."""
     params, stats = run.state.params, run.state.batch_stats
     if any(phase.freeze != "backbone" for phase in run.config.phases.values()):

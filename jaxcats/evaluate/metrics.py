@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jaxcats.evaluate.calibration import Calibration
 
 
-def judge(
+def evaluation_metrics(
     logits: np.ndarray,
     labels: np.ndarray,
     classes: Sequence[str],
@@ -65,8 +65,8 @@ def judge(
         "folds": len(temperatures) or None,
         "fold_temperatures": temperatures.tolist() or None,
         "bins": 15,
-        "before": calibration_module.trust(log_probs, labels, seed=seed),
-        "after": calibration_module.trust(after, labels, seed=seed),
+        "before": calibration_module.calibration_metrics(log_probs, labels, seed=seed),
+        "after": calibration_module.calibration_metrics(after, labels, seed=seed),
     }
     answers = calibration_module.answered(confidence, correct, calibration.threshold)
     found["abstain"] = {"max_error": calibration.max_error} | answers | abstain

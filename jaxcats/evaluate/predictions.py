@@ -85,7 +85,9 @@ def write_results(
     """
     found: dict[str, Any] = {}
     if labelled(split):
-        found, calibration = metrics.judge(logits, split.labels, classes, calibration=calibration, max_error=max_error)
+        found, calibration = metrics.evaluation_metrics(
+            logits, split.labels, classes, calibration=calibration, max_error=max_error
+        )
         found = facts | found
     try:
         write_predictions(
@@ -108,7 +110,7 @@ def write_results(
     return found, calibration
 
 
-def kept_metrics(folder: Path) -> dict[str, Any]:
+def read_metrics(folder: Path) -> dict[str, Any]:
     """What an earlier metrics.json in the folder says; nothing when there is none or it can't be read."""
     try:
         return dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
@@ -116,11 +118,11 @@ def kept_metrics(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def kept_calibration(run: Path, checkpoint: Mapping[str, Any]) -> "Calibration | None":
+def read_calibration(run: Path, checkpoint: Mapping[str, Any]) -> "Calibration | None":
     """The temperature and threshold that a run's own validation images gave this checkpoint of it, if they did."""
     from jaxcats.evaluate.calibration import Calibration
 
-    kept = kept_metrics(run)
+    kept = read_metrics(run)
     try:
         now, then = checkpoint.get("state"), kept["checkpoint"].get("state")
         # Of equal steps in one folder: there may have been another training in it before.

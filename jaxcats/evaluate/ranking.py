@@ -62,7 +62,7 @@ def label_errors(log_probs: np.ndarray, labels: np.ndarray, *, most: float = 0.0
     return rows[: max(math.ceil(most * len(labels)), sure)]
 
 
-def strangeness(features: np.ndarray, hashes: Sequence[str], *, known: int, k: int = 10) -> np.ndarray:
+def knn_outlier_score(features: np.ndarray, hashes: Sequence[str], *, known: int, k: int = 10) -> np.ndarray:
     """How unlike all others an image is: the cosine distance to its k-th nearest training image, float [N].
 
     Features are standardised by the training images'; copies of the image itself don't count. After Sun et al.,

@@ -26,9 +26,9 @@ from jaxcats.common.io import write_text
 from jaxcats.common.stats import PERCENT, percent
 from jaxcats.data.images import ImageError, open_image, open_upright, upright
 from jaxcats.evaluate import figures as figures_module
-from jaxcats.evaluate.figures import Judged
+from jaxcats.evaluate.figures import EvaluatedSplit
 from jaxcats.train.epoch_table import overfitting
-from jaxcats.train.user_functions import words
+from jaxcats.train.user_functions import describe_functions
 
 BUDGET = 5_000_000  # bytes of a page: what still goes through mail
 SIDE, LARGE_SIDE = 110, 224  # shorter side of an image in the gallery, in pixels
@@ -322,17 +322,17 @@ CAPTIONS = {
 NARROW = 0.1  # width of the accuracy's interval beyond which it is said that the images are few
 
 
-def present(folder: Path, run: Any, split: Any, logits: np.ndarray, found: Mapping[str, Any]) -> None:
+def write_evaluation(folder: Path, run: Any, split: Any, logits: np.ndarray, found: Mapping[str, Any]) -> None:
     """Draws figures/*.png and writes report.html; an image that has gone since is said and left out.
 
     Args:
         folder: where to.
-        run: judging.Run.
+        run: evaluate.run.Run.
         split: N labelled images.
         logits: [N, C].
         found: metrics.json's content.
     """
-    judged = Judged(run, split, logits, found)
+    judged = EvaluatedSplit(run, split, logits, found)
     curves = figures_module.of_training(run.folder) | figures_module.of_numbers(judged)
     drawn = dict(curves)
     try:
@@ -348,7 +348,7 @@ def present(folder: Path, run: Any, split: Any, logits: np.ndarray, found: Mappi
         raise unwritable(f"{folder}: figures and report", e) from None
 
 
-def page(folder: Path, judged: Judged, curves: Mapping[str, plots.Figure]) -> Report:
+def page(folder: Path, judged: EvaluatedSplit, curves: Mapping[str, plots.Figure]) -> Report:
     """What the report says."""
     run, found = judged.run, judged.found
     kept = _read(run.folder / "data.json", dict)
@@ -376,7 +376,7 @@ def page(folder: Path, judged: Judged, curves: Mapping[str, plots.Figure]) -> Re
             log_probs=judged.log_probs,
             threshold=found["abstain"]["threshold"],
         ),
-        notes=worries(judged, kept),
+        notes=caveats(judged, kept),
         figures=figures,
         findings=kept.get("findings", []),
         suspects=_read_suspects(run.folder / "suspects.csv"),
@@ -401,13 +401,13 @@ def trained(run: Any, kept: Mapping[str, Any]) -> dict[str, str]:
         "classes": f"{len(run.classes)}: {', '.join(run.classes[:12])}{', …' if len(run.classes) > 12 else ''}",
         "pictures": ", ".join(f"{n:,} {name}" for name, n in pictures.items()),
         "phases": "; ".join(phases),
-        "own functions": words(run.checkpoint["own"]) if "own" in run.checkpoint else "",
+        "own functions": describe_functions(run.checkpoint["own"]) if "own" in run.checkpoint else "",
         "checkpoint": f"{run.checkpoint['use']}, step {run.checkpoint['step']:,}",
     }
     return {name: text for name, text in rows.items() if text}
 
 
-def worries(judged: Judged, kept: Mapping[str, Any]) -> list[tuple[Any, str]]:
+def caveats(judged: EvaluatedSplit, kept: Mapping[str, Any]) -> list[tuple[Any, str]]:
     """What to bear in mind before trusting the result, the gravest first."""
     run, found = judged.run, judged.found
     notes: list[tuple[Any, str]] = []
@@ -436,7 +436,7 @@ def worries(judged: Judged, kept: Mapping[str, Any]) -> list[tuple[Any, str]]:
             notes.append(("caution", text))
     if "own" in run.checkpoint:
         text = "Training used functions that the configuration doesn't hold: {}. Only the script that has them does the same again."
-        notes.append(("note", text.format(words(run.checkpoint["own"]))))
+        notes.append(("note", text.format(describe_functions(run.checkpoint["own"]))))
     if own:
         used = "The temperature and the abstain threshold were chosen on these images; what is said of them is out of fold."
         notes.append(("note", used))

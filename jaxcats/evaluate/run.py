@@ -39,7 +39,7 @@ class Run:
         how = {"preprocess": self.preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
         feats = None
         if self.precomputed:
-            cache = experiment.cache_of(config)
+            cache = experiment.cache_folder_of(config)
             feats = backbone_features(
                 self.model, split, params=params, batch_stats=stats, cache_dir=cache, **how
             ).features
@@ -51,7 +51,7 @@ class Run:
         return found
 
 
-def judge_with_tta(run: Run, split: Any, logits: np.ndarray, *, n: int, weight: float | None) -> Any:
+def evaluate_with_tta(run: Run, split: Any, logits: np.ndarray, *, n: int, weight: float | None) -> Any:
     """(log-probabilities [N, C] averaged over n changed versions and the plain image, facts about how)."""
     from jaxcats.evaluate import tta
 
@@ -93,7 +93,7 @@ def load_run(run: Path, which: str | None = None) -> Run:
     config = from_file(run / "config.yaml")
     if not (run / "checkpoints").is_dir():
         raise UserError(f"--run {run}: holds no checkpoints; train it first (--resume goes on).")
-    experiment.start_jax(config)
+    experiment.enable_compile_cache(config)
     checkpoints = Checkpoints(run / "checkpoints", read_only=True)
     use = which or config.checkpoint.use
     step = checkpoints.pick(use)
@@ -105,7 +105,7 @@ def load_run(run: Path, which: str | None = None) -> Run:
     experiment.check_config(config, meta)
     phase = config.phases[meta["phase"]]
     model, preprocess = experiment.create_model(config, len(meta["classes"]), dtype=meta["dtype"])
-    plan = experiment.Plan(0, meta["phase"], phase, 0, 0, 1)
+    plan = experiment.PhasePlan(0, meta["phase"], phase, 0, 0, 1)
     state = checkpoints.restore(step, experiment.abstract_state(model, plan))
     chosen = use == "best" or meta.get("kept_best", False)  # kept_best: by Learner.fit(keep="best")
     facts = {
@@ -115,7 +115,7 @@ def load_run(run: Path, which: str | None = None) -> Run:
         "valid_used_for": BEST_EPOCH if chosen else [],
     }
     checkpoints.close()
-    facts |= {"own": meta["own"]} if "own" in meta else {}  # see own.Own
+    facts |= {"own": meta["own"]} if "own" in meta else {}  # see UserFunctions
     return Run(
         folder=run,
         config=config,
@@ -135,7 +135,7 @@ def own_images(run: Run) -> Any:
     from jaxcats.train import experiment
 
     root = run.config.data.root
-    found = experiment.index_images(run.config, experiment.cache_of(run.config), run.folder)
+    found = experiment.index_images(run.config, experiment.cache_folder_of(run.config), run.folder)
     if found.classes != run.classes:
         theirs, ours = ", ".join(found.classes), ", ".join(run.classes)
         raise UserError(f"{root}: has the classes {theirs}; the run was trained on {ours}.")
@@ -147,7 +147,7 @@ def own_images(run: Run) -> Any:
     return found
 
 
-def seen_before(run: Run, split: Any) -> dict[str, int]:
+def count_seen_images(run: Run, split: Any) -> dict[str, int]:
     """How many images of another folder, by content, are among the run's own, by split; empty where those have gone."""
     try:
         own = own_images(run).splits
@@ -159,20 +159,20 @@ def seen_before(run: Run, split: Any) -> dict[str, int]:
 
 def other_images(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[Any, Any]:
     """(split, bad files) of a labelled or unlabelled folder."""
-    from jaxcats.common.config import way
+    from jaxcats.common.config import label_kind
     from jaxcats.data import index
     from jaxcats.train import experiment
 
     d = run.config.data
     options = {
         "on_bad_file": d.on_bad_file,
-        "cache_dir": experiment.cache_of(run.config),
+        "cache_dir": experiment.cache_folder_of(run.config),
         "workers": d.workers,
         "rehash": d.rehash,
     }
     top = Path(os.path.expanduser(folder))
     # A table names the images of one folder only.
-    labels = "folders" if way(d.labels) == "table" else d.labels
+    labels = "folders" if label_kind(d.labels) == "table" else d.labels
     if not unlabelled and (
         labels != "folders" or any(p.is_dir() and not p.name.startswith(".") for p in top.glob("*"))
     ):

@@ -17,7 +17,7 @@ from jaxcats.data.images import Preprocess
 from jaxcats.data.index import Split
 from jaxcats.train.drivers import image_batches
 from jaxcats.train.evaluator import run_evaluation
-from jaxcats.train.experiment import name_number
+from jaxcats.train.experiment import stable_number
 
 
 def preset(name: str) -> str:
@@ -57,7 +57,7 @@ def augmented_probabilities(
         raise UserError(
             f"tta: augment {how!r} can't be used; choose {', '.join(k for k, v in augment.PRESETS.items() if v)}."
         )
-    key = jax.random.fold_in(jax.random.key(seed), name_number("tta"))
+    key = jax.random.fold_in(jax.random.key(seed), stable_number("tta"))
     change = augment.make_augment(chosen, key=key, size=preprocess.size)
     prepare = normalise(preprocess.mean, preprocess.std)
 

@@ -16,16 +16,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", help="where to (default: model/ in the run folder)")
     parser.add_argument("--checkpoint", help="last, best or a step (default: what the run's config says)")
     options = parser.parse_args(argv)
-    from jaxcats.evaluate.predictions import kept_calibration, kept_metrics
+    from jaxcats.evaluate.predictions import read_calibration, read_metrics
     from jaxcats.evaluate.run import load_run
     from jaxcats.export.program import write_run
 
     run = load_run(Path(options.run), options.checkpoint)
-    calibration = kept_calibration(run.folder, run.checkpoint)
+    calibration = read_calibration(run.folder, run.checkpoint)
     if calibration is None:
         print("No temperature is known for this checkpoint: its probabilities stay as they are, and it never abstains.")
         print(f"To have them: python -m jaxcats.evaluate --run {run.folder}, then export again.")
-    found = kept_metrics(run.folder) if calibration else None
+    found = read_metrics(run.folder) if calibration else None
     folder = write_run(run, found, calibration, out=Path(options.out) if options.out else None)
     size = sum(p.stat().st_size for p in folder.iterdir())
     print(f"Written: {folder} ({size / 1e6:.1f} MB); try: python -m jaxcats.predict --model {folder} IMAGES")

@@ -27,7 +27,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxcats.common.compile_cache import jit, keep_compiled
+from jaxcats.common.compile_cache import enable_compilation_cache, jit
 from jaxcats.common.errors import UserError, unwritable
 from jaxcats.common.io import cache_folder, temporary, write_bytes, write_json
 from jaxcats.data.augment import PRESETS
@@ -416,7 +416,7 @@ def _main() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     jax.config.update("jax_platforms", "cpu")
-    keep_compiled()
+    enable_compilation_cache()
     try:
         exported = check(sys.stdin.buffer.read())
         tensors, images = jax.tree.unflatten(

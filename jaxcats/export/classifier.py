@@ -275,5 +275,5 @@ def load(folder: str | os.PathLike) -> Classifier:
     >>> classifier.predict(["a.jpg", "b.jpg"]).labels
     ['cats', 'dogs']
     """
-    compile_cache.keep_compiled()
+    compile_cache.enable_compilation_cache()
     return Classifier(artifact.read(folder))

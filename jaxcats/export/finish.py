@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcats.common.cli import as_typed
+from jaxcats.common.cli import command_line
 from jaxcats.common.errors import UserError
 from jaxcats.common.io import write_json
 from jaxcats.core import mesh
 from jaxcats.evaluate.predictions import CHOSE, write_results
 from jaxcats.evaluate.run import BEST_EPOCH, Run
-from jaxcats.train.experiment import Setup
-from jaxcats.train.loop import Fitted
+from jaxcats.train.experiment import Experiment
+from jaxcats.train.loop import TrainingResult
 
 
 def finish_training(
-    setup: Setup,
-    fitted: Fitted,
+    setup: Experiment,
+    fitted: TrainingResult,
     *,
     workdir: Path,
     logits: np.ndarray,
@@ -39,9 +39,11 @@ def finish_training(
         started: time.perf_counter() at the start of the command.
     """
     config, valid = setup.config, setup.index.splits["valid"]
-    if mesh.several():
-        fitted = dataclasses.replace(fitted, params=mesh.here(fitted.params), batch_stats=mesh.here(fitted.batch_stats))
-        mesh.work_alone()
+    if mesh.has_many_devices():
+        fitted = dataclasses.replace(
+            fitted, params=mesh.to_local(fitted.params), batch_stats=mesh.to_local(fitted.batch_stats)
+        )
+        mesh.use_first_device_only()
     last = list(config.phases.values())[-1]
     run = Run(
         folder=workdir,
@@ -85,10 +87,10 @@ def finish_training(
             print(f"Not exported: {e}", file=sys.stderr)
         seconds["export"] = time.perf_counter() - at
     if config.report:
-        from jaxcats.evaluate.report import present
+        from jaxcats.evaluate.report import write_evaluation
 
         at = time.perf_counter()
-        present(workdir, run, valid, logits, found)
+        write_evaluation(workdir, run, valid, logits, found)
         seconds["report"] = time.perf_counter() - at
     write_json(workdir / "metrics.json", found | {"seconds": measured()})
     print(time_summary(measured(), fitted.counts))
@@ -97,7 +99,7 @@ def finish_training(
         written.append("model/")
     if config.report:
         written.append("report.html")
-    print(f"Results: {workdir}/{', '.join(written)}; again: {as_typed('evaluate')} --run {workdir}")
+    print(f"Results: {workdir}/{', '.join(written)}; again: {command_line('evaluate')} --run {workdir}")
 
 
 def time_summary(seconds: dict[str, float], counts: dict[str, int]) -> str:

@@ -150,7 +150,7 @@ def write_run(run: Any, found: dict[str, Any] | None, calibration: Any, *, out: 
     """Writes a run's artefact, by default into its own folder's model/; the folder written.
 
     Args:
-        run: judging.Run.
+        run: evaluate.run.Run.
         found: metrics.json's content, None or {} where nothing is known.
         calibration: as for `write`.
         out: another folder.

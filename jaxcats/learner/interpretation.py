@@ -13,7 +13,7 @@ from jaxcats.common.config import check_tta
 from jaxcats.common.errors import UserError, nearest
 from jaxcats.evaluate import figures, metrics, ranking, tta
 from jaxcats.evaluate.calibration import Calibration
-from jaxcats.evaluate.figures import Judged
+from jaxcats.evaluate.figures import EvaluatedSplit
 from jaxcats.evaluate.run import BEST_EPOCH, Run
 from jaxcats.train import experiment
 from jaxcats.train.drivers import decoding
@@ -29,7 +29,7 @@ class Answers:
 
     data: "ImageClassifierData"
     model: Any
-    _setup: experiment.Setup
+    _setup: experiment.Experiment
     _precompute: bool
     _answers: dict[str, np.ndarray]
     params: property
@@ -167,7 +167,7 @@ class Sched:
         return self.rows
 
 
-class Found(dict):
+class EvaluationNumbers(dict):
     """The numbers of metrics.json; shows itself as the table that `train` prints."""
 
     def __repr__(self) -> str:
@@ -181,9 +181,9 @@ class Judgement(Answers):
     _progress: Any
     _kept_best: bool
 
-    def judge(self, *, max_error: float = 0.005) -> Found:
+    def judge(self, *, max_error: float = 0.005) -> EvaluationNumbers:
         """Every number of metrics.json: per class, calibration out of fold, the threshold to abstain at for `max_error`."""
-        return self._judged(max_error)[0]
+        return self._numbers_and_calibration(max_error)[0]
 
     def plot_confusion(self) -> plots.Figure:
         """What is taken for what."""
@@ -199,37 +199,39 @@ class Judgement(Answers):
 
     def plot_heat_maps(self) -> plots.Figure:
         """Grad-CAM of the highest losses and of the surest answers."""
-        return figures.heat_maps(self._as_judged())
+        return figures.heat_maps(self._evaluated_split())
 
     def plot_top_losses(self) -> plots.Figure:
         """The nine highest losses: prediction / actual / loss / probability."""
-        return figures.galleries(self._as_judged())["top_losses"]
+        return figures.galleries(self._evaluated_split())["top_losses"]
 
     def export(self, folder: str | Path = "model") -> Path:
         """Writes the classifier that can be shipped; `jaxcats.load(folder)` and `python -m jaxcats.predict` use it."""
         from jaxcats.export.program import write_run
 
-        found, calibration = self._judged()
+        found, calibration = self._numbers_and_calibration()
         write_run(self._run(Path(folder).parent), found, calibration, out=Path(folder))
         return Path(folder)
 
     def report(self, folder: str | Path = "report") -> Path:
         """Writes figures/ and report.html into a folder; the page's path."""
-        from jaxcats.evaluate.report import present
+        from jaxcats.evaluate.report import write_evaluation
 
-        judged, folder = self._as_judged(), Path(folder)
-        present(folder, self._run(folder), judged.split, judged.logits, judged.found)
+        judged, folder = self._evaluated_split(), Path(folder)
+        write_evaluation(folder, self._run(folder), judged.split, judged.logits, judged.found)
         return folder / "report.html"
 
-    def _judged(self, max_error: float = 0.005) -> tuple[Found, Calibration]:
-        found, calibration = metrics.judge(self.logits(), self.data.val_y, self.data.classes, max_error=max_error)
-        return Found(found), calibration
+    def _numbers_and_calibration(self, max_error: float = 0.005) -> tuple[EvaluationNumbers, Calibration]:
+        found, calibration = metrics.evaluation_metrics(
+            self.logits(), self.data.val_y, self.data.classes, max_error=max_error
+        )
+        return EvaluationNumbers(found), calibration
 
-    def _as_judged(self) -> Judged:
-        return Judged(self._run(self.data.index.root), self.data.split("valid"), self.logits(), self.judge())
+    def _evaluated_split(self) -> EvaluatedSplit:
+        return EvaluatedSplit(self._run(self.data.index.root), self.data.split("valid"), self.logits(), self.judge())
 
     def _numbers(self, name: str) -> plots.Figure:
-        return figures.of_numbers(self._as_judged())[name]
+        return figures.of_numbers(self._evaluated_split())[name]
 
     def _run(self, folder: Path) -> Run:
         """What the commands call a run; `folder` is where it would have been trained."""

@@ -20,15 +20,15 @@ from jaxcats.train.epoch_table import NotebookTable, Table
 from jaxcats.train.features import precompute
 from jaxcats.train.loop import Fitter, Progress
 from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr, find_lr_band
-from jaxcats.train.user_functions import Own
+from jaxcats.train.user_functions import UserFunctions
 
 LR = float | Sequence[float] | slice | Literal["auto"]
 
 
-def own_of(options: Mapping[str, Any]) -> tuple[Own, dict[str, Any]]:
+def split_user_functions(options: Mapping[str, Any]) -> tuple[UserFunctions, dict[str, Any]]:
     """(functions of the user's own, the other options) of a call: `augment` may be a function or a preset's name."""
     own = {k: v for k, v in options.items() if k in ("loss_fn", "metrics") or (k == "augment" and callable(v))}
-    return Own(**own), {k: v for k, v in options.items() if k not in own}
+    return UserFunctions(**own), {k: v for k, v in options.items() if k not in own}
 
 
 def phase_of(fixed: Mapping[str, Any], options: Mapping[str, Any], now: Mapping[str, Any]) -> Phase:
@@ -87,7 +87,7 @@ class Learner(Judgement):
 
     def __init__(
         self,
-        setup: experiment.Setup,
+        setup: experiment.Experiment,
         data: ImageClassifierData,
         params: Any,
         batch_stats: Any,
@@ -182,7 +182,7 @@ class Learner(Judgement):
             keep: what stays: the last epoch, or the best (fewest validation errors, then the lowest loss).
             **options: further fields of jaxcats.Phase: optimizer, momentum, weight_decay, schedule, batch_size,
                 label_smoothing, clip, accumulate, driver, ...; and functions of your own, `loss_fn`, `augment` and
-                `metrics`, see jaxcats.own.Own.
+                `metrics`, see jaxcats.train.user_functions.UserFunctions.
 
         Raises:
             UserError: values that can't be used.
@@ -253,10 +253,10 @@ class Learner(Judgement):
 
     def _begin(
         self, fixed: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> tuple[experiment.Plan, Any, Any, dict[str, np.ndarray] | None]:
+    ) -> tuple[experiment.PhasePlan, Any, Any, dict[str, np.ndarray] | None]:
         """The plan of the next phase, the weights it starts from, and features where it trains on them."""
         now = {"batch_size": self.data.batch_size, "freeze": self._freeze, "bn": self._bn}
-        own, options = own_of(options)
+        own, options = split_user_functions(options)
         phase = phase_of(fixed, options, now | {"precompute": self._precompute, "augment": self.data.augment})
         name = f"fit{len(self._phases) + 1}"
         config = dataclasses.replace(self._setup.config, phases={**self._phases, name: phase})

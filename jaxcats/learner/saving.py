@@ -51,7 +51,7 @@ MARK = "learner.json"  # only `save_state` writes it: a folder without it is nev
 
 def save_state(
     folder: Path,
-    setup: experiment.Setup,
+    setup: experiment.Experiment,
     state: TrainState | None,
     progress: Progress,
     weights: tuple[Any, Any],
@@ -64,7 +64,7 @@ def save_state(
     """
     name = list(setup.config.phases)[-1]
     if state is None:
-        plan = experiment.Plan(0, name, setup.config.phases[name], 0, 0, 1)
+        plan = experiment.PhasePlan(0, name, setup.config.phases[name], 0, 0, 1)
         state = experiment.make_phase(setup, plan)[1](*weights)
     if folder.exists() and not (folder / MARK).is_file():
         raise UserError(f"{folder}: is there already, and not from learn.save; choose another name.")
@@ -99,7 +99,9 @@ def save_state(
     return folder
 
 
-def load_state(folder: Path, setup: experiment.Setup) -> tuple[TrainState, Progress, dict[str, Phase], dict[str, Any]]:
+def load_state(
+    folder: Path, setup: experiment.Experiment
+) -> tuple[TrainState, Progress, dict[str, Phase], dict[str, Any]]:
     """What `save_state` wrote, or the last state of a finished run: state, progress, phases, notes.
 
     Raises:
@@ -124,7 +126,7 @@ def load_state(folder: Path, setup: experiment.Setup) -> tuple[TrainState, Progr
     marked = (folder / MARK).is_file()
     if not marked and meta["progress"]["epoch"] != sum(p.epochs for p in config.phases.values()):
         raise UserError(f"{folder}: is a run that isn't finished; finish it with `train --resume --workdir {folder}`.")
-    plan = experiment.Plan(0, meta["phase"], config.phases[meta["phase"]], 0, 0, 1)
+    plan = experiment.PhasePlan(0, meta["phase"], config.phases[meta["phase"]], 0, 0, 1)
     state = checkpoints.restore(step, experiment.abstract_state(setup.model, plan))
     checkpoints.close()
     notes = json.loads((folder / MARK).read_text(encoding="utf-8")) if marked else {"history": [], "kept_best": False}

@@ -234,7 +234,7 @@ def locate(place: str) -> Path:
     except (UserError, RunError):
         raise
     except Exception as error:
-        raise _explained(error, place, size=_megabytes(facts.size), begun=True) from None
+        raise _explained(error, place, size=_megabytes(facts.size), resumed=True) from None
 
 
 def _download(place: str, facts: Any) -> None:
@@ -255,8 +255,8 @@ def _download(place: str, facts: Any) -> None:
         have = part.stat().st_size if part.exists() else 0
         if (facts.size or 0) - have > _free_bytes(cache):
             raise _no_room(place, _megabytes(facts.size))
-        begun = f", from {have / 1e6:.1f} MB on" if have else ""
-        print(f"Fetching {file} of {repo}{_megabytes(facts.size)} from {_host()}{begun}", file=sys.stderr)
+        resumed = f", from {have / 1e6:.1f} MB on" if have else ""
+        print(f"Fetching {file} of {repo}{_megabytes(facts.size)} from {_host()}{resumed}", file=sys.stderr)
         try:
             with Progress(file, facts.size, have) as progress:
                 complete(hub.hf_hub_url(repo, file), part, facts.size, progress)
@@ -298,7 +298,7 @@ def _megabytes(size: int | None) -> str:
 # --- what went wrong ---
 
 
-def _explained(error: Exception, place: str, *, size: str = "", begun: bool = False) -> Exception:
+def _explained(error: Exception, place: str, *, size: str = "", resumed: bool = False) -> Exception:
     """The error as one line with a way out; `begun`: while downloading, after the hub had answered once."""
     from huggingface_hub import errors
 
@@ -306,7 +306,7 @@ def _explained(error: Exception, place: str, *, size: str = "", begun: bool = Fa
     if isinstance(error, errors.OfflineModeIsEnabled):
         return UserError(_unreachable(place, "offline mode: HF_HUB_OFFLINE is set"))
     if response is not None:
-        return _refusal(error, response, place, begun=begun)
+        return _refusal(error, response, place, resumed=resumed)
     if isinstance(error, ImportError) and "socks" in str(error).lower():
         return UserError(f"hf:{place}: a SOCKS proxy is set, for which a package is missing: pip install socksio")
     if "407" in str(error) and type(error).__name__ == "ProxyError":
@@ -320,7 +320,7 @@ def _explained(error: Exception, place: str, *, size: str = "", begun: bool = Fa
         return UserError(
             f"hf:{place}: {_host()} can't be asked ({reason(error)}{_detours()}): check these, or {WAYS_OUT}"
         )
-    if begun:
+    if resumed:
         host = netloc(getattr(error, "_request", None)) or _host()
         return RunError(
             f"hf:{place}: the download from {host} broke off ({why(error)}); what came is kept: run the same again "
@@ -329,20 +329,20 @@ def _explained(error: Exception, place: str, *, size: str = "", begun: bool = Fa
     return RunError(_unreachable(place, reason(error) + _detours()))
 
 
-def _refusal(error: Exception, response: Any, place: str, *, begun: bool) -> Exception:
+def _refusal(error: Exception, response: Any, place: str, *, resumed: bool) -> Exception:
     """What an answer means that is none."""
     from huggingface_hub import errors
 
     repo, file = _parts(place)
     status, headers, host = response.status_code, response.headers, netloc(response.request)
-    if isinstance(error, errors.GatedRepoError) or (status == 401 and not begun and not _is_missing(error)):
+    if isinstance(error, errors.GatedRepoError) or (status == 401 and not resumed and not _is_missing(error)):
         return UserError(f"hf:{place}: {_login(repo, refused=status == 403)}")
     if status in (401, 403) and not _is_missing(error):
         return UserError(
             f"hf:{place}: {host} refuses it ({status}): a proxy or filter may stand between, or the repository wants a "
             f"login (HF_TOKEN); or {WAYS_OUT}"
         )
-    if status == 404 and begun:
+    if status == 404 and resumed:
         return RunError(f"hf:{place}: {host} has not got what the hub announced (404): try again later, or {WAYS_OUT}")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return UserError(f"hf:{place}: the hub has no file {file} in {repo}; check the name, or {WAYS_OUT}")

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxcats.common import distributed
-from jaxcats.common.cli import as_typed, flag_value, parse, quiet_tensorflow, run_command
+from jaxcats.common.cli import command_line, flag_value, parse, run_command, silence_tensorflow
 from jaxcats.common.config import Config, to_yaml
 from jaxcats.common.errors import UserError
-from jaxcats.common.io import release, write_bytes, write_json
+from jaxcats.common.io import unlock_folder, write_bytes, write_json
 from jaxcats.common.signals import Stopping
 from jaxcats.common.versions import versions
-from jaxcats.train.run_folder import has_checkpoint, keep_config, open_run, shared
+from jaxcats.train.run_folder import has_checkpoint, open_run, shared, write_config
 
 if TYPE_CHECKING:
-    from jaxcats.train.user_functions import Own
+    from jaxcats.train.user_functions import UserFunctions
 
 
 DESCRIPTION = "Trains an image classifier on a folder of images and judges it on the validation images."
@@ -31,7 +31,7 @@ OPTIONS = {
 }
 
 
-def about(setup: Any) -> dict[str, Any]:
+def run_facts(setup: Any) -> dict[str, Any]:
     """What is kept of a run beside its configuration: versions, images, backend, and functions of one's own."""
     import jax
 
@@ -42,21 +42,26 @@ def about(setup: Any) -> dict[str, Any]:
     return found | ({"own": names} if names else {})
 
 
-def keep_facts(folder: Path, setup: Any, found: Any, *, begun: bool) -> None:
+def write_run_facts(folder: Path, setup: Any, found: Any, *, resumed: bool) -> None:
     """Writes what later commands read of the settings and images; `begun`: of a run that goes on, whose split stands."""
     from jaxcats.data.quality import counts
     from jaxcats.train.experiment import SPLIT
 
-    keep_config(folder, setup.config)
+    write_config(folder, setup.config)
     write_json(folder / "bad_files.json", [vars(b) for b in setup.index.bad])
     write_json(folder / "data.json", {"pictures": counts(setup.index), "findings": found})
     manifest, split = setup.index.manifest, folder / SPLIT
-    if manifest and manifest.is_file() and not (begun and split.exists()):
+    if manifest and manifest.is_file() and not (resumed and split.exists()):
         write_bytes(split, manifest.read_bytes())
 
 
 def train(
-    config: Config, workdir: Path, *, started: float, stopping: Stopping | None = None, own: "Own | None" = None
+    config: Config,
+    workdir: Path,
+    *,
+    started: float,
+    stopping: Stopping | None = None,
+    own: "UserFunctions | None" = None,
 ) -> None:
     """Runs everything that a Config says, into a run folder; see Trainer for `stopping`."""
     from jaxcats.data.quality import findings, summary
@@ -67,16 +72,16 @@ def train(
 
     seconds = {"imports": time.perf_counter() - started}
     at = time.perf_counter()
-    begun = has_checkpoint(workdir)
-    setup = experiment.setup(config, own=own, run=workdir if begun else None)
+    resumed = has_checkpoint(workdir)
+    setup = experiment.setup(config, own=own, run=workdir if resumed else None)
     seconds["index"] = time.perf_counter() - at
-    facts = about(setup)
-    writes, found = distributed.first(), findings(setup.index)
+    facts = run_facts(setup)
+    writes, found = distributed.is_primary(), findings(setup.index)
     print("\n".join([f"Run folder: {workdir}", experiment.describe(setup), *summary(found)]))
 
     def initial() -> tuple[Any, Any]:
         before = time.perf_counter()
-        params, stats, weights = distributed.together(lambda: experiment.initial_params(setup))
+        params, stats, weights = distributed.all_or_none(lambda: experiment.initial_params(setup))
         if writes:
             write_json(workdir / "versions.json", facts | {"weights": weights})
         seconds["weights"] = time.perf_counter() - before
@@ -85,7 +90,7 @@ def train(
     stopping = stopping or Stopping()
     stopping.check()
     with Trainer(setup, workdir, facts=facts, stopping=stopping) as trainer:
-        fitted = trainer.run(initial, partial(keep_facts, workdir, setup, found, begun=begun))
+        fitted = trainer.run(initial, partial(write_run_facts, workdir, setup, found, resumed=resumed))
     stopping.check()
     at = time.perf_counter()
     valid = setup.index.splits["valid"]
@@ -110,7 +115,7 @@ def command(
     """`python -m jaxcats.train` as the main of a script of your own: with its functions, and the networks it registers.
 
     Args:
-        loss_fn: see jaxcats.own.Own.
+        loss_fn: see jaxcats.train.user_functions.UserFunctions.
         augment: likewise.
         metrics: likewise.
         argv: flags, as of the command; None: the script's.
@@ -118,12 +123,12 @@ def command(
     Returns:
         The exit code.
     """
-    from jaxcats.train.user_functions import Own
+    from jaxcats.train.user_functions import UserFunctions
 
-    return run_command(partial(main, own=Own(loss_fn, augment, metrics)), argv)
+    return run_command(partial(main, own=UserFunctions(loss_fn, augment, metrics)), argv)
 
 
-def main(argv: Sequence[str], *, own: "Own | None" = None) -> None:
+def main(argv: Sequence[str], *, own: "UserFunctions | None" = None) -> None:
     """The command; `own` is of the script that it is the main of."""
     started = time.perf_counter()
     words, workdir = list(argv), flag_value(argv, "workdir")
@@ -142,41 +147,41 @@ def main(argv: Sequence[str], *, own: "Own | None" = None) -> None:
     if options["print_config"]:
         print(to_yaml(config), end="")
         return
-    quiet_tensorflow()
+    silence_tensorflow()
     stopping, folder = Stopping(), None
     try:
-        with stopping.listen(several=distributed.wanted(config.distributed)):
+        with stopping.listen(several=distributed.is_requested(config.distributed)):
             folder = begin(config, options)
             train(config, folder, started=started, stopping=stopping, own=own)
     except KeyboardInterrupt as stopped:
         if folder:
-            script = as_typed("train") if own is None else shlex.join(["python", *sys.argv[:1]])
+            script = command_line("train") if own is None else shlex.join(["python", *sys.argv[:1]])
             what = "To go on from the last checkpoint" if has_checkpoint(folder) else "To start again"
             print(f"{what}: {script} --resume {shlex.join(['--workdir', str(folder)])}", file=sys.stderr)
         code = getattr(stopped, "code", 130)
-        if code == 130 and distributed.joined():  # Ctrl-C; SIGTERM has been agreed on with the others
-            distributed.leave(str(stopped) or "stopped by the keyboard.", code)
+        if code == 130 and distributed.has_joined():  # Ctrl-C; SIGTERM has been agreed on with the others
+            distributed.exit_now(str(stopped) or "stopped by the keyboard.", code)
         raise
     finally:
         if folder:
-            release(folder)
+            unlock_folder(folder)
 
 
 def begin(config: Config, options: dict[str, Any]) -> Path:
     """Joins other processes, if there are any, and opens the run folder."""
     distributed.start(config.distributed)
-    if distributed.many() and not options["workdir"]:
+    if distributed.is_multiprocess() and not options["workdir"]:
         raise UserError("--workdir: name the run folder where several processes train; it must be the same for all.")
-    distributed.agree(
+    distributed.require_equal(
         "The settings or the versions", json.dumps([shared(config), options["resume"], versions()["jax"]])
     )
-    opened = distributed.by_first(
+    opened = distributed.on_primary(
         lambda: open_run(config, options["config"], workdir=options["workdir"], resume=options["resume"])
     )
-    distributed.hush()
-    from jaxcats.common.compile_cache import keep_heap
+    distributed.silence_stdout()
+    from jaxcats.common.compile_cache import keep_freed_memory
 
-    keep_heap()
+    keep_freed_memory()
     return opened or Path(options["workdir"])
 
 

@@ -20,9 +20,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from jaxcats.common.distributed import by_first
+from jaxcats.common.distributed import on_primary
 from jaxcats.common.errors import MAKE_ROOM, RunError, UserError, is_full, unwritable
-from jaxcats.common.io import ASIDE
+from jaxcats.common.io import REPLACED_CHECKPOINT
 from jaxcats.core import mesh
 from jaxcats.core.state import copy, tree_hash
 
@@ -32,7 +32,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 MAY_BE_WHOLE = ("PERMISSION_DENIED", os.strerror(errno.EACCES), os.strerror(errno.EPERM), os.strerror(errno.EIO))
 
 
-def badness(metrics: Mapping[str, float]) -> float:
+def selection_metric(metrics: Mapping[str, float]) -> float:
     """What `best` minimises: validation errors, ties broken by the lower loss (a loss of any size counts for less than one error)."""
     loss = metrics["loss"]
     return metrics["errors"] + (loss / (1 + loss) if loss < float("inf") else 1.0)
@@ -47,11 +47,11 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, read_only: bool = False):
         keep = [
             policies.LatestN(1),
-            policies.BestN(get_metric_fn=lambda m: -badness(m), n=1, keep_checkpoints_without_metrics=False),
+            policies.BestN(get_metric_fn=lambda m: -selection_metric(m), n=1, keep_checkpoints_without_metrics=False),
         ]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=lambda m: -badness(m),
+            best_fn=lambda m: -selection_metric(m),
             best_mode="max",
             create=not read_only,
             read_only=read_only,
@@ -62,7 +62,7 @@ class Checkpoints:
         _hush_abandoned()
         try:
             if not read_only:
-                by_first(self._bring_back)
+                on_primary(self._bring_back)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as e:
             raise unwritable(f"{self.folder}:", e) from None
@@ -78,8 +78,10 @@ class Checkpoints:
         """Starts saving a TrainState and JSON-able facts; returns when the arrays are copied, so the state may be donated."""
         saved = copy(state)
         judged = dict(metrics) if metrics else None
-        if judged and (self._best is None or badness(judged) <= self._best["badness"]):  # of equals the later, as Orbax
-            self._best = {"step": int(meta["step"]), "badness": badness(judged)}
+        if judged and (
+            self._best is None or selection_metric(judged) <= self._best["badness"]
+        ):  # of equals the later, as Orbax
+            self._best = {"step": int(meta["step"]), "badness": selection_metric(judged)}
         facts = {"meta": dict(meta), "metrics": judged, "best": self._best, "arrays": tree_hash(saved)}
         sealed = ocp.args.JsonSave({"facts": facts, "sha256": _json_hash(facts)})
         args = ocp.args.Composite(state=ocp.args.StandardSave(saved), meta=sealed)
@@ -95,19 +97,19 @@ class Checkpoints:
 
     def _replace(self, step: int, **saving: Any) -> None:
         """Orbax replaces none. The one that is there steps aside until the new one is whole; killed meanwhile, it comes back."""
-        by_first(lambda: os.rename(self.folder / str(step), self.folder / f".{step}.replaced"))
+        on_primary(lambda: os.rename(self.folder / str(step), self.folder / f".{step}.replaced"))
         self._manager.reload()
         try:
             self._manager.save(step, **saving)
             self._manager.wait_until_finished()
         finally:
-            by_first(self._bring_back)
+            on_primary(self._bring_back)
             self._manager.reload()
 
     def _bring_back(self) -> None:
         """What stepped aside takes its place again, or goes where another has taken it."""
         for aside in self.folder.glob(".*.replaced"):
-            if (name := ASIDE.fullmatch(aside.name)) is None:
+            if (name := REPLACED_CHECKPOINT.fullmatch(aside.name)) is None:
                 continue
             if (self.folder / name[1]).exists():
                 shutil.rmtree(aside)
@@ -153,7 +155,7 @@ class Checkpoints:
         facts = self._facts(steps[-1])
         best = facts["best"]
         if best and best["step"] not in steps:  # somebody removed it
-            best = {"step": steps[-1], "badness": badness(facts["metrics"])} if facts["metrics"] else None
+            best = {"step": steps[-1], "badness": selection_metric(facts["metrics"])} if facts["metrics"] else None
         return best
 
     def _take_up(self) -> None:
@@ -166,7 +168,7 @@ class Checkpoints:
         keep = {steps[-1]} | ({self._best["step"]} if self._best else set())
         left = [p for p in self.folder.iterdir() if p.name.isdigit() and int(p.name) not in keep]
         if left:
-            by_first(lambda: [shutil.rmtree(path) for path in left])
+            on_primary(lambda: [shutil.rmtree(path) for path in left])
             self._manager.reload()
         for step in keep:
             if _json_hash(self._manager.metrics(step)) != _json_hash(self._facts(step)["metrics"]):
@@ -175,7 +177,9 @@ class Checkpoints:
     def restore(self, step: int, target: Any) -> Any:
         """The state saved at `step`, with the structure and shapes of `target`, on the first device, or whole on each of several; verified by its hash."""
         # Without a placement Orbax wants the devices that saved it.
-        here = mesh.replicated() if mesh.several() else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        here = (
+            mesh.replicated() if mesh.has_many_devices() else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
         state = self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
         if tree_hash(state) != self._facts(step)["arrays"]:

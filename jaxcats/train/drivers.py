@@ -13,7 +13,7 @@ from jaxcats.core import mesh, scan
 from jaxcats.data import augment
 from jaxcats.data.images import Preprocess
 from jaxcats.data.index import Split
-from jaxcats.train.experiment import Plan, Setup, augmentation
+from jaxcats.train.experiment import Experiment, PhasePlan, augmentation
 
 Batches = Iterator[dict[str, np.ndarray]]
 
@@ -24,7 +24,7 @@ def image_batches(
     """Evaluation batches of images; the first use of TensorFlow in the process."""
     from jaxcats.data.pipeline import evaluation_batches
 
-    if mesh.several():
+    if mesh.has_many_devices():
         return shared_batches(split, preprocess=preprocess, batch_size=batch_size, workers=workers, rows=rows)
     return evaluation_batches(split, preprocess=preprocess, batch_size=batch_size, indices=rows, workers=workers)
 
@@ -34,7 +34,7 @@ def shared_batches(
 ) -> Batches:
     """The same batches, their size a multiple of the number of devices, with the images of this process's part alone."""
     rows = np.arange(len(split)) if rows is None else rows
-    size = mesh.up_to_devices(batch_size)
+    size = mesh.round_up_to_devices(batch_size)
     order = np.full(-(-len(rows) // size) * size, -1, np.int32)
     order[: len(rows)] = rows
     return _with_own_images(split, order.reshape(-1, size), preprocess=preprocess, workers=workers)
@@ -45,7 +45,7 @@ def _with_own_images(
 ) -> Generator[dict[str, np.ndarray], None, None]:
     from jaxcats.data.pipeline import training_batches
 
-    own = order[:, mesh.own_part(order.shape[1])]
+    own = order[:, mesh.local_slice(order.shape[1])]
     read = training_batches(split, preprocess=preprocess, order=own, workers=workers)
     for all_rows, batch in zip(order, read, strict=True):
         mask = all_rows >= 0
@@ -53,7 +53,7 @@ def _with_own_images(
         yield {"image": batch["image"], "label": label, "mask": mask, "index": all_rows.copy()}
 
 
-def decoding(setup: Setup) -> dict[str, Any]:
+def decoding(setup: Experiment) -> dict[str, Any]:
     """The arguments of `image_batches` that a Setup decides."""
     config = setup.config
     return {"preprocess": setup.preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
@@ -66,7 +66,7 @@ def _unmask(batch: dict[str, np.ndarray], out: jax.Array) -> tuple[np.ndarray, n
 def array_batches(arrays: dict[str, np.ndarray], batch_size: int) -> Batches:
     """Padded and masked evaluation batches of arrays that have a row per image."""
     n = len(arrays["label"])
-    size = mesh.up_to_devices(min(batch_size, n))
+    size = mesh.round_up_to_devices(min(batch_size, n))
     for at in range(0, n, size):
         rows = np.arange(at, at + size)
         mask = rows < n
@@ -74,12 +74,12 @@ def array_batches(arrays: dict[str, np.ndarray], batch_size: int) -> Batches:
         yield {k: v[keep] for k, v in arrays.items()} | {"mask": mask, "index": keep.astype(np.int32)}
 
 
-def source(setup: Setup, plan: Plan) -> Preprocess:
+def source(setup: Experiment, plan: PhasePlan) -> Preprocess:
     """What a phase's training images go through before its augmentation."""
     return augment.source_preprocess(setup.preprocess, augmentation(plan.phase))
 
 
-def resident(setup: Setup, plan: Plan, feats: np.ndarray | None) -> dict[str, np.ndarray]:
+def resident(setup: Experiment, plan: PhasePlan, feats: np.ndarray | None) -> dict[str, np.ndarray]:
     """Arrays with a row per training image, for the scan driver: features, or the images themselves."""
     split = setup.index.splits["train"]
     n = len(split)
@@ -89,17 +89,17 @@ def resident(setup: Setup, plan: Plan, feats: np.ndarray | None) -> dict[str, np
     how: dict[str, Any] = decoding(setup) | {"preprocess": source(setup, plan)}
     images = np.zeros((n, how["preprocess"].size, how["preprocess"].size, 3), np.uint8)
     for batch in image_batches(split, **how):
-        image = np.asarray(mesh.gathered(batch["image"], len(batch["mask"])))
+        image = np.asarray(mesh.gather_rows(batch["image"], len(batch["mask"])))
         images[batch["index"][batch["mask"]]] = image[batch["mask"]]
     return arrays | {"image": images}
 
 
-def streamed(setup: Setup, plan: Plan, order: np.ndarray) -> Generator[dict[str, np.ndarray], None, None]:
+def streamed(setup: Experiment, plan: PhasePlan, order: np.ndarray) -> Generator[dict[str, np.ndarray], None, None]:
     """Training batches of images, decoded on the fly: one per row of `order`."""
     from jaxcats.data.pipeline import training_batches
 
     split, workers = setup.index.splits["train"], setup.config.data.workers
-    if mesh.several():
+    if mesh.has_many_devices():
         return _with_own_images(split, order, preprocess=source(setup, plan), workers=workers)
     return training_batches(split, preprocess=source(setup, plan), order=order, workers=workers)
 
@@ -109,21 +109,23 @@ def scans(phase: Phase) -> bool:
     return phase.driver == "scan" or (phase.driver == "auto" and phase.precompute)
 
 
-def make_driver(setup: Setup, plan: Plan, step: Callable, feats: np.ndarray | None) -> Callable:
+def make_driver(setup: Experiment, plan: PhasePlan, step: Callable, feats: np.ndarray | None) -> Callable:
     """`(state, order, epoch) -> iterator of (state, metrics [k])` for the phase's driver."""
     if scans(plan.phase):
-        arrays = mesh.everywhere(resident(setup, plan, feats))
-        scan_steps = jit(scan.make_scan(step), convolutions=feats is None, donate_argnums=0, **mesh.whole_results())
+        arrays = mesh.replicate(resident(setup, plan, feats))
+        scan_steps = jit(
+            scan.make_scan(step), convolutions=feats is None, donate_argnums=0, **mesh.replicated_outputs()
+        )
         return lambda state, order, epoch: scan.scan_epoch(
             scan_steps, state, arrays, order=order, chunk=setup.config.chunk_steps, place=mesh.place_order
         )
     batch = min(plan.phase.batch_size, len(setup.index.splits["train"]))
-    if mesh.several() and batch % jax.device_count():
+    if mesh.has_many_devices() and batch % jax.device_count():
         raise UserError(
             f"phases.{plan.name}.batch_size: a batch of {batch} doesn't divide among {jax.device_count()} devices; "
             f"make it a multiple of {jax.device_count()}."
         )
-    jitted = jit(step, convolutions=feats is None, donate_argnums=0, **mesh.whole_results())
+    jitted = jit(step, convolutions=feats is None, donate_argnums=0, **mesh.replicated_outputs())
     rows = None if feats is None else resident(setup, plan, feats)
 
     def batches(order: np.ndarray) -> Batches:

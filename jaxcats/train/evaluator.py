@@ -50,7 +50,7 @@ def _eval_program(
     """The jitted evaluation step; `backbone` is what the model's name stands for now, `several` whether devices share it."""
     apply_fn = head_on_features(model) if on_features else model.apply
     step = make_eval_step(apply_fn=apply_fn, preprocess=normalise(preprocess.mean, preprocess.std))
-    return jit(step, convolutions=not on_features, **mesh.whole_results())
+    return jit(step, convolutions=not on_features, **mesh.replicated_outputs())
 
 
 class Evaluator:
@@ -68,7 +68,9 @@ class Evaluator:
     ):
         self.split, self.arrays = split, None if feats is None else {"label": split.labels, "features": feats}
         self.decoding = {"preprocess": preprocess, "batch_size": batch_size, "workers": workers}
-        self.step = _eval_program(model, registry.get(model.name), preprocess, feats is not None, mesh.several())
+        self.step = _eval_program(
+            model, registry.get(model.name), preprocess, feats is not None, mesh.has_many_devices()
+        )
 
     def __call__(self, params: Any, batch_stats: Any) -> np.ndarray:
         batches = array_batches(self.arrays, ARRAY_BATCH) if self.arrays else image_batches(self.split, **self.decoding)

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from jaxcats import models
-from jaxcats.common.compile_cache import keep_compiled
+from jaxcats.common.compile_cache import enable_compilation_cache
 from jaxcats.common.config import Config, Phase, flat
-from jaxcats.common.distributed import agree, in_turn
+from jaxcats.common.distributed import primary_first, require_equal
 from jaxcats.common.errors import UserError
 from jaxcats.core import optim, state
 from jaxcats.core.schedules import Schedule, one_cycle_momentum
@@ -23,11 +23,11 @@ from jaxcats.data.images import Preprocess
 from jaxcats.data.index import FolderIndex, cache_folder, skipped
 from jaxcats.data.index import scan as scan_folder
 from jaxcats.train.run_folder import training_changes
-from jaxcats.train.user_functions import Own
+from jaxcats.train.user_functions import UserFunctions
 
 
 @dataclass(frozen=True)
-class Setup:
+class Experiment:
     """What every phase shares."""
 
     config: Config
@@ -35,7 +35,7 @@ class Setup:
     model: models.Model
     preprocess: Preprocess
     cache: Path
-    own: Own = field(default_factory=Own)
+    own: UserFunctions = field(default_factory=UserFunctions)
 
 
 def fingerprint(index: FolderIndex) -> str:
@@ -67,7 +67,7 @@ def check_config(config: Config, meta: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PhasePlan:
     """A phase and its place in the run; steps and epochs count over all phases."""
 
     index: int
@@ -81,20 +81,20 @@ class Plan:
     def steps(self) -> int:
         return self.steps_per_epoch * self.phase.epochs
 
-    def at(self, lr: float) -> "Plan":
+    def with_lr(self, lr: float) -> "PhasePlan":
         """The same plan with a learning rate in place of `auto`."""
         return dataclasses.replace(self, phase=dataclasses.replace(self.phase, lr=lr))
 
 
-def cache_of(config: Config) -> Path:
+def cache_folder_of(config: Config) -> Path:
     """The cache folder of a Config."""
     return Path(config.cache_dir) if config.cache_dir else cache_folder()
 
 
-def start_jax(config: Config) -> Path:
+def enable_compile_cache(config: Config) -> Path:
     """Turns on the persistent compilation cache, where it can be written; the cache folder."""
-    cache = cache_of(config)
-    keep_compiled(cache)
+    cache = cache_folder_of(config)
+    enable_compilation_cache(cache)
     return cache
 
 
@@ -113,24 +113,24 @@ SPLIT = "split.json"  # in a run folder: which side each image is on, where that
 
 
 def setup(
-    config: Config, index: FolderIndex | None = None, *, own: Own | None = None, run: Path | None = None
-) -> Setup:
+    config: Config, index: FolderIndex | None = None, *, own: UserFunctions | None = None, run: Path | None = None
+) -> Experiment:
     """Indexes the images, unless that is done, and creates the model; no weights yet.
 
     Args:
         own: functions of one's own.
         run: a run folder, whose split holds where the cache has lost it.
     """
-    cache = start_jax(config)
+    cache = enable_compile_cache(config)
     create_model(config, 2)  # a backbone's name that doesn't exist is said before any image is read
-    index = in_turn(lambda: index_images(config, cache, run)) if index is None else index
+    index = primary_first(lambda: index_images(config, cache, run)) if index is None else index
     model, preprocess = create_model(config, len(index.classes))
-    agree("The images or the precision", f"{fingerprint(index)} {index.classes} {model.dtype}")
+    require_equal("The images or the precision", f"{fingerprint(index)} {index.classes} {model.dtype}")
     if len(index.splits["train"]) < 2:
         raise UserError(f"{config.data.root}: has one training image; training needs two at least.")
-    own = own or Own()
+    own = own or UserFunctions()
     own.check(config, classes=len(index.classes), size=preprocess.size)
-    return Setup(config, index, model, preprocess, cache, own)
+    return Experiment(config, index, model, preprocess, cache, own)
 
 
 def index_images(config: Config, cache: Path, run: Path | None = None) -> FolderIndex:
@@ -153,9 +153,9 @@ def index_images(config: Config, cache: Path, run: Path | None = None) -> Folder
     )
 
 
-def initial_params(setup: Setup) -> tuple[Any, Any, dict[str, Any]]:
+def initial_params(setup: Experiment) -> tuple[Any, Any, dict[str, Any]]:
     """(params, batch_stats, facts about the weights): pretrained backbone and a fresh head, or all random."""
-    key = jax.random.fold_in(jax.random.key(setup.config.seed), name_number("init"))
+    key = jax.random.fold_in(jax.random.key(setup.config.seed), stable_number("init"))
     if not setup.config.model.pretrained:
         return *jax.jit(setup.model.init)(key), {"source": "random", "seed": setup.config.seed}
     found = models.find_weights(setup.model.name, setup.config.model.weights)
@@ -164,12 +164,12 @@ def initial_params(setup: Setup) -> tuple[Any, Any, dict[str, Any]]:
     return params, stats, facts
 
 
-def name_number(name: str) -> int:
+def stable_number(name: str) -> int:
     """A stable number for `fold_in`."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
-def plans(setup: Setup) -> list[Plan]:
+def plans(setup: Experiment) -> list[PhasePlan]:
     """The phases in order, with the steps and epochs before each."""
     found, step, epoch = [], 0, 0
     n = len(setup.index.splits["train"])
@@ -181,13 +181,13 @@ def plans(setup: Setup) -> list[Plan]:
                 f"which is all the training images there are; set phases.{name}.accumulate to 1, or to a divisor."
             )
         per_epoch = n // min(phase.batch_size, n)
-        found.append(Plan(i, name, phase, step, epoch, per_epoch))
+        found.append(PhasePlan(i, name, phase, step, epoch, per_epoch))
         step, epoch = step + per_epoch * phase.epochs, epoch + phase.epochs
     return found
 
 
 def make_optimizer(
-    model: models.Model, plan: Plan, *, rates: Sequence[Schedule] | None = None, params: Any = None
+    model: models.Model, plan: PhasePlan, *, rates: Sequence[Schedule] | None = None, params: Any = None
 ) -> tuple[Any, Any]:
     """(tx, trainable): the optimizer of a phase, and a tree of bools like params.
 
@@ -215,7 +215,7 @@ def first_momentum(phase: Phase) -> float:
     return phase.momentum[0] if isinstance(phase.momentum, (tuple, list)) else phase.momentum
 
 
-def momentum(plan: Plan) -> float | Schedule:
+def momentum(plan: PhasePlan) -> float | Schedule:
     """A phase's momentum: a number, or by step."""
     phase = plan.phase
     if not isinstance(phase.momentum, (tuple, list)):
@@ -225,7 +225,7 @@ def momentum(plan: Plan) -> float | Schedule:
     return one_cycle_momentum((start, peak, end), plan.steps, warmup=warmup)
 
 
-def schedules(plan: Plan) -> list[Schedule]:
+def schedules(plan: PhasePlan) -> list[Schedule]:
     """One learning rate by step per layer group, counted from the phase's first step."""
     phase = plan.phase
     cycles = [n * plan.steps_per_epoch for n in phase.cycles]
@@ -242,22 +242,22 @@ def augmentation(phase: Phase) -> augment.Augmentation | None:
 
 def augment_key(key: jax.Array) -> jax.Array:
     """The augmentation's key, from a run's."""
-    return jax.random.fold_in(key, name_number("augment"))
+    return jax.random.fold_in(key, stable_number("augment"))
 
 
-def change(setup: Setup, phase: Phase, key: jax.Array) -> Callable | None:
+def change(setup: Experiment, phase: Phase, key: jax.Array) -> Callable | None:
     """What a phase does to its images, in a train step: its `augment`, then a function of one's own; None: nothing."""
     how, own = augmentation(phase), setup.own.augment
     preset = how and augment.make_augment(how, key=augment_key(key), size=setup.preprocess.size)
     if own is None or phase.precompute:
         return preset
-    each = augment.each_image(own, key=jax.random.fold_in(augment_key(key), name_number("own")))
+    each = augment.per_image(own, key=jax.random.fold_in(augment_key(key), stable_number("own")))
     return each if preset is None else lambda images, *which: each(preset(images, *which), *which)
 
 
 def make_phase(
-    setup: Setup,
-    plan: Plan,
+    setup: Experiment,
+    plan: PhasePlan,
     *,
     key: jax.Array | None = None,
     rates: Sequence[Schedule] | None = None,
@@ -282,7 +282,7 @@ def make_phase(
         trainable=trainable,
         preprocess=normalise(setup.preprocess.mean, setup.preprocess.std),
         augment=change(setup, phase, key),
-        key=jax.random.fold_in(key, name_number("dropout")),
+        key=jax.random.fold_in(key, stable_number("dropout")),
         epoch_of=lambda step: plan.first_epoch + (step - plan.first_step) // plan.steps_per_epoch,
         bn_train=phase.bn == "train",
         accumulate=phase.accumulate,
@@ -290,9 +290,9 @@ def make_phase(
     return step, lambda p, s: state.create(p, s, tx, trainable=trainable, step=plan.first_step)
 
 
-def abstract_state(model: models.Model, plan: Plan) -> state.TrainState:
+def abstract_state(model: models.Model, plan: PhasePlan) -> state.TrainState:
     """Shapes and dtypes of a phase's state, without computing any of it."""
-    plan = plan.at(0.01) if plan.phase.lr == "auto" else plan  # no shape depends on the rate
+    plan = plan.with_lr(0.01) if plan.phase.lr == "auto" else plan  # no shape depends on the rate
     tx, trainable = make_optimizer(model, plan)
     return jax.eval_shape(lambda p, s: state.create(p, s, tx, trainable=trainable), *models.shapes(model))
 
@@ -330,7 +330,7 @@ def describe(setup: Any) -> str:
         )
     )
     if names := setup.own.names(c):
-        from jaxcats.train.user_functions import words
+        from jaxcats.train.user_functions import describe_functions
 
-        lines.append(f"Functions of your own: {words(names)}")
+        lines.append(f"Functions of your own: {describe_functions(names)}")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from safetensors.numpy import load, save
 from jaxcats import models
 from jaxcats.common import distributed
 from jaxcats.common.compile_cache import compiler_options, jit
-from jaxcats.common.io import progress_bar, sweep, warn, write_bytes, write_json
+from jaxcats.common.io import progress_bar, remove_stale_temporaries, warn, write_bytes, write_json
 from jaxcats.core import mesh
 from jaxcats.core.state import tree_hash
 from jaxcats.core.step import normalise
@@ -30,7 +30,7 @@ from jaxcats.data.images import TRANSFORM_VERSION, Preprocess
 from jaxcats.data.index import Split
 from jaxcats.models import registry
 from jaxcats.train.drivers import _unmask, decoding, image_batches
-from jaxcats.train.experiment import Setup
+from jaxcats.train.experiment import Experiment
 
 SHARD_ROWS = 4096
 SAVE_SECONDS = 60.0  # what a killed process can lose
@@ -183,7 +183,7 @@ def cached_features(
     """
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir / "features" / key
-    sweep(folder)
+    remove_stale_temporaries(folder)
     features = _zeros(len(hashes), width)
     rows: dict[str, int] = {}
     first = np.array([rows.setdefault(h, row) for row, h in enumerate(hashes)], int)  # equal images are computed once
@@ -220,7 +220,7 @@ def feature_program(model: models.Model, preprocess: Preprocess) -> Callable:
         parts = images.reshape(n // part, part, *images.shape[1:])
         return jax.lax.map(lambda x: model.features(params, batch_stats, prepare(x)), parts).reshape(n, -1)
 
-    return jit(mesh.each_device(features_of), **mesh.whole_results())
+    return jit(mesh.per_device(features_of), **mesh.replicated_outputs())
 
 
 def backbone_features(
@@ -251,7 +251,7 @@ def backbone_features(
                 yield _unmask(*pending)
 
     weights = tree_hash({"params": only[0], "batch_stats": only[1]})
-    shape = jax.ShapeDtypeStruct((mesh.up_to_devices(batch_size), preprocess.size, preprocess.size, 3), np.uint8)
+    shape = jax.ShapeDtypeStruct((mesh.round_up_to_devices(batch_size), preprocess.size, preprocess.size, 3), np.uint8)
     facts = {
         "backbone": model.name,
         "head": model.head,
@@ -265,7 +265,7 @@ def backbone_features(
         "compiler": compiler_options(jax.default_backend()),
         "platform": jax.default_backend(),
     }
-    if mesh.several():
+    if mesh.has_many_devices():
         facts["devices"] = jax.device_count()
     got = cached_features(
         split.hashes,
@@ -273,7 +273,7 @@ def backbone_features(
         width=model.feature_size,
         compute=compute,
         cache_dir=cache_dir,
-        agree=distributed.any_of,
+        agree=distributed.any_process,
     )
     for path in got.damaged:
         print(f"{path}: damaged, removed and computed again.", file=sys.stderr)
@@ -313,7 +313,7 @@ def _join(parts: list[Split]) -> Split:
     )
 
 
-def precompute(setup: Setup, params: Any, batch_stats: Any) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+def precompute(setup: Experiment, params: Any, batch_stats: Any) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Features of train and valid by split name, and how many were {"reused", "computed"}."""
     parts = list(setup.index.splits.values())
     ends = np.cumsum([len(s) for s in parts])

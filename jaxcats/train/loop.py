@@ -15,7 +15,7 @@ import numpy as np
 from jaxcats.common import distributed
 from jaxcats.common import stats as stats_module
 from jaxcats.common.config import flat
-from jaxcats.common.distributed import by_first, first
+from jaxcats.common.distributed import is_primary, on_primary
 from jaxcats.common.errors import RunError, UserError
 from jaxcats.common.io import progress_bar
 from jaxcats.common.signals import Stopped, Stopping
@@ -27,8 +27,8 @@ from jaxcats.train.drivers import decoding, make_driver
 from jaxcats.train.epoch_table import Table
 from jaxcats.train.evaluator import Evaluator
 from jaxcats.train.experiment import (
-    Plan,
-    Setup,
+    Experiment,
+    PhasePlan,
     abstract_state,
     check_config,
     fingerprint,
@@ -39,7 +39,7 @@ from jaxcats.train.experiment import (
 from jaxcats.train.features import precompute
 from jaxcats.train.lr_finder import find_lr, find_lr_band, write_lr_find
 from jaxcats.train.run_folder import NoLog, RunLog
-from jaxcats.train.user_functions import check_same
+from jaxcats.train.user_functions import check_same_functions
 
 SMOOTHING = 0.98  # of the shown training loss, as fastai's
 SEEDS = 5  # heads that decide `lr: auto` where one test gives no answer
@@ -67,7 +67,7 @@ class Progress:
     smooth_steps: int = 0
     lr: float | None = None
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: PhasePlan) -> None:
         """At the start of a phase."""
         self.plan, self.smooth, self.smooth_steps, self.lr = plan.index, 0.0, 0, None
 
@@ -97,7 +97,7 @@ class Fitter:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: Experiment,
         *,
         facts: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = print,
@@ -110,15 +110,15 @@ class Fitter:
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def clock(self, plan: Plan | None, what: str) -> Iterator[None]:
+    def clock(self, plan: PhasePlan | None, what: str) -> Iterator[None]:
         """Adds the time of a `with` block to `seconds`."""
         name, start = f"{plan.name}.{what}" if plan else what, time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def run_phase(self, plan: Plan, progress: Progress, state: Any, start: tuple[Any, Any], feats: Any) -> Any:
+    def run_phase(self, plan: PhasePlan, progress: Progress, state: Any, start: tuple[Any, Any], feats: Any) -> Any:
         """One phase, from where `progress` says; the state at its end."""
-        plan = self.settle(plan, progress, start, feats)
+        plan = self.resolve_lr(plan, progress, start, feats)
         phase = plan.phase
         last_epoch = plan.first_epoch + phase.epochs
         step, create = make_phase(self.setup, plan)
@@ -136,13 +136,15 @@ class Fitter:
         # Once a phase, and one where all layer groups learn alike: each is a program to trace and load.
         lrs = [jax.jit(s) for s in schedules(plan)[: 1 if len(set(phase.lrs)) == 1 else None]]
         # Donation deletes what the caller may still hold, so the driver gets a copy.
-        state = copy(mesh.everywhere(state))
+        state = copy(mesh.replicate(state))
         with self.stopping.patient() if self.stopping else contextlib.nullcontext():
             state = self.run_epochs(plan, progress, state, (drive, evaluate, lrs))
         self.table.end()
         return state
 
-    def run_epochs(self, plan: Plan, progress: Progress, state: Any, parts: tuple[Callable, Callable, list]) -> Any:
+    def run_epochs(
+        self, plan: PhasePlan, progress: Progress, state: Any, parts: tuple[Callable, Callable, list]
+    ) -> Any:
         """A phase's epochs, by (driver, evaluation, schedules); the state at their end."""
         (drive, evaluate, lrs), phase = parts, plan.phase
         n = len(self.setup.index.splits["train"])
@@ -160,7 +162,7 @@ class Fitter:
                 ):
                     logits = evaluate(state.params, state.batch_stats)
             except Stopped as stopped:  # resumed, it begins with this evaluation
-                if stopped.signum == signal.SIGINT and distributed.many():
+                if stopped.signum == signal.SIGINT and distributed.is_multiprocess():
                     raise  # the other processes know nothing of it, and a checkpoint needs them all
                 self.save(plan, progress, state)
                 raise Stopped.saved(stopped.signum, progress.step) from None
@@ -169,7 +171,7 @@ class Fitter:
                 raise self.stopping.leave(progress.step)
         return state
 
-    def settle(self, plan: Plan, progress: Progress, start: tuple[Any, Any], feats: Any) -> Plan:
+    def resolve_lr(self, plan: PhasePlan, progress: Progress, start: tuple[Any, Any], feats: Any) -> PhasePlan:
         """The plan with a number for `lr: auto`: the valley of a range test, or RunError when that can't be trusted."""
         if plan.phase.lr != "auto":
             return plan
@@ -179,20 +181,20 @@ class Fitter:
                 # One noisy curve may mislead where several fresh heads don't; for a head that is trained they say nothing.
                 if result.refusal and feats and progress.step == 0:
                     result = find_lr_band(self.setup, plan, *start, feats["train"], seeds=SEEDS)
-            self.found_lr(plan, result)
+            self.keep_lr_find(plan, result)
             if result.refusal:
                 raise RunError(
                     f"phase '{plan.name}': lr_find gives no rate ({result.refusal}). Set phases.{plan.name}.lr to a number."
                 )
             progress.lr = float(result.suggestion())
             self.say(f"{plan.name}: learning rate {progress.lr:.3g}, by lr_find ({result.why})")
-        return plan.at(progress.lr)
+        return plan.with_lr(progress.lr)
 
-    def found_lr(self, plan: Plan, result: Any) -> None:
+    def keep_lr_find(self, plan: PhasePlan, result: Any) -> None:
         """For subclasses that keep lr_find's result."""
 
     def run_epoch(
-        self, plan: Plan, progress: Progress, state: Any, drive: Callable, order: np.ndarray, lrs: list
+        self, plan: PhasePlan, progress: Progress, state: Any, drive: Callable, order: np.ndarray, lrs: list
     ) -> Any:
         """The rest of an epoch; saves in the middle where the configuration says so."""
         every = self.setup.config.checkpoint.every_steps
@@ -220,7 +222,7 @@ class Fitter:
                 self.read(plan, progress, pending, lrs, bar)
         return state
 
-    def read(self, plan: Plan, progress: Progress, pending: tuple[int, Any], lrs: list, bar: Any) -> None:
+    def read(self, plan: PhasePlan, progress: Progress, pending: tuple[int, Any], lrs: list, bar: Any) -> None:
         """Metrics of steps already dispatched: the log, the bar, and the end of a run whose loss is not a number."""
         at, sums = pending[0], jax.device_get(pending[1])
         losses = (sums["loss"] / sums["n"]).astype(float)
@@ -240,7 +242,7 @@ class Fitter:
         bar.set_postfix_str(f"loss {progress.train_loss:.4f}")
 
     def end_epoch(
-        self, plan: Plan, progress: Progress, state: Any, logits: np.ndarray, seconds: float, rate: float
+        self, plan: PhasePlan, progress: Progress, state: Any, logits: np.ndarray, seconds: float, rate: float
     ) -> None:
         """Validation numbers into table, log and checkpoint."""
         found = stats_module.summary(logits, self.setup.index.splits["valid"].labels)
@@ -273,7 +275,7 @@ class Fitter:
             with self.clock(plan, "checkpoint"):
                 self.save(plan, progress, state, judged)
 
-    def save(self, plan: Plan, progress: Progress, state: Any, judged: dict[str, float] | None = None) -> None:
+    def save(self, plan: PhasePlan, progress: Progress, state: Any, judged: dict[str, float] | None = None) -> None:
         """Starts a checkpoint; RunError instead of one whose weights are not numbers."""
         leaves = jax.tree.leaves((state.params, state.batch_stats))
         if not all(np.isfinite(x).all() for x in jax.device_get(leaves)):
@@ -294,12 +296,12 @@ class Fitter:
         self.checkpoints.save(state, meta, metrics=judged)
 
 
-def _try(plan: Plan) -> str:
+def _try(plan: PhasePlan) -> str:
     return f"Try a lower learning rate (phases.{plan.name}.lr is {plan.phase.lr})"
 
 
 @dataclass(frozen=True)
-class Fitted:
+class TrainingResult:
     """What training leaves.
 
     Attributes:
@@ -321,14 +323,14 @@ class Fitted:
     counts: dict[str, int]
 
 
-def resume_point(setup: Setup, checkpoints: Checkpoints) -> tuple[Progress, Any] | None:
+def resume_point(setup: Experiment, checkpoints: Checkpoints) -> tuple[Progress, Any] | None:
     """(Progress, TrainState) of the latest checkpoint, or None; UserError when the images have changed since."""
     steps = checkpoints.steps()
     if not steps:
         return None
     meta = checkpoints.meta(steps[-1])
     check_config(setup.config, meta)
-    check_same(setup.own.names(setup.config), meta.get("own", {}))
+    check_same_functions(setup.own.names(setup.config), meta.get("own", {}))
     if meta["fingerprint"] != fingerprint(setup.index):
         raise UserError(
             f"{setup.config.data.root}: the images have changed since this run was started; a resumed run would "
@@ -349,7 +351,7 @@ class Trainer(Fitter):
 
     def __init__(
         self,
-        setup: Setup,
+        setup: Experiment,
         workdir: Path,
         *,
         facts: Mapping[str, Any] | None = None,
@@ -361,24 +363,26 @@ class Trainer(Fitter):
         self.workdir, self.stopping = workdir, stopping
         self.checkpoints = Checkpoints(workdir / "checkpoints")
 
-    def run(self, initial: Callable[[], tuple[Any, Any]], accepted: Callable[[], None] = lambda: None) -> Fitted:
+    def run(
+        self, initial: Callable[[], tuple[Any, Any]], accepted: Callable[[], None] = lambda: None
+    ) -> TrainingResult:
         """All phases, from the latest checkpoint where there is one, else from `initial()` = (params, batch_stats).
 
         `accepted` is called, by the first process, once it is clear that the run in the folder can be gone on with.
         """
         point = resume_point(self.setup, self.checkpoints)
-        by_first(accepted)
+        on_primary(accepted)
         progress, state = point or (Progress(), None)
         resume_step = progress.step if point else None
         # What was saved within an epoch, or before the evaluation at its end, has that to come.
         evaluated = progress.epoch_step == 0
-        self.log = RunLog(self.workdir, resume_step=resume_step, evaluated=evaluated) if first() else NoLog()
+        self.log = RunLog(self.workdir, resume_step=resume_step, evaluated=evaluated) if is_primary() else NoLog()
         last = plans(self.setup)[-1]
         finished = progress.epoch == last.first_epoch + last.phase.epochs
         if point:
             where = f"step {progress.step:,} (epoch {progress.epoch})"
             self.say(f"Finished already, at {where}; evaluating again." if finished else f"Resuming at {where}.")
-        params, stats = (state.params, state.batch_stats) if state else mesh.everywhere(initial())
+        params, stats = (state.params, state.batch_stats) if state else mesh.replicate(initial())
         feats, counts = None, {}
         for plan in plans(self.setup)[progress.plan :]:
             if plan.index != progress.plan:
@@ -399,11 +403,11 @@ class Trainer(Fitter):
             plan = plans(self.setup)[meta["progress"]["plan"]]
             best = self.checkpoints.restore(step, abstract_state(self.setup.model, plan))
             params, stats, valid = best.params, best.batch_stats, valid if plan.index == progress.plan else None
-        return Fitted(params, stats, step, self.checkpoints.identity(step), valid, self.seconds, counts)
+        return TrainingResult(params, stats, step, self.checkpoints.identity(step), valid, self.seconds, counts)
 
-    def found_lr(self, plan: Plan, result: Any) -> None:
+    def keep_lr_find(self, plan: PhasePlan, result: Any) -> None:
         """Keeps lr_find's result in the run folder."""
-        if first():
+        if is_primary():
             write_lr_find(self.workdir, result, name=f"lr_find_{plan.name}")
 
     def close(self) -> None:

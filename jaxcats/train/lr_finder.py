@@ -23,7 +23,7 @@ from jaxcats.common.stats import smooth
 from jaxcats.core import scan
 from jaxcats.core.schedules import Schedule, constant, exponential
 from jaxcats.train.drivers import resident, scans, streamed
-from jaxcats.train.experiment import Plan, Setup, make_phase, name_number
+from jaxcats.train.experiment import Experiment, PhasePlan, make_phase, stable_number
 
 if TYPE_CHECKING:
     from jaxcats.plots import Figure
@@ -392,8 +392,8 @@ PICTURE_CHUNK = 10  # iterations per program when the batches are images: bounds
 
 
 def find_lr(
-    setup: Setup,
-    plan: Plan,
+    setup: Experiment,
+    plan: PhasePlan,
     params: Any,
     batch_stats: Any,
     feats: np.ndarray | None,
@@ -442,8 +442,8 @@ def find_lr(
 
 
 def find_lr_band(
-    setup: Setup,
-    plan: Plan,
+    setup: Experiment,
+    plan: PhasePlan,
     params: Any,
     batch_stats: Any,
     feats: np.ndarray | None,
@@ -467,7 +467,7 @@ def find_lr_band(
 
     def one(seed: jax.Array, arrays: dict[str, jax.Array], order: jax.Array):
         key = jax.random.key(seed)
-        head, stats = setup.model.init_head(jax.random.split(jax.random.fold_in(key, name_number("init")))[1])
+        head, stats = setup.model.init_head(jax.random.split(jax.random.fold_in(key, stable_number("init")))[1])
         step, create = make_phase(setup, plan, key=key, rates=rates, params=params)
         test = scan.begin_range_test(create(params | {"head": head}, batch_stats | {"head": stats}))
         test, (losses, averages) = scan.make_range_test(step, iterations=iterations)(test, arrays, order)
@@ -498,7 +498,7 @@ def head_only(tree: dict[str, Any]) -> dict[str, Any]:
     return {"backbone": {}, "head": tree["head"]}
 
 
-def group_rates(plan: Plan, start: float, end: float, iterations: int) -> list[Schedule]:
+def group_rates(plan: PhasePlan, start: float, end: float, iterations: int) -> list[Schedule]:
     """An exponential rate per layer group, in the ratios of the phase's own; `start` to `end` is the last group's."""
     lrs = (1.0, 1.0, 1.0) if plan.phase.lr == "auto" else plan.phase.lrs
     if not lrs[-1]:
@@ -514,7 +514,7 @@ def rates_at(schedule: Schedule, iterations: int) -> np.ndarray:
     return np.asarray(jax.vmap(schedule)(np.arange(iterations)), np.float64)
 
 
-def cycled_order(setup: Setup, plan: Plan, iterations: int, *, seed: int) -> np.ndarray:
+def cycled_order(setup: Experiment, plan: PhasePlan, iterations: int, *, seed: int) -> np.ndarray:
     """Rows of each iteration, int32 [iterations, B]: epoch after epoch as training would see them."""
     n, epochs = len(setup.index.splits["train"]), -(-iterations // plan.steps_per_epoch)
     orders = [
@@ -525,7 +525,7 @@ def cycled_order(setup: Setup, plan: Plan, iterations: int, *, seed: int) -> np.
 
 
 def chunks(
-    setup: Setup, plan: Plan, order: np.ndarray, feats: np.ndarray | None
+    setup: Experiment, plan: PhasePlan, order: np.ndarray, feats: np.ndarray | None
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """(arrays, order into them) of each stretch: one for features, ten batches at a time for images."""
     if feats is not None or scans(plan.phase):

@@ -12,7 +12,7 @@ from typing import Any
 from jaxcats.common.cli import from_file
 from jaxcats.common.config import Config, DistributedConfig, Phase, flat, to_yaml
 from jaxcats.common.errors import UserError, unwritable
-from jaxcats.common.io import ASIDE, hold, sweep, write_text
+from jaxcats.common.io import REPLACED_CHECKPOINT, lock_folder, remove_stale_temporaries, write_text
 
 # These may change between a run and its resumption: they don't change what is computed.
 RESUMABLE = {
@@ -71,16 +71,16 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
         raise UserError(f"--workdir {folder}: not empty, and not a run folder. Name a new folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        hold(folder)
+        lock_folder(folder)
     except OSError as e:
         raise unwritable(f"--workdir {folder}:", e) from None
     # Until there is a checkpoint nothing is lost by starting over, with mended settings too.
-    begun = has_checkpoint(folder)
-    if begun and not resume:
+    resumed = has_checkpoint(folder)
+    if resumed and not resume:
         raise UserError(
             f"--workdir {folder}: there is a run in it already. Add --resume to go on with it, or name another folder."
         )
-    if begun:
+    if resumed:
         changed = training_changes(flat(from_file(saved)), flat(config))
         if changed:
             raise UserError(
@@ -88,13 +88,13 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
                 f"Resume without them, or use another --workdir."
             )
     for place in (folder, folder / "figures"):  # a process may have been killed while it wrote
-        sweep(place, older=-math.inf)
-    if not begun:
-        keep_config(folder, config)
+        remove_stale_temporaries(place, older=-math.inf)
+    if not resumed:
+        write_config(folder, config)
     return folder
 
 
-def keep_config(folder: Path, config: Config) -> None:
+def write_config(folder: Path, config: Config) -> None:
     """Writes what a later command on this run reads; of a run that is resumed once its images are known to be the same."""
     try:
         write_text(folder / "config.yaml", to_yaml(dataclasses.replace(config, distributed=DistributedConfig())))
@@ -105,7 +105,9 @@ def keep_config(folder: Path, config: Config) -> None:
 def has_checkpoint(folder: Path) -> bool:
     """Whether there is something to go on from."""
     checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(p.name.isdigit() or ASIDE.fullmatch(p.name) for p in checkpoints.iterdir())
+    return checkpoints.is_dir() and any(
+        p.name.isdigit() or REPLACED_CHECKPOINT.fullmatch(p.name) for p in checkpoints.iterdir()
+    )
 
 
 class RunLog:

@@ -14,7 +14,7 @@ from jaxcats.common.errors import UserError
 
 
 @dataclass(frozen=True)
-class Own:
+class UserFunctions:
     """Functions in place of this package's, or beside them; None: none.
 
     Attributes:
@@ -36,7 +36,7 @@ class Own:
         for name, phase in config.phases.items():
             used = {"loss_fn": self.loss_fn, "augment": None if phase.precompute else self.augment}
             if any(used.values()):
-                found[name] = {part: name_of(function) for part, function in used.items() if function}
+                found[name] = {part: function_name(function) for part, function in used.items() if function}
         return found
 
     def check(self, config: Config, *, classes: int, size: int) -> None:
@@ -51,7 +51,7 @@ class Own:
             smoothed = next((name for name, p in config.phases.items() if p.label_smoothing), None)
             if smoothed is not None:
                 raise UserError(
-                    f"phases.{smoothed}.label_smoothing: has no effect with {name_of(self.loss_fn)}; set it to 0."
+                    f"phases.{smoothed}.label_smoothing: has no effect with {function_name(self.loss_fn)}; set it to 0."
                 )
             shapes = jax.ShapeDtypeStruct((2, classes), np.float32), jax.ShapeDtypeStruct((2,), np.int32)
             got = jax.eval_shape(self.loss_fn, *shapes)
@@ -59,7 +59,7 @@ class Own:
         if self.augment:
             if all(p.precompute for p in config.phases.values()):
                 raise UserError(
-                    f"augment: {name_of(self.augment)} has no effect, as every phase has precompute: true (features are "
+                    f"augment: {function_name(self.augment)} has no effect, as every phase has precompute: true (features are "
                     f"computed once); set it to false where images are to be changed."
                 )
             image = jax.ShapeDtypeStruct((size, size, 3), np.float32)
@@ -76,24 +76,26 @@ class Own:
             return {}
         found = self.metrics(logits, labels)
         if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-            raise UserError(f"metrics: {name_of(self.metrics)} gives {found!r}; expected a dictionary, name to number.")
+            raise UserError(
+                f"metrics: {function_name(self.metrics)} gives {found!r}; expected a dictionary, name to number."
+            )
         numbers = {}
         for name, value in found.items():
             try:
                 number = float(value)
             except (TypeError, ValueError):
                 raise UserError(
-                    f"metrics: {name_of(self.metrics)} gives {value!r} for '{name}'; expected a number."
+                    f"metrics: {function_name(self.metrics)} gives {value!r} for '{name}'; expected a number."
                 ) from None
             numbers[name] = number if math.isfinite(number) else None
         return numbers
 
 
-def name_of(function: Any) -> str:
+def function_name(function: Any) -> str:
     """Where a function is from: FILE.NAME, and of a functools.partial its arguments too."""
     if isinstance(function, functools.partial):
         given = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in sorted(function.keywords.items()))]
-        return f"{name_of(function.func)}({', '.join(given)})"
+        return f"{function_name(function.func)}({', '.join(given)})"
     function = function if hasattr(function, "__qualname__") else type(function)
     module = function.__module__
     if module == "__main__" and hasattr(function, "__code__"):
@@ -101,18 +103,18 @@ def name_of(function: Any) -> str:
     return f"{module}.{function.__qualname__}"
 
 
-def words(names: Mapping[str, Mapping[str, str]]) -> str:
-    """`Own.names` in words; 'none' for none."""
+def describe_functions(names: Mapping[str, Mapping[str, str]]) -> str:
+    """`UserFunctions.names` in words; 'none' for none."""
     return (
         ", ".join(f"{phase}: {part} {name}" for phase, used in names.items() for part, name in used.items()) or "none"
     )
 
 
-def check_same(names: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+def check_same_functions(names: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
     """UserError where a resumed run's functions are not those that it was started with, by their names."""
     if names != kept:
         raise UserError(
-            f"--resume: the run was started with other functions of its own ({words(kept)}; now {words(names)}), which no "
+            f"--resume: the run was started with other functions of its own ({describe_functions(kept)}; now {describe_functions(names)}), which no "
             f"configuration holds. Resume with the script that started it, or train into another --workdir."
         )
 
@@ -121,4 +123,4 @@ def _same_shape(part: str, function: Callable, got: Any, expected: tuple[int, ..
     shape = getattr(got, "shape", None)
     if shape != expected:
         what = f"an array of shape {shape}" if shape is not None else f"a {type(got).__name__}"
-        raise UserError(f"{part}: {name_of(function)} gives {what}; expected {meaning}, shape {expected}.")
+        raise UserError(f"{part}: {function_name(function)} gives {what}; expected {meaning}, shape {expected}.")

@@ -3,7 +3,7 @@
 import ctypes
 
 
-def keep_heap():
+def keep_freed_memory():
     """Tell glibc's malloc never to hand freed memory back to the system. By default every large activation is mapped
     and unmapped anew, and on a virtual machine those page faults can cost more than the arithmetic. Call before the
     first tensor. Same as GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368"""

@@ -26,7 +26,7 @@ import _torchvision_cpu  # noqa: F401  (before fastai, which imports torchvision
 
 # isort: split
 from _bodies import FEATURES, STATS, build_body
-from _heap import keep_heap
+from _heap import keep_freed_memory
 from fastai.vision.all import *
 
 T1 = time.perf_counter()
@@ -50,8 +50,8 @@ def main():
     p.add_argument("--keep-heap", action="store_true", help="malloc keeps freed memory (see _heap): CPU only")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
-    if a.keep_heap:
-        keep_heap()
+    if a.keep_freed_memory:
+        keep_freed_memory()
     set_seed(a.seed)
 
     t = time.perf_counter()
@@ -105,7 +105,7 @@ def main():
                 "opt": a.opt,
                 "lr": a.lr,
                 "freeze_bn": a.freeze_bn,
-                "keep_heap": a.keep_heap,
+                "keep_heap": a.keep_freed_memory,
                 "workers": a.workers,
                 "seed": a.seed,
                 "n_train": len(dls.train_ds),

@@ -18,7 +18,7 @@ import time
 
 import torch
 from _head import batches_of, evaluate, make_head, make_optimizer, train_batch
-from _heap import keep_heap
+from _heap import keep_freed_memory
 
 
 def parse():
@@ -99,8 +99,8 @@ def measure(run, a, data):
 def main():
     load = os.getloadavg()[0]
     a = parse()
-    if a.keep_heap:
-        keep_heap()
+    if a.keep_freed_memory:
+        keep_freed_memory()
     if a.threads:
         torch.set_num_threads(a.threads)
     torch.manual_seed(0)

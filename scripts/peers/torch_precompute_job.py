@@ -24,7 +24,7 @@ LOAD = os.getloadavg()[0]
 import torch
 from _bodies import FEATURES, STATS, build_body, concat_pool
 from _head import batches_of, evaluate, make_head, make_optimizer, train_batch
-from _heap import keep_heap
+from _heap import keep_freed_memory
 
 T1 = time.perf_counter()
 SPLITS = ("train", "valid")
@@ -132,8 +132,8 @@ def fit(a, feats, classes, dev):
 
 def main():
     a = parse()
-    if a.keep_heap:
-        keep_heap()
+    if a.keep_freed_memory:
+        keep_freed_memory()
     torch.manual_seed(a.seed)
     dev = torch.device(a.device)
     t = time.perf_counter()

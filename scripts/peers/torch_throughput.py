@@ -19,7 +19,7 @@ import time
 
 import torch
 from _bodies import FEATURES, build_body, concat_pool
-from _heap import keep_heap
+from _heap import keep_freed_memory
 from torch import nn
 
 SHOWN = (
@@ -77,8 +77,8 @@ def measure(step, a):
 
 def main():
     a = parse()
-    if a.keep_heap:
-        keep_heap()
+    if a.keep_freed_memory:
+        keep_freed_memory()
     if a.threads:
         torch.set_num_threads(a.threads)
     if a.device == "cuda":

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from jaxcats.data import images
-from jaxcats.data.files import look_at
+from jaxcats.data.files import inspect_file
 from jaxcats.data.images import Preprocess, evaluation_pixels, open_upright, upright
 from jaxcats.data.index import scan
-from jaxcats.data.quality import findings, look
+from jaxcats.data.quality import findings, inspect_image
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -64,7 +64,7 @@ def test_it_looks_as_it_should(name, tmp_path):
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_unusual_is_noted_and_nothing_else(name, tmp_path):
     (tmp_path / name).write_bytes(KINDS[name])
-    record, seen = look_at(tmp_path / name), look(tmp_path / name)  # the second is doctor's
+    record, seen = inspect_file(tmp_path / name), inspect_image(tmp_path / name)  # the second is doctor's
     assert (record.bad, seen.bad) == (None, "")
     said = [detail for kind, detail in seen.notes if kind in ("unusual image", "wrong extension")]
     assert "; ".join(said) == record.note
@@ -99,7 +99,7 @@ def test_a_grey_profile_on_deep_greys_is_said_to_be_not_applied(tmp_path):
     pixels = [evaluation_pixels(tmp_path / name, Preprocess(size=32)) for name in ("with.png", "without.png")]
     np.testing.assert_array_equal(*pixels)
     said = "more than 8 bits a pixel, scaled; colour profile not applied to deep greys"
-    assert look_at(tmp_path / "with.png").note == said
+    assert inspect_file(tmp_path / "with.png").note == said
 
 
 @pytest.mark.parametrize("orientation", [None, 6])
@@ -150,7 +150,7 @@ print(look_at(Path({str(tmp_path / "photo.heic")!r})).bad)
 
 def test_a_bomb_is_refused_unread(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    assert "too large" in look_at(tmp_path / "bomb.png").bad
+    assert "too large" in inspect_file(tmp_path / "bomb.png").bad
 
 
 MIB = {  # as measured, and a tenth more
@@ -192,7 +192,7 @@ print(peak() - before)
 def test_transparency_that_nothing_shows_through_is_not_noted(tmp_path):
     picture = Image.new("RGBA", (64, 64), (10, 20, 30, 255))
     picture.save(tmp_path / "a.png")
-    assert look_at(tmp_path / "a.png").note == ""
+    assert inspect_file(tmp_path / "a.png").note == ""
     picture.putpixel((5, 5), (10, 20, 30, 254))
     picture.save(tmp_path / "a.png")
-    assert look_at(tmp_path / "a.png").note == "transparency laid on white"
+    assert inspect_file(tmp_path / "a.png").note == "transparency laid on white"

@@ -144,7 +144,7 @@ def test_removed_files_leave_the_cache(two_classes, encoded):
 
 
 def test_what_was_looked_at_before_it_was_asked_to_end_is_kept(two_classes, monkeypatch):
-    look = files.look_at
+    look = files.inspect_file
 
     def until_the_fifth(path):
         if path.name == "dog1.jpg":
@@ -152,7 +152,7 @@ def test_what_was_looked_at_before_it_was_asked_to_end_is_kept(two_classes, monk
         return look(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "look_at", until_the_fifth)
+        patch.setattr(files, "inspect_file", until_the_fifth)
         with pytest.raises(Stopped):
             scan(two_classes, workers=1)
     assert scan(two_classes).reused == 4
@@ -180,7 +180,9 @@ def test_while_it_looks_the_cache_is_saved_every_minute(tmp_path, monkeypatch):
         (tmp_path / path).touch()
     time = iter(range(0, 10_000, 7))  # seconds go by between any two looks at the clock
     monkeypatch.setattr(files, "monotonic", lambda: next(time))
-    monkeypatch.setattr(files, "look_at", lambda path: files.FileRecord(0, path.stat().st_mtime_ns, "0" * 64, 8, 8))
+    monkeypatch.setattr(
+        files, "inspect_file", lambda path: files.FileRecord(0, path.stat().st_mtime_ns, "0" * 64, 8, 8)
+    )
 
     def noted(store, root, records):
         save(store, root, records)

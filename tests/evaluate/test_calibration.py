@@ -12,6 +12,7 @@ from jaxcats.evaluate.calibration import (
     Calibration,
     answered,
     assign_folds,
+    calibration_metrics,
     choose_threshold,
     ece_interval,
     expected_calibration_error,
@@ -21,7 +22,6 @@ from jaxcats.evaluate.calibration import (
     out_of_fold,
     reliability,
     risk_coverage,
-    trust,
 )
 
 
@@ -215,7 +215,7 @@ def test_the_bootstrap_of_many_images_goes_in_parts():
 
 def test_the_interval_of_good_probabilities_comes_near_zero_and_that_of_bad_ones_stays_away():
     logits, labels = drawn(1000, 2, scale=1)
-    good, bad = (trust(log_softmax(s * logits), labels) for s in (1, 4))
+    good, bad = (calibration_metrics(log_softmax(s * logits), labels) for s in (1, 4))
     assert good["ece_interval"][0] < 0.005
     assert bad["ece_interval"][0] > 0.03
     assert bad["ece_interval"][0] <= bad["ece"] <= bad["ece_interval"][1]

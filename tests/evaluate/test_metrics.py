@@ -9,7 +9,7 @@ import pytest
 from jaxcats.common.errors import UserError
 from jaxcats.common.stats import brier, log_softmax, percent_digits, sentence, summary, wilson_interval
 from jaxcats.evaluate.calibration import Calibration, answered, assign_folds, fit_temperature
-from jaxcats.evaluate.metrics import area_under_roc, judge, table
+from jaxcats.evaluate.metrics import area_under_roc, evaluation_metrics, table
 from jaxcats.train.epoch_table import table_head, table_row
 
 
@@ -198,7 +198,7 @@ def test_judging_agrees_with_scikit_learn(classes):
     import sklearn.metrics as theirs
 
     logits, labels = drawn(600, classes)
-    found, _ = judge(logits, labels, named(classes))
+    found, _ = evaluation_metrics(logits, labels, named(classes))
     predicted, p = logits.argmax(1), np.exp(log_softmax(logits))
     every = np.arange(classes)
     assert found["accuracy"] == pytest.approx(theirs.accuracy_score(labels, predicted))
@@ -217,7 +217,7 @@ def test_judging_agrees_with_scikit_learn(classes):
 def test_rows_and_columns_of_the_confusion_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2])
     logits = np.eye(4)[[0, 1, 1, 1, 0, 0]]  # nobody says 2; class 3 has no image
-    found, _ = judge(logits, labels, ["ant", "bee", "cow", "dog"])
+    found, _ = evaluation_metrics(logits, labels, ["ant", "bee", "cow", "dog"])
     assert found["confusion"] == [[1, 2, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     ant, bee, cow, dog = found["per_class"]
     assert (ant["n"], ant["predicted"], ant["right"]) == (3, 3, 1)
@@ -251,11 +251,11 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_sets_give_plain_numbers_and_a_table(name):
     logits, labels, classes = ODD[name]
-    found, calibration = judge(logits, labels, named(classes))
+    found, calibration = evaluation_metrics(logits, labels, named(classes))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert 0.05 <= calibration.temperature <= 20
     assert "nan" not in table(found)
-    again, same = judge(logits, labels, named(classes), calibration=calibration)
+    again, same = evaluation_metrics(logits, labels, named(classes), calibration=calibration)
     json.dumps(again, allow_nan=False)
     assert same is calibration
     assert table(again)
@@ -263,13 +263,13 @@ def test_odd_sets_give_plain_numbers_and_a_table(name):
 
 def test_nothing_to_judge_is_said():
     with pytest.raises(UserError, match="no images"):
-        judge(np.zeros((0, 2)), np.zeros(0, int), ["a", "b"])
+        evaluation_metrics(np.zeros((0, 2)), np.zeros(0, int), ["a", "b"])
 
 
 def test_what_is_fitted_here_is_reported_out_of_fold():
     logits, labels = drawn(500, 2)
     logits *= 3
-    found, calibration = judge(logits, labels, named(2), max_error=0.02, folds=4, seed=7)
+    found, calibration = evaluation_metrics(logits, labels, named(2), max_error=0.02, folds=4, seed=7)
     fold = assign_folds(labels, folds=4, seed=7)
     scaled = logits.astype(np.float64)
     for k in range(4):
@@ -291,7 +291,7 @@ def test_what_is_fitted_here_is_reported_out_of_fold():
 def test_what_was_chosen_elsewhere_is_applied_as_it_is():
     logits, labels = drawn(400, 3)
     chosen = Calibration(temperature=2.0, threshold=0.8, max_error=0.01)
-    found, same = judge(logits, labels, named(3), calibration=chosen, max_error=0.5)
+    found, same = evaluation_metrics(logits, labels, named(3), calibration=chosen, max_error=0.5)
     told, abstain = found["calibration"], found["abstain"]
     assert same is chosen
     assert told["after"]["log_loss"] == pytest.approx(summary(logits / 2, labels)["log_loss"])
@@ -305,7 +305,7 @@ def test_what_was_chosen_elsewhere_is_applied_as_it_is():
 def test_the_table_names_the_worst_classes_and_fits_the_screen():
     logits, labels = drawn(900, 40)
     names = [f"a class\nwith a long name that goes on, and on, and on, number {i:02}" for i in range(40)]
-    found, _ = judge(logits, labels, names)
+    found, _ = evaluation_metrics(logits, labels, names)
     text = table(found)
     assert max(map(len, text.split("\n"))) <= 100
     f1 = sorted(row["f1"] for row in found["per_class"])
@@ -328,13 +328,13 @@ def test_the_table_names_the_worst_classes_and_fits_the_screen():
 )
 def test_the_table_says_when_answers_are_given(threshold, words):
     logits, labels = drawn(50, 2)
-    text = table(judge(logits, labels, named(2), calibration=Calibration(1.0, threshold))[0])
+    text = table(evaluation_metrics(logits, labels, named(2), calibration=Calibration(1.0, threshold))[0])
     assert words in text
 
 
 def test_the_table_says_when_no_threshold_will_do():
     logits, labels = np.array([[9.0, 0.0], [8.0, 0.0]]), np.array([1, 1])
-    found, calibration = judge(logits, labels, named(2))
+    found, calibration = evaluation_metrics(logits, labels, named(2))
     assert calibration.threshold is None
     assert (found["abstain"]["answered"], found["abstain"]["errors"]) == (2, 2)
     assert "none keeps errors at 0.5 % or fewer" in table(found)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from jaxcats.evaluate.ranking import (
+    knn_outlier_score,
     label_errors,
     most_by_correct,
     most_uncertain,
     rand_by_correct,
-    strangeness,
     top_losses,
 )
 
@@ -96,18 +96,20 @@ def test_the_strangest_image_is_the_one_without_neighbours():
     features[:, 7] = 3  # a feature that says nothing
     features[55] = rng.normal(size=64)
     hashes = [str(i) for i in range(60)]
-    found = strangeness(features, hashes, known=50)
+    found = knn_outlier_score(features, hashes, known=50)
     assert found.shape == (60,)
     assert np.isfinite(found).all()
     assert found.argmax() == 55
     # As it is for a training image, whose own place doesn't count; nor do its copies.
     turned = np.roll(np.arange(60), 20)
-    assert strangeness(features[turned], [hashes[i] for i in turned], known=50).argmax() == turned.tolist().index(55)
+    assert knn_outlier_score(features[turned], [hashes[i] for i in turned], known=50).argmax() == turned.tolist().index(
+        55
+    )
     copied = features[[*range(50), 55, 55, 55]]
-    found = strangeness(copied, [*hashes[:50], "55", "55", "55"], known=53, k=1)
+    found = knn_outlier_score(copied, [*hashes[:50], "55", "55", "55"], known=53, k=1)
     assert set(found.argsort()[-3:].tolist()) == {50, 51, 52}
 
 
 def test_few_training_images_still_have_neighbours():
-    found = strangeness(np.eye(4, 3), ["a", "b", "c", "c"], known=3)
+    found = knn_outlier_score(np.eye(4, 3), ["a", "b", "c", "c"], known=3)
     assert np.isfinite(found).all()

@@ -155,25 +155,25 @@ def test_orders(visit, pages):
 
 def test_the_keyboard_alone_is_enough(visit):
     page = visit()
-    page.keyboard.press("Tab")
+    page.safe_keyboard_interrupt.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the result"
     page.get_by_label("Path contains").focus()
-    page.keyboard.press("Tab")
+    page.safe_keyboard_interrupt.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip the images"
-    page.keyboard.press("Tab")
-    page.keyboard.press("Tab")
+    page.safe_keyboard_interrupt.press("Tab")
+    page.safe_keyboard_interrupt.press("Tab")
     second = page.evaluate("document.activeElement.firstElementChild.alt")
     at = paths(page).index(second)  # which one it is differs: the browser may scroll first
-    page.keyboard.press("Enter")
+    page.safe_keyboard_interrupt.press("Enter")
     assert page.locator("#about small").inner_text() == second
     for _ in range(at + 1):
-        page.keyboard.press("ArrowLeft")
+        page.safe_keyboard_interrupt.press("ArrowLeft")
     assert page.inner_text("#place") == "1 of 120"
     assert page.locator("#about small").inner_text() == paths(page)[0]
     for _ in range(100):
-        page.keyboard.press("ArrowRight")
+        page.safe_keyboard_interrupt.press("ArrowRight")
     assert page.inner_text("#place") == "101 of 120"
-    page.keyboard.press("Escape")
+    page.safe_keyboard_interrupt.press("Escape")
     assert not page.locator("#view").is_visible()
     # The event that says so comes a moment after the view has closed.
     page.wait_for_function("alt => document.activeElement.firstElementChild?.alt === alt", arg=paths(page)[100])

@@ -14,7 +14,7 @@ import pytest
 
 from jaxcats.common.errors import RunError, UserError
 from jaxcats.core import state as state_module
-from jaxcats.train.checkpoint import Checkpoints, badness
+from jaxcats.train.checkpoint import Checkpoints, selection_metric
 
 
 def state_of(seed: int) -> state_module.TrainState:
@@ -345,9 +345,9 @@ def test_what_cannot_be_read_may_be_whole_and_nobody_is_told_to_remove_it(error,
 
 def test_badness_orders_by_errors_then_loss():
     order = [(0, 0.0), (0, 1.0), (0, 1e6), (0, float("inf")), (1, 0.1), (1, 5.0), (2, 0.0), (1000, 0.1), (1000, 0.2)]
-    found = [badness(judged(e, loss)) for e, loss in order]
+    found = [selection_metric(judged(e, loss)) for e, loss in order]
     assert found == sorted(found)
-    assert badness(judged(0, 1e6)) < badness(judged(1, 0.1))
+    assert selection_metric(judged(0, 1e6)) < selection_metric(judged(1, 0.1))
 
 
 def test_what_was_saved_before_its_evaluation_is_replaced_after_it(store):
