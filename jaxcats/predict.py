@@ -1,4 +1,4 @@
-"""`python -m jaxcats.predict --model DIR PATHS...`: images judged by an exported classifier."""
+"""`python -m jaxcats.predict --model DIR PATHS...`: predicts the classes of images with an exported classifier."""
 
 import csv
 import glob
@@ -8,137 +8,55 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxcats.common.cli import Parser, one_line, run_command
 from jaxcats.common.errors import RunError, UserError, unwritable
 
+if TYPE_CHECKING:
+    from jaxcats.export.classifier import Prediction
+
 DESCRIPTION = (
-    "Judges images with an exported classifier. Probabilities are calibrated on the validation images; 'unsure' marks "
-    "those below the threshold chosen there. Bad files are rows with their reason, and make the exit code 1."
+    "Predicts the classes of images with an exported classifier. Probabilities are calibrated on the validation images; "
+    "'unsure' marks those below the threshold chosen there. A file that can't be used is a row with the reason, and makes "
+    "the exit code 1."
 )
-SHOWN = 64  # images in a contact sheet
-HIGHEST = 0.995  # in a Kaggle submission, where one certain and wrong answer costs more than all others together
+SHEET_IMAGES = 64
+FIELDS = ("path", "label", "probability", "abstain", "error")  # then p_CLASS for each class
+KAGGLE_MAX = 0.995  # the score is the log loss, where one certain and wrong answer costs more than all others together
 
 
-def expand(words: Sequence[str]) -> list[str]:
-    """Files of paths, folders (every image at any depth), patterns and `-` (a list on stdin)."""
-    from jaxcats.data.files import list_images
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    options = read_options(argv)
+    paths = expand(options.paths)
+    if options.kaggle:
+        kaggle_ids(paths)  # better refused before ten thousand images than after
+    from jaxcats.export.classifier import load
 
-    found: list[str] = []
-    for word in words:
-        if word == "-":
-            found += expand_list(sys.stdin.buffer.read())
-        elif os.path.isdir(word):
-            images = list_images(Path(word), Path(word))
-            if not images:
-                raise UserError(f"{word}: no images in this folder.")
-            found += [os.path.join(word, name) for name in images]
-        elif glob.has_magic(word) and not os.path.lexists(word):
-            matches = sorted(name for name in glob.iglob(word, recursive=True) if not os.path.isdir(name))
-            if not matches:
-                raise UserError(f"{word}: no file has such a name.")
-            found += matches
-        else:
-            found.append(word)
-    if not found:
-        raise UserError("PATHS: no images to judge.")
-    return found
-
-
-def expand_list(content: bytes) -> list[str]:
-    """Paths in a list, one per line; each ends with a zero byte instead where there are any (as `find -print0` writes)."""
-    words = content.split(b"\0") if b"\0" in content else [line.removesuffix(b"\r") for line in content.split(b"\n")]
-    return [os.fsdecode(word) for word in words if word]
-
-
-def as_csv(values: Sequence[Any]) -> str:
-    """One line of CSV."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerow(values)  # with "\n" as its line end it leaves a carriage return unquoted
-    return text.getvalue().removesuffix("\r\n") + "\n"
-
-
-def csv_row(row: Any) -> str:
-    """A Prediction as a line of CSV; a bad image has nothing but its path and error."""
-    if row.error is not None:
-        return as_csv([row.path, "", "", "", row.error, *([""] * len(row.probabilities))])
-    numbers = [f"{p:.9g}" for p in row.probabilities]
-    return as_csv([row.path, row.label, f"{row.probability:.9g}", "yes" if row.abstain else "no", "", *numbers])
-
-
-def json_row(row: Any, classes: Sequence[str]) -> str:
-    """A Prediction as a line of JSON, with null where there is nothing; names that are not UTF-8 as lone surrogates."""
-    good = row.error is None
-    values = {
-        "path": row.path,
-        "label": row.label,
-        "probability": row.probability if good else None,
-        "abstain": row.abstain if good else None,
-        "error": row.error,
-    }
-    values |= {f"p_{c}": float(p) if good else None for c, p in zip(classes, row.probabilities, strict=True)}
-    return json.dumps(values) + "\n"
-
-
-def table_row(row: Any, width: int, label_width: int) -> str:
-    """A Prediction as a line to read."""
-    said = "-" if row.error is not None else one_line(row.label)
-    more = one_line(row.error) if row.error is not None else f"{row.probability:.4f}{'  unsure' if row.abstain else ''}"
-    return f"{one_line(row.path):<{width}}  {said:<{label_width}}  {more}\n"
-
-
-def ids(paths: Sequence[str]) -> list[int]:
-    """The number in each file's name, for Kaggle; UserError where there is none, or twice the same."""
-    found: dict[int, str] = {}
-    for path in paths:
-        number = re.fullmatch(r"[^0-9]*([0-9]{1,18})[^0-9]*", Path(path).stem, re.DOTALL)
-        if not number:
-            raise UserError(f"--kaggle: {one_line(path)}: expected one number in the file's name, its id.")
-        if int(number[1]) in found:
-            raise UserError(f"--kaggle: {one_line(path)}: has the id of {one_line(found[int(number[1])])}.")
-        found[int(number[1])] = path
-    return list(found)
-
-
-def submission(rows: Sequence[Any], numbers: Sequence[int]) -> str:
-    """A Kaggle submission: ids and the second class's probabilities, sorted by id; 0.5 for a bad image."""
-    known = [0.5 if row.error is not None else float(row.probabilities[1]) for row in rows]
-    kept = [min(max(p, 1 - HIGHEST), HIGHEST) for p in known]
-    return "id,label\n" + "".join(f"{i},{p:.6g}\n" for i, p in sorted(zip(numbers, kept, strict=True)))
-
-
-def contact_sheet(rows: Sequence[Any]) -> bytes:
-    """The first images under what is said of them, as PNG."""
-    from jaxcats.plots import gallery
-
-    good = [row for row in rows if row.error is None][:SHOWN]
-    if not good:
-        raise UserError("--show: none of the images can be used.")
-    titles = [f"{row.label} {row.probability:.3f}{' unsure' if row.abstain else ''}" for row in good]
-    out = io.BytesIO()
-    gallery([row.path for row in good], titles).savefig(out, format="png", dpi=100)
-    return out.getvalue()
-
-
-def write_file(path: str, content: str | bytes) -> None:
-    """All of a file or nothing."""
-    from jaxcats.common.io import write_bytes, write_text
-
+    classifier = load(options.model)
+    if options.kaggle and len(classifier.classes) != 2:
+        raise UserError(f"--kaggle: needs a classifier of two classes; this one has {len(classifier.classes)}.")
+    started = time.perf_counter()
+    rows = classifier.stream(paths, batch_size=options.batch_size, tta=options.tta)
     try:
-        if isinstance(content, bytes):
-            write_bytes(Path(os.path.realpath(path)), content)
-        else:
-            write_text(Path(os.path.realpath(path)), content)
-    except OSError as e:
-        raise unwritable(f"{path}:", e) from None
-    print(f"Written: {path}", file=sys.stderr)
+        bad = write_outputs(rows, options, classifier.classes, paths)
+    except BrokenPipeError:  # `| head` has closed it; Python would complain again when it flushes at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    seconds = time.perf_counter() - started
+    if len(paths) > 1:
+        print(f"{len(paths):,} images in {seconds:.1f} s ({len(paths) / seconds:,.0f} a second)", file=sys.stderr)
+    if bad:
+        raise RunError(f"{bad:,} of {len(paths):,} images can't be used; their rows say why.")
 
 
-def read_options(argv: Sequence[str]) -> Any:
-    """The command's flags."""
+def read_options(argv: Sequence[str]) -> Namespace:
+    """Reads the flags, and refuses an output that would replace a file that it must not."""
     parser = Parser(prog="python -m jaxcats.predict", description=DESCRIPTION)
     paths = "images, folders, quoted patterns such as 'photos/**/*.jpg', or - for a list of files on stdin"
     parser.add_argument("paths", nargs="+", metavar="PATHS", help=paths)
@@ -146,13 +64,15 @@ def read_options(argv: Sequence[str]) -> Any:
     parser.add_argument("--csv", metavar="FILE", help="write CSV instead of the table; - is stdout")
     parser.add_argument("--jsonl", metavar="FILE", help="write a line of JSON per image instead; - is stdout")
     kaggle = (
-        "write id,label as Kaggle's Dogs vs. Cats Redux wants it: the number in the file's name and the probability of the "
-        f"second class (dogs), kept within {1 - HIGHEST:.3g} to {HIGHEST}, since its score is the log loss; 0.5 for a bad "
-        "file. (The competition of 2013 wanted 0 or 1: round it.)"
+        "write id,label for Kaggle's Dogs vs. Cats Redux: the number in the file's name and the probability of the second "
+        f"class (dogs), kept within {1 - KAGGLE_MAX:.3g} to {KAGGLE_MAX}, since the score is the log loss; 0.5 for a file "
+        "that can't be used. (The competition of 2013 wanted 0 or 1: round it.)"
     )
     parser.add_argument("--kaggle", metavar="FILE", help=kaggle)
-    parser.add_argument("--show", metavar="FILE", help=f"draw the first {SHOWN} images with their labels into a PNG")
-    parser.add_argument("--tta", type=int, default=0, help="also judge so many changed versions of each image")
+    parser.add_argument("--show", metavar="FILE", help=f"draw the first {SHEET_IMAGES} images with their labels as PNG")
+    parser.add_argument(
+        "--tta", type=int, default=0, help="average over this number of augmented versions of each image"
+    )
     parser.add_argument("--batch_size", type=int, default=32, help="images per call of the network")
     options = parser.parse_args(argv)
     if options.csv == options.jsonl == "-":
@@ -163,69 +83,142 @@ def read_options(argv: Sequence[str]) -> Any:
     return options
 
 
-def outputs(options: Any, classes: Sequence[str], paths: Sequence[str]) -> list[tuple[str, str, Callable[[Any], str]]]:
-    """(file, its first line, a function from Prediction to line) of each output; the file - is stdout."""
-    found: list[tuple[str, str, Callable[[Any], str]]] = []
+def expand(words: Sequence[str]) -> list[str]:
+    """Lists the files that paths, folders (with every image below them), patterns and `-` (a list on stdin) stand for."""
+    from jaxcats.data.files import list_images
+
+    paths: list[str] = []
+    for word in words:
+        if word == "-":
+            paths += split_list(sys.stdin.buffer.read())
+            continue
+        files = [word]
+        if os.path.isdir(word):
+            files = [os.path.join(word, name) for name in list_images(Path(word), Path(word))]
+        elif glob.has_magic(word) and not os.path.lexists(word):
+            files = sorted(name for name in glob.iglob(word, recursive=True) if not os.path.isdir(name))
+        if not files:
+            raise UserError(f"{word}: no images in this folder, or under such a name.")
+        paths += files
+    if not paths:
+        raise UserError("PATHS: no images in this list.")
+    return paths
+
+
+def split_list(content: bytes) -> list[str]:
+    """Splits a list of paths at its zero bytes, as `find -print0` writes them, or else into lines."""
+    words = content.split(b"\0") if b"\0" in content else [line.removesuffix(b"\r") for line in content.split(b"\n")]
+    return [os.fsdecode(word) for word in words if word]
+
+
+def write_outputs(
+    rows: "Iterable[Prediction]", options: Namespace, classes: Sequence[str], paths: Sequence[str]
+) -> int:
+    """Writes every output and returns the number of images that can't be used."""
+    formats: dict[str, Callable[[Prediction], str]] = {}  # by file; - is stdout
+    lines: dict[str, list[str]] = {}
     if options.csv:
-        head = as_csv(["path", "label", "probability", "abstain", "error", *(f"p_{c}" for c in classes)])
-        found.append((options.csv, head, csv_row))
+        formats[options.csv] = csv_line
+        lines[options.csv] = [as_csv([*FIELDS, *(f"p_{name}" for name in classes)])]
     if options.jsonl:
-        found.append((options.jsonl, "", lambda row: json_row(row, classes)))
-    if not found and not options.kaggle:
-        width = min(60, max(len(one_line(path)) for path in paths))
-        names = max(len(one_line(c)) for c in classes)
-        found.append(("-", "", lambda row: table_row(row, width, names)))
-    return found
-
-
-def judge(rows: Iterator[Any], options: Any, classes: Sequence[str], paths: Sequence[str]) -> int:
-    """Writes every output; the number of bad images."""
-    wanted = outputs(options, classes, paths)
-    texts = [[head] for _, head, _ in wanted]
-    kept, bad = [], 0
+        formats[options.jsonl] = partial(json_line, classes=classes)
+    if not options.csv and not options.jsonl and not options.kaggle:
+        widths = min(60, max(len(one_line(path)) for path in paths)), max(len(one_line(name)) for name in classes)
+        formats["-"] = partial(table_line, widths=widths)
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
-    for i, row in enumerate(rows):
-        for (file, _, line), text in zip(wanted, texts, strict=True):
-            if file == "-":
-                print(text[0] * (i == 0) + line(row), end="", flush=True)
-            else:
-                text.append(line(row))
+    kept, bad = [], 0
+    for row in rows:
+        for file, to_line in formats.items():
+            lines.setdefault(file, []).append(to_line(row))
+        print("".join(lines.pop("-", [])), end="", flush=True)
         bad += row.error is not None
-        if options.kaggle or (options.show and len(kept) < SHOWN):
+        if options.kaggle or (options.show and len(kept) < SHEET_IMAGES):
             kept.append(row)
-    for (file, _, _), text in zip(wanted, texts, strict=True):
-        if file != "-":
-            write_file(file, "".join(text))
+    for file, text in lines.items():
+        write_file(file, "".join(text).encode("utf-8", "surrogateescape"))
     if options.kaggle:
-        write_file(options.kaggle, submission(kept, ids(paths)))
+        write_file(options.kaggle, submission(kept).encode())
     if options.show:
         write_file(options.show, contact_sheet(kept))
     return bad
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command."""
-    options = read_options(argv)
-    paths = expand(options.paths)
-    from jaxcats.export.classifier import load
+def as_csv(values: Sequence[Any]) -> str:
+    """Formats a line of CSV."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(values)  # with "\n" as its line end it leaves a carriage return unquoted
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
-    if options.kaggle:
-        ids(paths)
-    classifier = load(options.model)
-    if options.kaggle and len(classifier.classes) != 2:
-        raise UserError(f"--kaggle: needs a classifier of two classes; this one has {len(classifier.classes)}.")
-    started = time.perf_counter()
-    rows = classifier.stream(paths, batch_size=options.batch_size, tta=options.tta)
+
+def csv_line(row: "Prediction") -> str:
+    """Formats a prediction as CSV; an image that can't be used has only its path and the error."""
+    if row.error is not None:
+        return as_csv([row.path, "", "", "", row.error, *([""] * len(row.probabilities))])
+    numbers = [f"{p:.9g}" for p in row.probabilities]
+    return as_csv([row.path, row.label, f"{row.probability:.9g}", "yes" if row.abstain else "no", "", *numbers])
+
+
+def json_line(row: "Prediction", classes: Sequence[str]) -> str:
+    """Formats a prediction as JSON, with null for what an image that can't be used does not have."""
+    values = {name: getattr(row, name) for name in FIELDS}
+    values |= {f"p_{name}": float(p) for name, p in zip(classes, row.probabilities, strict=True)}
+    if row.error is not None:
+        values = dict.fromkeys(values) | {"path": row.path, "error": row.error}
+    return json.dumps(values) + "\n"  # a name that is not UTF-8 has lone surrogates
+
+
+def table_line(row: "Prediction", widths: tuple[int, int]) -> str:
+    """Formats a prediction for the screen."""
+    label, result = "-", one_line(row.error)
+    if row.error is None:
+        label, result = one_line(row.label), f"{row.probability:.4f}{'  unsure' if row.abstain else ''}"
+    return f"{one_line(row.path):<{widths[0]}}  {label:<{widths[1]}}  {result}\n"
+
+
+def kaggle_ids(paths: "Sequence[str | None]") -> list[int]:
+    """Reads the number in the name of each file; UserError if a name has none, or two names have the same."""
+    path_of_id: dict[int, str] = {}
+    for path in map(str, paths):
+        number = re.fullmatch(r"[^0-9]*([0-9]{1,18})[^0-9]*", Path(path).stem, re.DOTALL)
+        if not number:
+            raise UserError(f"--kaggle: {one_line(path)}: expected one number in the file's name, its id.")
+        other = path_of_id.setdefault(int(number[1]), path)
+        if other is not path:
+            raise UserError(f"--kaggle: {one_line(path)}: has the id of {one_line(other)}.")
+    return list(path_of_id)
+
+
+def submission(rows: "Sequence[Prediction]") -> str:
+    """Formats a Kaggle submission: ids and the second class's probabilities, sorted by id."""
+    lines = []
+    for number, row in sorted(zip(kaggle_ids([row.path for row in rows]), rows, strict=True), key=lambda pair: pair[0]):
+        p = 0.5 if row.error is not None else float(row.probabilities[1])
+        lines.append(f"{number},{min(max(p, 1 - KAGGLE_MAX), KAGGLE_MAX):.6g}\n")
+    return "id,label\n" + "".join(lines)
+
+
+def contact_sheet(rows: "Sequence[Prediction]") -> bytes:
+    """Draws the images under their labels, as PNG."""
+    from jaxcats.plots import gallery
+
+    usable = [row for row in rows if row.error is None][:SHEET_IMAGES]
+    if not usable:
+        raise UserError("--show: none of the images can be used.")
+    titles = [f"{row.label} {row.probability:.3f}{' unsure' if row.abstain else ''}" for row in usable]
+    png = io.BytesIO()
+    gallery([str(row.path) for row in usable], titles).savefig(png, format="png", dpi=100)
+    return png.getvalue()
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Writes a file as a whole or not at all."""
+    from jaxcats.common.io import write_bytes
+
     try:
-        bad = judge(rows, options, classifier.classes, paths)
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
-    seconds = time.perf_counter() - started
-    if len(paths) > 1:
-        print(f"{len(paths):,} images in {seconds:.1f} s ({len(paths) / seconds:,.0f} a second)", file=sys.stderr)
-    if bad:
-        raise RunError(f"{bad:,} of {len(paths):,} images could not be judged; their rows say why.")
+        write_bytes(Path(os.path.realpath(path)), content)
+    except OSError as error:
+        raise unwritable(f"{path}:", error) from None
+    print(f"Written: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from jaxcats.export import artifact
 from jaxcats.export.program import write
 
 CLASSES = ("cats", "dogs", "é\u200b")
-HOW = Preprocess(size=24)
+PREPROCESS = Preprocess(size=24)
 
 
 def weights(model: models.Model, seed: int):
@@ -39,7 +39,7 @@ def export(folder: Path, seed: int = 0) -> Path:
         model=model,
         params=params,
         batch_stats=stats,
-        preprocess=HOW,
+        preprocess=PREPROCESS,
         classes=CLASSES,
         calibration=calibration,
         facts=facts,

@@ -1,7 +1,7 @@
 """Everything that reads bytes from outside, given damaged ones: an answer that makes sense or one line, never anything else.
 
 Hypothesis chooses the damage, JAXCATS_FUZZ_SECONDS (60) long for each reader. Artefacts have a campaign of their own:
-tests/storage/test_artifact_mutations.py.
+tests/export/test_artifact_mutations.py.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Images judged by an exported classifier; needs jax, flatbuffers, numpy, safetensors and Pillow only."""
+"""Predicts with an artefact: `jaxcats.load`. Needs only jax, flatbuffers, numpy, safetensors and Pillow."""
 
 import functools
 import itertools
@@ -19,24 +19,42 @@ from PIL import Image
 
 from jaxcats.common import compile_cache
 from jaxcats.common.errors import RunError, UserError
-from jaxcats.data.augment import PRESETS, make_augment, source_preprocess
-from jaxcats.data.images import ImageError, Preprocess, bad_reason, evaluation_pixels
+from jaxcats.data.augment import PRESETS, Augmentation, make_augment, source_preprocess
+from jaxcats.data.images import ImageError, bad_reason, evaluation_pixels
 from jaxcats.export import artifact
 
-Picture = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray
+ImageLike = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray
+Decoded = tuple[str | None, list[np.ndarray], str | None]  # path, pixels for the network and for TTA, error
+
+
+def load(folder: str | os.PathLike) -> "Classifier":
+    """Loads an exported classifier after verifying it.
+
+    Args:
+        folder: what `train` or `export` wrote, or a run folder with it in model/.
+
+    Raises:
+        UserError: the folder is no artefact, or a damaged one; the message names the file and the reason.
+
+    >>> classifier = jaxcats.load("runs/x/model")
+    >>> classifier.predict(["a.jpg", "b.jpg"]).labels
+    ['cats', 'dogs']
+    """
+    compile_cache.enable_compilation_cache()
+    return Classifier(artifact.read(folder))
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What is said of one image.
+    """The prediction for one image.
 
     Attributes:
-        path: as given; None for an image that was no file.
-        label: the likeliest class; None where the image can't be used.
+        path: as given; None for an image that was not a file.
+        label: the most probable class; None if the image can't be used.
         probability: of that class, calibrated.
-        abstain: the probability is below the threshold that was chosen at export: better ask someone.
-        error: why the image can't be used; None for a good one.
-        probabilities: float32 [C]; NaN for a bad image.
+        abstain: whether the probability is below the threshold that was chosen at export.
+        error: why the image can't be used; None if it can.
+        probabilities: float32 [C]; NaN if the image can't be used.
     """
 
     path: str | None
@@ -47,8 +65,8 @@ class Prediction:
     probabilities: np.ndarray
 
     def __repr__(self) -> str:
-        said = self.error or f"{self.label} {self.probability:.4f}{' (unsure)' if self.abstain else ''}"
-        return f"{self.path}: {said}" if self.path else said
+        result = self.error or f"{self.label} {self.probability:.4f}{' (unsure)' if self.abstain else ''}"
+        return f"{self.path}: {result}" if self.path else result
 
 
 class Predictions(Sequence[Prediction]):
@@ -56,74 +74,32 @@ class Predictions(Sequence[Prediction]):
 
     Attributes:
         classes: names in the order of the probabilities.
-        probabilities: float32 [n, C]; a row of NaN for a bad image.
-        confidence: float32 [n], the highest of each row.
-        labels, errors, paths: n of them, None where there is none.
-        abstain: bool [n].
+        probabilities: float32 [N, C]; a row of NaN for an image that can't be used.
+        confidence: float32 [N], the highest probability of each row.
+        labels, errors, paths: lists of length N, with None where there is none.
+        abstain: bool [N].
     """
 
     def __init__(self, rows: Sequence[Prediction], classes: tuple[str, ...]):
         self._rows, self.classes = list(rows), classes
-        self.probabilities = np.array([r.probabilities for r in rows], np.float32).reshape(-1, len(classes))
-        self.confidence = np.array([r.probability for r in rows], np.float32)
-        self.labels = [r.label for r in rows]
-        self.abstain = np.array([r.abstain for r in rows], bool)
-        self.errors = [r.error for r in rows]
-        self.paths = [r.path for r in rows]
+        self.probabilities = np.array([row.probabilities for row in rows], np.float32).reshape(-1, len(classes))
+        self.confidence = np.array([row.probability for row in rows], np.float32)
+        self.labels = [row.label for row in rows]
+        self.abstain = np.array([row.abstain for row in rows], bool)
+        self.errors = [row.error for row in rows]
+        self.paths = [row.path for row in rows]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, at: Any) -> Any:
-        return Predictions(self._rows[at], self.classes) if isinstance(at, slice) else self._rows[at]
+    def __getitem__(self, index: Any) -> Any:
+        return Predictions(self._rows[index], self.classes) if isinstance(index, slice) else self._rows[index]
 
     def __repr__(self) -> str:
-        more = [f"... and {len(self) - 20:,} more"] if len(self) > 20 else []
-        return "\n".join([*map(repr, self._rows[:20]), *more]) or "no images"
-
-
-def read_file(path: str | os.PathLike) -> bytes:
-    """An image file's content; raises ImageError or OSError."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-        raise ImageError("a folder" if os.path.isdir(path) else "not an ordinary file")
-    content = Path(path).read_bytes()
-    if not content:
-        raise ImageError("empty file (zero bytes)")
-    return content
-
-
-def _as_source(picture: Picture) -> bytes | Image.Image:
-    """What evaluation_pixels takes, of anything that is an image."""
-    if isinstance(picture, (str, os.PathLike)):
-        return read_file(picture)
-    if isinstance(picture, (bytes, bytearray, memoryview)):
-        return bytes(picture)
-    if isinstance(picture, Image.Image):
-        return picture
-    if not hasattr(picture, "__array__"):
-        raise UserError(
-            f"predict: a {type(picture).__name__} is no image; give a path, bytes, a Pillow image or an array."
-        )
-    pixels = np.asarray(picture)
-    if (
-        pixels.dtype != np.uint8
-        or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3))
-        or not pixels.size
-    ):
-        raise UserError(
-            f"predict: an array of {pixels.dtype} {list(pixels.shape)} is no image; expected uint8 [H, W, 3] or [H, W]."
-        )
-    return Image.fromarray(pixels)
-
-
-def _one_by_one(pictures: Any) -> Iterable[Picture]:
-    """Any of what `predict` takes, as images."""
-    if isinstance(pictures, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
-        return [pictures]
-    if hasattr(pictures, "__array__") and np.asarray(pictures).dtype.kind not in "OU":  # an array of paths is a list
-        pixels = np.asarray(pictures)
-        return pixels if pixels.ndim == 4 else [pixels]
-    return pictures
+        lines = [repr(row) for row in self._rows[:20]]
+        if len(self) > 20:
+            lines.append(f"... and {len(self) - 20:,} more")
+        return "\n".join(lines) or "no images"
 
 
 class Classifier:
@@ -131,149 +107,166 @@ class Classifier:
 
     Attributes:
         classes: names in the order of the probabilities.
-        threshold: probability below which a prediction abstains; None: it never does.
-        facts: model.json's content.
+        threshold: the probability below which a prediction abstains; None if it never does.
+        facts: the content of model.json.
     """
 
-    def __init__(self, found: artifact.Artifact):
-        self.facts, self.classes, self._preprocess = found.facts, found.classes, found.preprocess
-        self.threshold = found.threshold
-        self._folder, self._exported = found.folder, found.exported
-        self._tensors = jax.device_put(found.tensors)
-        self._compiled: dict[int, Callable[[Any, Any], jax.Array]] = {}
-
-    @functools.cached_property
-    def _changes(self) -> tuple[Preprocess, Callable]:
-        """What an image goes through before it is changed for TTA, and the change: (sources, version, content) -> uint8."""
-        how: Any = PRESETS[self.facts["tta"]["augment"]]
-        change = make_augment(how, key=jax.random.key(zlib.crc32(b"tta")), size=self._preprocess.size)
-        return source_preprocess(self._preprocess, how), jax.jit(
-            lambda *args: jnp.round(change(*args)).astype(jnp.uint8)
-        )
+    def __init__(self, verified: artifact.Artifact):
+        self.facts, self.classes, self.threshold = verified.facts, verified.classes, verified.threshold
+        self._folder, self._preprocess = verified.folder, verified.preprocess
+        self._augmentation = PRESETS[self.facts["tta"]["augment"]] or Augmentation()
+        self._tensors = jax.device_put(verified.tensors)
+        self._call = compile_cache.jit(verified.exported.call)
 
     def __repr__(self) -> str:
-        measured = self.facts.get("accuracy")
+        accuracy = self.facts.get("accuracy")
         names = ", ".join(self.classes[:6]) + (", ..." if len(self.classes) > 6 else "")
-        judged = f"; {measured['errors']:,} errors of {measured['n']:,} when exported" if measured else ""
-        return f"Classifier: {self.facts['backbone']}, {len(self.classes)} classes ({names}){judged}"
+        measured = f"; {accuracy['errors']:,} errors of {accuracy['n']:,} when exported" if accuracy else ""
+        return f"Classifier: {self.facts['backbone']}, {len(self.classes)} classes ({names}){measured}"
 
-    def predict(self, pictures: Any, *, batch_size: int = 32, tta: int = 0) -> Predictions:
-        """Judges images, all of them; a bad one is a row with its reason.
+    def predict(self, images: Any, *, batch_size: int = 32, tta: int = 0) -> Predictions:
+        """Predicts the classes of images. An image that can't be used is a row with the reason.
 
-        An image's numbers are its own: they are the same to 1e-5 whichever images come with it, in any order.
+        The probabilities of an image are the same to 1e-5 whichever images come with it, in any order.
 
         Args:
-            images: a path, bytes (a file's content), a Pillow image, a uint8 array [H, W, 3], [H, W] or [N, H, W, 3],
-                or a list of these.
+            images: a path, bytes (the content of a file), a Pillow image, a uint8 array [H, W, 3], [H, W] or
+                [N, H, W, 3], or a list of these.
             batch_size: images per call of the network.
-            tta: also judge so many randomly changed versions of each image and take the mean. What is changed depends
-                on the image's pixels alone, so the draws are not those of `evaluate --tta`; besides, the changed pixels
-                are rounded to whole numbers here and the probabilities calibrated before they are averaged. The rounding
-                alone moves a probability by 0.0002 on average and by 0.003 at most, on photos.
+            tta: the number of augmented versions of each image to average with the plain one. The random draws depend
+                on the pixels of the image alone, so they are not those of `evaluate --tta`. Besides, the augmented
+                pixels are rounded to whole numbers here, and probabilities are calibrated before they are averaged.
+                The rounding alone moves a probability by 0.0002 on average and by 0.003 at most, on photos.
 
         Raises:
-            UserError: something in the list is no image at all.
+            UserError: something in the list is not an image.
         """
-        return Predictions(list(self.stream(_one_by_one(pictures), batch_size=batch_size, tta=tta)), self.classes)
+        return Predictions(list(self.stream(_as_list(images), batch_size=batch_size, tta=tta)), self.classes)
 
-    def stream(self, pictures: Iterable[Picture], *, batch_size: int = 32, tta: int = 0) -> Iterator[Prediction]:
-        """The same as `predict`, row by row, for more images than fit in memory: a few batches are held at a time."""
+    def stream(self, images: Iterable[ImageLike], *, batch_size: int = 32, tta: int = 0) -> Iterator[Prediction]:
+        """Does the same as `predict`, row by row, and holds a few batches of images at a time."""
         for name, value, least in (("batch_size", batch_size, 1), ("tta", tta, 0)):
             if type(value) is not int or value < least:
                 raise UserError(f"{name}: {value!r} can't be used; expected {least} or more.")
-        return self._stream(pictures, batch_size, tta)
+        return self._stream(images, batch_size, tta)
 
-    def _stream(self, pictures: Iterable[Picture], batch_size: int, tta: int) -> Iterator[Prediction]:
+    def _stream(self, images: Iterable[ImageLike], batch_size: int, tta: int) -> Iterator[Prediction]:
+        with_tta = [source_preprocess(self._preprocess, self._augmentation)] if tta else []
+        decode = functools.partial(_decode, preprocesses=[self._preprocess, *with_tta])
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
-            decoded = _ahead(pool, lambda p: self._decode(p, tta > 0), iter(pictures), 2 * batch_size + 2)
-            waiting = None  # answers are read one batch late, so that the device and the decoder overlap
+            decoded = _map_ahead(pool, decode, iter(images), 2 * batch_size + 2)
+            previous = None  # is read one batch late, so that the device and the decoding threads overlap
             while batch := list(itertools.islice(decoded, batch_size)):
-                answers = self._judge([pixels for _, pixels, _ in batch if pixels], batch_size, tta)
-                if waiting:
-                    yield from self._rows(*waiting)
-                waiting = batch, answers
-            if waiting:
-                yield from self._rows(*waiting)
+                probabilities = self._run([pixels for _, pixels, _ in batch if pixels], batch_size, tta)
+                if previous:
+                    yield from self._rows(*previous)
+                previous = batch, probabilities
+            if previous:
+                yield from self._rows(*previous)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _decode(self, picture: Picture, tta: bool) -> tuple[str | None, tuple[np.ndarray, ...] | None, str | None]:
-        """(path, pixels for the network and for TTA, reason why not)."""
-        path = os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else None
-        try:
-            source = _as_source(picture)
-            wanted = (self._preprocess, self._changes[0]) if tta else (self._preprocess,)
-            return path, tuple(evaluation_pixels(source, p) for p in wanted), None
-        except UserError:
-            raise
-        except MemoryError:
-            return path, None, "too large for the memory that is free"
-        except FileNotFoundError as error:
-            return path, None, "broken link" if path and os.path.islink(path) else bad_reason(error)
-        except Exception as error:
-            return path, None, bad_reason(error)
-
-    def _judge(self, pixels: list[tuple[np.ndarray, ...]], batch_size: int, tta: int) -> Any:
-        """Probabilities of a batch, on their way; rows beyond the images are padding."""
+    def _run(self, pixels: list[list[np.ndarray]], batch_size: int, tta: int) -> Any:
+        """Starts the network on a batch; returns probabilities, with rows of padding after those of the images."""
         if not pixels:
             return np.zeros((0, len(self.classes)), np.float32)
-        # Three sizes at most, so that three programs at most are compiled. In bfloat16 the program for one image rounds
-        # otherwise than those for several, by 0.003 in a probability.
-        least = (1, 8) if self.facts["dtype"] == "float32" else (8,)
-        size = min(s for s in (*least, max(batch_size, least[0])) if s >= len(pixels))
+        # At most three sizes, so that at most three programs are compiled. In bfloat16 the program for one image rounds
+        # differently from those for several, by 0.003 in a probability.
+        sizes = (1, 8, batch_size) if self.facts["dtype"] == "float32" else (8, max(8, batch_size))
+        size = min(size for size in sizes if size >= len(pixels))
         pixels = pixels + [pixels[-1]] * (size - len(pixels))
-        call = self._compiled.get(size) or self._compile(size)
-        images = np.stack([p[0] for p in pixels])
-        total = call(self._tensors, images)
+        images = np.stack([versions[0] for versions in pixels])
+        try:
+            total = self._call(self._tensors, images)
+        except ValueError as error:
+            reason, platform = str(error).partition("\n")[0], jax.default_backend()
+            raise UserError(f"{self._folder}: can't be run on this machine's {platform}: {reason}.") from None
         if tta:
-            sources = np.stack([p[1] for p in pixels])
-            content = np.array([zlib.crc32(p[0].tobytes()) >> 1 for p in pixels], np.int32)
+            sources = np.stack([versions[1] for versions in pixels])
+            content = np.array([zlib.crc32(versions[0].tobytes()) >> 1 for versions in pixels], np.int32)
             for version in range(tta):
-                total = total + call(self._tensors, self._changes[1](sources, version, content))
+                total = total + self._call(self._tensors, self._augment(sources, version, content))
         return total / (tta + 1)
 
-    def _compile(self, size: int) -> Callable[[Any, Any], jax.Array]:
-        try:
-            self._compiled[size] = artifact.compile_for(self._exported, self._tensors, size)
-        except ValueError as error:
-            reason = (str(error).splitlines() or ["?"])[0]
-            raise UserError(
-                f"{self._folder}: can't be run on this machine's {jax.default_backend()}: {reason}."
-            ) from None
-        return self._compiled[size]
+    @functools.cached_property
+    def _augment(self) -> Callable[[np.ndarray, int, np.ndarray], jax.Array]:
+        """Draws one version of each image: (uint8 [B, R, R, 3], number of the version, hashes [B]) -> uint8 [B, S, S, 3]."""
+        augment = make_augment(self._augmentation, key=jax.random.key(zlib.crc32(b"tta")), size=self._preprocess.size)
+        return jax.jit(lambda *args: jnp.round(augment(*args)).astype(jnp.uint8))
 
-    def _rows(self, batch: list, answers: Any) -> Iterator[Prediction]:
-        found = iter(np.asarray(answers))
+    def _rows(self, batch: list[Decoded], probabilities: Any) -> Iterator[Prediction]:
+        rows = iter(np.asarray(probabilities))
         for path, pixels, error in batch:
-            if pixels is None:
+            if not pixels:
                 yield Prediction(path, None, np.nan, False, error, np.full(len(self.classes), np.nan, np.float32))
                 continue
-            row = next(found)
+            row = next(rows)
             best = int(row.argmax())
             if not np.isfinite(row[best]):
-                raise RunError(f"{self._folder}: the network's answers are not numbers; train and export it again.")
-            sure = self.threshold is None or row[best] >= self.threshold
-            yield Prediction(path, self.classes[best], float(row[best]), not sure, None, row)
+                raise RunError(
+                    f"{self._folder}: the network's probabilities are not numbers; train and export it again."
+                )
+            abstain = self.threshold is not None and bool(row[best] < self.threshold)
+            yield Prediction(path, self.classes[best], float(row[best]), abstain, None, row)
 
 
-def _ahead(pool: ThreadPoolExecutor, work: Callable, items: Iterator, ahead: int) -> Iterator:
-    """`map` in threads that keeps at most so many results waiting."""
-    waiting = deque(pool.submit(work, item) for item in itertools.islice(items, ahead))
-    while waiting:
-        yield waiting.popleft().result()
-        waiting.extend(pool.submit(work, item) for item in itertools.islice(items, 1))
+def _as_list(images: Any) -> Iterable[ImageLike]:
+    """The images in what `predict` takes: a single one becomes a list of one."""
+    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
+        return [images]
+    if hasattr(images, "__array__") and np.asarray(images).dtype.kind not in "OU":  # an array of paths is a list
+        return images if np.ndim(images) == 4 else [images]
+    return images
 
 
-def load(folder: str | os.PathLike) -> Classifier:
-    """An exported classifier, verified: the folder that `train` or `export` wrote, or a run folder with one in it.
+def _as_source(image: ImageLike) -> bytes | Image.Image:
+    """What `evaluation_pixels` takes, from every type of image."""
+    match image:
+        case str() | os.PathLike():
+            return read_file(image)
+        case bytes() | bytearray() | memoryview():
+            return bytes(image)
+        case Image.Image():
+            return image
+    pixels = np.asarray(image) if hasattr(image, "__array__") else np.zeros(0)
+    if pixels.dtype == np.uint8 and pixels.size and pixels.ndim > 1 and pixels.shape[2:] in ((), (3,)):
+        return Image.fromarray(pixels)
+    given = f"{pixels.dtype} {list(pixels.shape)}" if hasattr(image, "__array__") else type(image).__name__
+    raise UserError(
+        f"predict: {given} is no image; expected a path, bytes, a Pillow image, or uint8 pixels [H, W, 3] or [H, W]."
+    )
 
-    Raises:
-        UserError: not such a folder, or a damaged one; it names the file and the reason.
 
-    >>> classifier = jaxcats.load("runs/x/model")
-    >>> classifier.predict(["a.jpg", "b.jpg"]).labels
-    ['cats', 'dogs']
-    """
-    compile_cache.enable_compilation_cache()
-    return Classifier(artifact.read(folder))
+def _decode(image: ImageLike, preprocesses: list) -> Decoded:
+    """Reads an image and applies each preprocessing to it."""
+    path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
+    try:
+        source = _as_source(image)
+        return path, [evaluation_pixels(source, preprocess) for preprocess in preprocesses], None
+    except UserError:
+        raise
+    except MemoryError:
+        return path, [], "too large for the memory that is free"
+    except FileNotFoundError as error:
+        return path, [], "broken link" if path and os.path.islink(path) else bad_reason(error)
+    except Exception as error:
+        return path, [], bad_reason(error)
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """Reads an image file; raises ImageError or OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait forever
+        raise ImageError("a folder" if os.path.isdir(path) else "not an ordinary file")
+    content = Path(path).read_bytes()
+    if not content:
+        raise ImageError("empty file (zero bytes)")
+    return content
+
+
+def _map_ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterator, limit: int) -> Iterator:
+    """`map` in threads that starts at most `limit` items before the first result is taken."""
+    futures = deque(pool.submit(function, item) for item in itertools.islice(items, limit))
+    while futures:
+        yield futures.popleft().result()
+        futures.extend(pool.submit(function, item) for item in itertools.islice(items, 1))

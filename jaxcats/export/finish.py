@@ -1,9 +1,10 @@
-"""What a finished training leaves in its run folder: predictions, metrics, the artefact and the report."""
+"""Writes what a finished training leaves in its run folder; called by name from train/__main__.py, which stands further left."""
 
 import dataclasses
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,19 +24,19 @@ def finish_training(
     *,
     workdir: Path,
     logits: np.ndarray,
-    facts: dict,
+    facts: dict[str, Any],
     seconds: dict[str, float],
     started: float,
 ) -> None:
-    """Writes predictions.csv, metrics.json, model/ and report.html of a training, by the primary process, and prints where.
+    """Writes predictions.csv, metrics.json, model/ and report.html, and prints where they are. Only the primary process calls it.
 
     Args:
         setup: what was trained.
-        fitted: what training left.
+        fitted: the result of the training.
         workdir: the run folder.
         logits: float32 [N, C] of the validation images.
-        facts: see train.__main__.about.
-        seconds: where the time went so far; grows.
+        facts: see train.__main__.run_facts.
+        seconds: the time that each part has taken so far; "export" and "report" are added.
         started: time.perf_counter() at the start of the command.
     """
     config, valid = setup.config, setup.index.splits["valid"]
@@ -59,52 +60,49 @@ def finish_training(
         | {name: facts[name] for name in ("own",) if name in facts},
         fingerprint=facts["fingerprint"],
     )
-    more = {"features": fitted.counts, "bad_files": len(setup.index.bad)}
+    results: dict[str, Any] = {"features": fitted.counts, "bad_files": len(setup.index.bad)}
     if setup.own.metrics:
-        more["own_metrics"] = setup.own.measure(logits, valid.labels)
-
-    def measured() -> dict[str, float]:
-        total = time.perf_counter() - started
-        all_of_it = seconds | {"other": total - sum(seconds.values()), "total": total}
-        return {k: round(v, 3) for k, v in all_of_it.items()}
-
-    found, calibration = write_results(
-        workdir,
-        valid,
-        classes=run.classes,
-        logits=logits,
-        facts=more | {"checkpoint": run.checkpoint, "seconds": measured()},
-        max_error=config.max_error,
-        chose=CHOSE if run.checkpoint["valid_used_for"] else "",
+        results["own_metrics"] = setup.own.measure(logits, valid.labels)
+    results |= {"checkpoint": run.checkpoint, "seconds": _with_total(seconds, started)}
+    chose = CHOSE if run.checkpoint["valid_used_for"] else ""
+    metrics, calibration = write_results(
+        workdir, valid, classes=run.classes, logits=logits, facts=results, max_error=config.max_error, chose=chose
     )
+    written = ["metrics.json", "predictions.csv"]
     if config.export:
         from jaxcats.export.program import write_run
 
         at = time.perf_counter()
         try:
-            write_run(run, found, calibration)
-        except UserError as e:  # A registered backbone may do what no artefact can hold; the training is kept.
-            print(f"Not exported: {e}", file=sys.stderr)
+            write_run(run, metrics, calibration)
+        except UserError as error:  # a registered backbone may do what no artefact can hold; the training is kept
+            print(f"Not exported: {error}", file=sys.stderr)
         seconds["export"] = time.perf_counter() - at
+    if (workdir / "model").is_dir():
+        written.append("model/")
     if config.report:
         from jaxcats.evaluate.report import write_evaluation
 
         at = time.perf_counter()
-        write_evaluation(workdir, run, valid, logits, found)
+        write_evaluation(workdir, run, valid, logits, metrics)
         seconds["report"] = time.perf_counter() - at
-    write_json(workdir / "metrics.json", found | {"seconds": measured()})
-    print(time_summary(measured(), fitted.counts))
-    written = ["metrics.json", "predictions.csv"]
-    if (workdir / "model").is_dir():
-        written.append("model/")
-    if config.report:
         written.append("report.html")
+    total = _with_total(seconds, started)
+    write_json(workdir / "metrics.json", metrics | {"seconds": total})
+    print(time_summary(total, fitted.counts))
     print(f"Results: {workdir}/{', '.join(written)}; again: {command_line('evaluate')} --run {workdir}")
 
 
+def _with_total(seconds: dict[str, float], started: float) -> dict[str, float]:
+    """The seconds of each part, of everything else, and the total, rounded to milliseconds."""
+    total = time.perf_counter() - started
+    parts = seconds | {"other": total - sum(seconds.values()), "total": total}
+    return {name: round(value, 3) for name, value in parts.items()}
+
+
 def time_summary(seconds: dict[str, float], counts: dict[str, int]) -> str:
-    """Where the time went, in a line."""
-    parts = [f"{k} {v:.1f} s" for k, v in seconds.items() if v >= 0.05 and k != "total"]
+    """Says in a line where the time went."""
+    parts = [f"{name} {value:.1f} s" for name, value in seconds.items() if value >= 0.05 and name != "total"]
     reused = counts.get("reused")
-    warm = f" ({reused:,} feature{'s' * (reused > 1)} from the cache)" if reused else ""
-    return f"{seconds['total']:.1f} s in all{warm}: {', '.join(parts)}"
+    from_cache = f" ({reused:,} feature{'s' if reused > 1 else ''} from the cache)" if reused else ""
+    return f"{seconds['total']:.1f} s in all{from_cache}: {', '.join(parts)}"

@@ -1,25 +1,29 @@
-"""Thousands of altered artefacts: each is used or refused; nothing crashes, hangs, or takes memory."""
+"""Thousands of altered artefacts: each is used or refused; nothing crashes, hangs, or takes memory.
+
+Programs are altered without their hash. Whoever puts the hash right can write any program at all, and an artefact is
+only as trusted as whoever gave it.
+"""
 
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from artefacts import CLASSES, HOW, export, replace
+from artefacts import CLASSES, PREPROCESS, export, replace
 
 from jaxcats.common.errors import UserError
 from jaxcats.export import artifact
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """An artefact, whose program is known as one exported here."""
-    return export(tmp_path / "model")
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return export(tmp_path_factory.mktemp("original") / "model")
 
 
 def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
@@ -84,38 +88,48 @@ def mutate_tree(tree, rng: random.Random):
 def mutated(original: Path, folder: Path, rng: random.Random, kinds: str) -> None:
     """Fills `folder` with an artefact that has one mutation, of one of `kinds`."""
     files = {p.name: p.read_bytes() for p in original.iterdir()}
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     kind = rng.choice(kinds)
-    name = {"t": artifact.TENSORS, "h": artifact.TENSORS, "p": artifact.PROGRAM, "q": artifact.PROGRAM}.get(kind)
     if kind == "j":  # JSON as text
         (folder / artifact.JSON).write_bytes(mutate_bytes(files[artifact.JSON], rng))
     elif kind == "v":  # JSON's values
         (folder / artifact.JSON).write_text(json.dumps(mutate_tree(json.loads(files[artifact.JSON]), rng)))
     elif kind in "tp":  # a file alone
+        name = artifact.TENSORS if kind == "t" else artifact.PROGRAM
         (folder / name).write_bytes(mutate_bytes(files[name], rng))
-    else:  # a file, with its size and hash put right in model.json; of tensors, half the time the header
-        content = files[name]
-        head = 8 + struct.unpack("<Q", content[:8])[0] if kind == "h" and rng.random() < 0.5 else len(content)
-        replace(folder, name, mutate_bytes(content[:head], rng) + content[head:])
+    elif kind == "s":  # the set of files: one missing, empty, swapped with another, or in a folder of its own
+        name, other = rng.sample(sorted(files), 2)
+        file = folder / name
+        file.unlink()
+        match rng.randrange(4):
+            case 1:
+                file.touch()
+            case 2:
+                file.write_bytes(files[other])
+            case 3:
+                file.mkdir()
+    else:  # the tensors, with their size and hash put right in model.json; half the time the header
+        content = files[artifact.TENSORS]
+        head = 8 + struct.unpack("<Q", content[:8])[0] if rng.random() < 0.5 else len(content)
+        replace(folder, artifact.TENSORS, mutate_bytes(content[:head], rng) + content[head:])
 
 
 def use(folder: Path) -> str:
     """'used' or 'refused'; anything but an Artifact that makes sense or a UserError of one line is a failure."""
-    said = ""
     try:
-        found = artifact.read(folder)
+        verified = artifact.read(folder)
     except UserError as error:
-        said = str(error)
-    if said:
-        assert str(folder) in said
-        assert "\n" not in said
-        assert len(said) < 1000
+        message = str(error)
+        assert str(folder) in message
+        assert "\n" not in message
+        assert len(message) < 1000
         return "refused"
-    assert all(np.isfinite(t).all() for t in found.tensors.values())
-    assert len(found.classes) == len(CLASSES)
-    assert found.preprocess.size == HOW.size
+    assert all(np.isfinite(tensor).all() for tensor in verified.tensors.values())
+    assert len(verified.classes) == len(CLASSES)
+    assert verified.preprocess.size == PREPROCESS.size
     return "used"
 
 
@@ -136,24 +150,15 @@ def fuzz(original: Path, folder: Path, *, n: int, kinds: str, first: int = 0) ->
     return counts
 
 
-def test_mutated_artefacts_are_used_or_refused_and_nothing_else(folder, tmp_path):
-    counts = fuzz(folder, tmp_path / "mutated", n=300, kinds="jvvvthhp")
+def test_mutated_artefacts_are_used_or_refused_and_nothing_else(original, tmp_path):
+    counts = fuzz(original, tmp_path / "mutated", n=300, kinds="jvvvthhps")
     assert counts["refused"] > 150
     assert counts["used"] > 5  # some mutations change nothing that matters: the training's seed, say
 
 
 @pytest.mark.slow
-def test_five_thousand_mutated_artefacts(folder, tmp_path):
+def test_five_thousand_mutated_artefacts(original, tmp_path):
     n = int(os.environ.get("JAXCATS_MUTATIONS", "5000"))
-    counts = fuzz(folder, tmp_path / "mutated", n=n, kinds="jvvvthhp", first=1000)
+    counts = fuzz(original, tmp_path / "mutated", n=n, kinds="jvvvthhps", first=1000)
     print(counts)
     assert min(counts.values()) > n / 100
-
-
-@pytest.mark.slow
-def test_mutated_programs_with_their_hash_put_right(folder, tmp_path):
-    """The compiler may crash on them, but in a process of its own; what comes through that is used."""
-    n = int(os.environ.get("JAXCATS_MUTATIONS", "5000")) // 50
-    counts = fuzz(folder, tmp_path / "mutated", n=n, kinds="q")
-    print(counts)
-    assert counts["refused"] > n / 2
