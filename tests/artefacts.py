@@ -19,7 +19,7 @@ PREPROCESS = Preprocess(size=24)
 
 
 def weights(model: models.Model, seed: int):
-    """Random params and batch_stats, such that images get different answers, some of them unsure."""
+    """Random params and batch_stats, such that images get different predictions, some of them unsure."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, x):

@@ -1,4 +1,4 @@
-"""Images judged by an exported classifier, from Python and from the command line."""
+"""Predictions of an exported classifier, from Python and from the command line."""
 
 import csv
 import io
@@ -26,9 +26,7 @@ from jaxcats.export import classifier as classifier_module
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXCATS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return export(tmp_path_factory.mktemp("original") / "model")
+    return export(tmp_path_factory.mktemp("original") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +50,14 @@ def files(photos_) -> list[str]:
     return [str(photos_ / f"{i}.png") for i in range(1, 41)]
 
 
-def answers(found: artifact.Artifact, paths) -> np.ndarray:
+def program_output(verified: artifact.Artifact, paths) -> np.ndarray:
     pixels = np.stack([evaluation_pixels(path, PREPROCESS) for path in paths])
-    return np.asarray(found.exported.call(found.tensors, pixels))
+    return np.asarray(verified.exported.call(verified.tensors, pixels))
 
 
 def test_every_kind_of_image_gets_the_programs_answer(model, files, photos_):
     classifier = jaxcats.load(model)
-    expected = answers(artifact.read(model), files[:5])
+    expected = program_output(artifact.read(model), files[:5])
     first = expected[:1]
     for given in (files[0], Path(files[0]), [files[0]], Path(files[0]).read_bytes(), Image.open(files[0])):
         np.testing.assert_allclose(classifier.predict(given).probabilities, first, atol=1e-5)
@@ -77,26 +75,26 @@ def test_every_kind_of_image_gets_the_programs_answer(model, files, photos_):
 
 
 def test_the_columns_and_rows_say_the_same(loaded, files):
-    found = loaded.predict(files)
-    assert found.classes == loaded.classes == CLASSES
-    assert found.probabilities.shape == (40, 3)
-    assert found.probabilities.dtype == np.float32
-    np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-5)
-    np.testing.assert_array_equal(found.confidence, found.probabilities.max(1))
-    assert found.labels == [CLASSES[i] for i in found.probabilities.argmax(1)]
-    np.testing.assert_array_equal(found.abstain, found.confidence < 0.6)
-    assert 0 < found.abstain.sum() < 40  # or this says nothing
-    assert (found.paths, found.errors) == (files, [None] * 40)
-    assert found[3].path == files[3]
-    assert found[3].label == found.labels[3]
-    assert [row.label for row in found] == found.labels
-    assert found[2:4].labels == found.labels[2:4]
-    assert f"{files[0]}: {found.labels[0]} {found.confidence[0]:.4f}" in repr(found)
-    assert "and 20 more" in repr(found)
+    predictions = loaded.predict(files)
+    assert predictions.classes == loaded.classes == CLASSES
+    assert predictions.probabilities.shape == (40, 3)
+    assert predictions.probabilities.dtype == np.float32
+    np.testing.assert_allclose(predictions.probabilities.sum(1), 1, atol=1e-5)
+    np.testing.assert_array_equal(predictions.confidence, predictions.probabilities.max(1))
+    assert predictions.labels == [CLASSES[i] for i in predictions.probabilities.argmax(1)]
+    np.testing.assert_array_equal(predictions.abstain, predictions.confidence < 0.6)
+    assert 0 < predictions.abstain.sum() < 40  # or this says nothing
+    assert (predictions.paths, predictions.errors) == (files, [None] * 40)
+    assert predictions[3].path == files[3]
+    assert predictions[3].label == predictions.labels[3]
+    assert [row.label for row in predictions] == predictions.labels
+    assert predictions[2:4].labels == predictions.labels[2:4]
+    assert f"{files[0]}: {predictions.labels[0]} {predictions.confidence[0]:.4f}" in repr(predictions)
+    assert "and 20 more" in repr(predictions)
     assert "tiny, 3 classes (cats, dogs" in repr(loaded)
 
 
-def test_a_images_numbers_are_its_own(loaded, files):
+def test_an_images_numbers_are_its_own(loaded, files):
     """Alone or among others, in any order, with any batch size."""
     together = loaded.predict(files).probabilities
     alone = np.concatenate([loaded.predict(f).probabilities for f in files])
@@ -119,7 +117,7 @@ def test_few_programs_are_compiled_however_many_images(loaded, files, monkeypatc
     assert sizes == {1, 8, 11}
 
 
-def test_tta_averages_changed_versions_of_a_image_the_same_whatever_comes_with_it(loaded, files):
+def test_tta_averages_changed_versions_of_an_image_the_same_whatever_comes_with_it(loaded, files):
     plain, four = (loaded.predict(files, batch_size=8, tta=n).probabilities for n in (0, 4))
     np.testing.assert_allclose(four.sum(1), 1, atol=1e-5)
     assert 1e-4 < np.abs(four - plain).mean() < 0.2
@@ -130,7 +128,7 @@ def test_tta_averages_changed_versions_of_a_image_the_same_whatever_comes_with_i
 
 @pytest.fixture
 def bad(tmp_path) -> dict[str, str]:
-    """Paths that can't be judged, and a word of the reason."""
+    """Paths that can't be used, and a word of the reason."""
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "text.jpg").write_text("no image")
@@ -150,18 +148,20 @@ def bad(tmp_path) -> dict[str, str]:
     return {str(folder / name): reason for name, reason in reasons.items()}
 
 
-def test_bad_files_are_rows_with_their_reason_and_the_rest_is_judged(loaded, files, bad):
+def test_bad_files_are_rows_with_their_reason_and_the_rest_is_predicted(loaded, files, bad):
     mixed = [name for pair in zip(bad, files, strict=False) for name in pair]
-    found = loaded.predict(mixed, batch_size=4)
-    np.testing.assert_allclose(found.probabilities[1::2], loaded.predict(files[: len(bad)]).probabilities, atol=1e-5)
-    assert np.isnan(found.probabilities[::2]).all()
-    assert np.isnan(found.confidence[::2]).all()
-    for error, reason in zip(found.errors[::2], bad.values(), strict=True):
+    predictions = loaded.predict(mixed, batch_size=4)
+    np.testing.assert_allclose(
+        predictions.probabilities[1::2], loaded.predict(files[: len(bad)]).probabilities, atol=1e-5
+    )
+    assert np.isnan(predictions.probabilities[::2]).all()
+    assert np.isnan(predictions.confidence[::2]).all()
+    for error, reason in zip(predictions.errors[::2], bad.values(), strict=True):
         assert reason in error
-    assert found.errors[1::2] == [None] * len(bad)
-    assert found.labels[::2] == [None] * len(bad)
-    assert not found.abstain[::2].any()
-    assert "empty" in repr(found)
+    assert predictions.errors[1::2] == [None] * len(bad)
+    assert predictions.labels[::2] == [None] * len(bad)
+    assert not predictions.abstain[::2].any()
+    assert "empty" in repr(predictions)
     assert loaded.predict(list(bad)).labels == [None] * len(bad)
 
 
@@ -196,7 +196,7 @@ def test_a_stream_holds_few_images_at_a_time(loaded, files):
     assert len(taken) < 40
 
 
-def test_answers_that_are_no_numbers_stop_it(loaded, files, monkeypatch):
+def test_probabilities_that_are_not_numbers_stop_it(loaded, files, monkeypatch):
     monkeypatch.setattr(loaded, "_call", lambda *_: np.full((1, 3), np.nan, np.float32))
     with pytest.raises(RunError, match="not numbers"):
         loaded.predict(files[0])
@@ -219,8 +219,8 @@ def rows_of(text: str) -> list[dict[str, str]]:
 def test_the_table_has_a_line_per_image(model, photos_, loaded, files):
     code, out, err = command("--model", model, files[0], photos_ / "2.png", "--batch_size", 4)
     assert (code, len(out.splitlines())) == (0, 2)
-    found = loaded.predict(files[:2])
-    for line, row in zip(out.splitlines(), found, strict=True):
+    predictions = loaded.predict(files[:2])
+    for line, row in zip(out.splitlines(), predictions, strict=True):
         assert line.split()[0] == row.path
         assert f"{row.probability:.4f}" in line
         assert ("unsure" in line) == row.abstain
@@ -231,9 +231,9 @@ def test_the_table_has_a_line_per_image(model, photos_, loaded, files):
 def test_csv_and_jsonl_hold_the_numbers(model, photos_, loaded, files, tmp_path, bad):
     gone = next(iter(bad))
     out = tmp_path / "p.csv"
-    code, said, err = command("--model", model, *files, gone, "--csv", out, "--jsonl", tmp_path / "p.jsonl")
-    assert (code, said) == (1, "")
-    assert "stopped: 1 of 41 images could not be judged" in err
+    code, stdout, err = command("--model", model, *files, gone, "--csv", out, "--jsonl", tmp_path / "p.jsonl")
+    assert (code, stdout) == (1, "")
+    assert "stopped: 1 of 41 images can't be used" in err
     expected = loaded.predict([*files, gone])
     table = rows_of(out.read_text())
     assert [r["path"] for r in table] == expected.paths
@@ -246,8 +246,8 @@ def test_csv_and_jsonl_hold_the_numbers(model, photos_, loaded, files, tmp_path,
     assert [line["label"] for line in lines] == expected.labels
     assert lines[-1]["p_cats"] is None
     assert lines[0]["p_cats"] == pytest.approx(float(table[0]["p_cats"]), abs=1e-6)
-    code, said, _ = command("--model", model, *files, gone, "--csv", "-")
-    assert said == out.read_text()
+    code, stdout, _ = command("--model", model, *files, gone, "--csv", "-")
+    assert stdout == out.read_text()
 
 
 def test_folders_patterns_and_runs(model, photos_, tmp_path):
@@ -286,7 +286,7 @@ def test_a_list_on_stdin(model, photos_, tmp_path, monkeypatch, end):
 
 
 @pytest.mark.parametrize("words", [["empty"], ["empty/*.png"], ["-"]])
-def test_nothing_to_judge_is_a_mistake(model, tmp_path, monkeypatch, words):
+def test_nothing_to_predict_is_a_mistake(model, tmp_path, monkeypatch, words):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
@@ -369,7 +369,7 @@ HEAVY = [
 ]
 
 
-def test_judging_needs_none_of_the_libraries_that_training_needs(model, files, own_cache):
+def test_predicting_needs_none_of_the_libraries_that_training_needs(model, files, own_cache):
     """And a reader that goes away early (`| head`) is no error."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r}))\n"  # None there makes the import fail
@@ -388,14 +388,14 @@ def test_ten_lines_without_jaxcats_give_the_same(model, files, loaded):
     done = subprocess.run([sys.executable, script, model, *files[:2]], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for line, row in zip(done.stdout.splitlines(), loaded.predict(files[:2]), strict=True):
-        path, _, said = line.partition(" ")
-        numbers = list(jax.tree.leaves(eval(said)))  # a dictionary of our own printing
+        path, _, stdout = line.partition(" ")
+        numbers = list(jax.tree.leaves(eval(stdout)))  # a dictionary of our own printing
         assert path == row.path
         np.testing.assert_allclose(sorted(numbers), sorted(row.probabilities), atol=1e-5)
 
 
 @pytest.mark.parametrize("flag", ["--csv", "--jsonl", "--kaggle", "--show"])
-def test_an_output_never_replaces_a_image_or_a_device(flag, tmp_path, capfd):
+def test_an_output_never_replaces_an_image_or_a_device(flag, tmp_path, capfd):
     photo, pipe = tmp_path / "a.png", tmp_path / "pipe.png"
     photo.write_bytes(b"a photo")
     os.mkfifo(pipe)

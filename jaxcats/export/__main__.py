@@ -1,4 +1,4 @@
-"""`python -m jaxcats.export --run RUN`: a run's classifier as a folder that can be shipped."""
+"""`python -m jaxcats.export --run RUN`: writes the classifier of a run as a folder that can be shipped."""
 
 import sys
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from jaxcats.common.cli import Parser, run_command
 
-DESCRIPTION = "Writes a trained classifier as a folder that `python -m jaxcats.predict` needs nothing else for."
+DESCRIPTION = "Writes a trained classifier as a folder that has everything `python -m jaxcats.predict` needs."
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
     parser = Parser(prog="python -m jaxcats.export", description=DESCRIPTION)
     parser.add_argument("--run", required=True, help="run folder that train wrote")
-    parser.add_argument("--out", help="where to (default: model/ in the run folder)")
+    parser.add_argument("--out", help="folder to write (default: model/ in the run folder)")
     parser.add_argument("--checkpoint", help="last, best or a step (default: what the run's config says)")
     options = parser.parse_args(argv)
     from jaxcats.evaluate.predictions import read_calibration, read_metrics
@@ -23,11 +23,11 @@ def main(argv: Sequence[str]) -> None:
     run = load_run(Path(options.run), options.checkpoint)
     calibration = read_calibration(run.folder, run.checkpoint)
     if calibration is None:
-        print("No temperature is known for this checkpoint: its probabilities stay as they are, and it never abstains.")
-        print(f"To have them: python -m jaxcats.evaluate --run {run.folder}, then export again.")
-    found = read_metrics(run.folder) if calibration else None
-    folder = write_run(run, found, calibration, out=Path(options.out) if options.out else None)
-    size = sum(p.stat().st_size for p in folder.iterdir())
+        print("No temperature is known for this checkpoint: its probabilities are not calibrated, and it never abstains.")
+        print(f"To calibrate them: python -m jaxcats.evaluate --run {run.folder}, then export again.")
+    metrics = read_metrics(run.folder) if calibration else None
+    folder = write_run(run, metrics, calibration, out=Path(options.out) if options.out else None)
+    size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"Written: {folder} ({size / 1e6:.1f} MB); try: python -m jaxcats.predict --model {folder} IMAGES")
 
 

@@ -204,6 +204,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         _refuse(path, f"not readable JSON ({str(error)[:100]})")
 
+    if not isinstance(facts, dict):
+        _refuse(path, "not the description of a classifier")
+
     def look_up(*keys: str) -> Any:
         value = facts
         for key in keys:
@@ -254,7 +257,7 @@ def _read_preprocess(path: Path, values: Any) -> Preprocess:
     try:
         preprocess = Preprocess.from_dict(values)
     except (UserError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        _refuse(path, f"preprocess: {str(error).splitlines()[0][:100]}")
+        _refuse(path, f"preprocess: {str(error).partition(chr(10))[0][:100]}")
     if type(preprocess.size) is not int or not _is_number(preprocess.crop_fraction, 0.05, 1):
         _refuse(path, "preprocess: expected a whole size and a crop_fraction from 0.05 to 1")
     return preprocess
@@ -279,10 +282,10 @@ def _read_tensors(path: Path, content: bytes, temperature: float) -> dict[str, n
 def _check_signature(path: Path, artifact: Artifact) -> None:
     """Refuses a program that is not a function of the arrays and of images to probabilities."""
     exported, tensors, size = artifact.exported, artifact.tensors, artifact.preprocess.size
-    batch = exported.in_avals[-1].shape[:1]
+    is_tree = exported.in_tree == jax.tree.structure(((dict.fromkeys(tensors, 0), 0), {}))
+    batch = exported.in_avals[-1].shape[:1] if is_tree else ()
     expected = [(tensors[name].shape, np.float32) for name in sorted(tensors)]
     expected += [((*batch, size, size, 3), np.uint8), ((*batch, len(artifact.classes)), np.float32)]
-    is_tree = exported.in_tree == jax.tree.structure(((dict.fromkeys(tensors, 0), 0), {}))
     shapes = [(value.shape, value.dtype) for value in (*exported.in_avals, *exported.out_avals)]
     if not is_tree or shapes != expected or not jax.export.is_symbolic_dim(batch[0]):
         function = f"images of {size} pixels to probabilities of {len(artifact.classes)} classes"

@@ -156,19 +156,14 @@ class Classifier:
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             decoded = _map_ahead(pool, decode, iter(images), 2 * batch_size + 2)
-            previous = None  # is read one batch late, so that the device and the decoding threads overlap
             while batch := list(itertools.islice(decoded, batch_size)):
                 probabilities = self._run([pixels for _, pixels, _ in batch if pixels], batch_size, tta)
-                if previous:
-                    yield from self._rows(*previous)
-                previous = batch, probabilities
-            if previous:
-                yield from self._rows(*previous)
+                yield from self._rows(batch, probabilities)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _run(self, pixels: list[list[np.ndarray]], batch_size: int, tta: int) -> Any:
-        """Starts the network on a batch; returns probabilities, with rows of padding after those of the images."""
+    def _run(self, pixels: list[list[np.ndarray]], batch_size: int, tta: int) -> np.ndarray:
+        """Runs the network on a batch; returns probabilities [B, C], with rows of padding after those of the images."""
         if not pixels:
             return np.zeros((0, len(self.classes)), np.float32)
         # At most three sizes, so that at most three programs are compiled. In bfloat16 the program for one image rounds
@@ -187,7 +182,7 @@ class Classifier:
             content = np.array([zlib.crc32(versions[0].tobytes()) >> 1 for versions in pixels], np.int32)
             for version in range(tta):
                 total = total + self._call(self._tensors, self._augment(sources, version, content))
-        return total / (tta + 1)
+        return np.asarray(total / (tta + 1))
 
     @functools.cached_property
     def _augment(self) -> Callable[[np.ndarray, int, np.ndarray], jax.Array]:
@@ -195,8 +190,8 @@ class Classifier:
         augment = make_augment(self._augmentation, key=jax.random.key(zlib.crc32(b"tta")), size=self._preprocess.size)
         return jax.jit(lambda *args: jnp.round(augment(*args)).astype(jnp.uint8))
 
-    def _rows(self, batch: list[Decoded], probabilities: Any) -> Iterator[Prediction]:
-        rows = iter(np.asarray(probabilities))
+    def _rows(self, batch: list[Decoded], probabilities: np.ndarray) -> Iterator[Prediction]:
+        rows = iter(probabilities)
         for path, pixels, error in batch:
             if not pixels:
                 yield Prediction(path, None, np.nan, False, error, np.full(len(self.classes), np.nan, np.float32))
