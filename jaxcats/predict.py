@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from jaxcats.export.classifier import Prediction
 
 DESCRIPTION = (
-    "Predicts the classes of images with an exported classifier. Probabilities are calibrated on the validation images; "
-    "'unsure' marks those below the threshold chosen there. A file that can't be used is a row with the reason, and makes "
-    "the exit code 1."
+    "Predicts the classes of images with an exported classifier. 'unsure' marks the images whose probability is below the "
+    "threshold. A file that can't be used is a row with the reason, and makes the exit code 1."
 )
 SHEET_IMAGES = 64
 FIELDS = ("path", "label", "probability", "abstain", "error")  # then p_CLASS for each class
@@ -58,17 +57,14 @@ def main(argv: Sequence[str]) -> None:
 def read_options(argv: Sequence[str]) -> Namespace:
     """Reads the flags, and refuses an output that would replace a file that it must not."""
     parser = Parser(prog="python -m jaxcats.predict", description=DESCRIPTION)
-    paths = "images, folders, quoted patterns such as 'photos/**/*.jpg', or - for a list of files on stdin"
-    parser.add_argument("paths", nargs="+", metavar="PATHS", help=paths)
+    paths_help = "images, folders, quoted patterns such as 'photos/**/*.jpg', or - for a list of files on stdin"
+    parser.add_argument("paths", nargs="+", metavar="PATHS", help=paths_help)
     parser.add_argument("--model", required=True, help="folder that train or export wrote (model/ in a run folder)")
     parser.add_argument("--csv", metavar="FILE", help="write CSV instead of the table; - is stdout")
     parser.add_argument("--jsonl", metavar="FILE", help="write a line of JSON per image instead; - is stdout")
-    kaggle = (
-        "write id,label for Kaggle's Dogs vs. Cats Redux: the number in the file's name and the probability of the second "
-        f"class (dogs), kept within {1 - KAGGLE_MAX:.3g} to {KAGGLE_MAX}, since the score is the log loss; 0.5 for a file "
-        "that can't be used. (The competition of 2013 wanted 0 or 1: round it.)"
+    parser.add_argument(
+        "--kaggle", metavar="FILE", help="write a submission for Kaggle's Dogs vs. Cats Redux (see docs/export.md)"
     )
-    parser.add_argument("--kaggle", metavar="FILE", help=kaggle)
     parser.add_argument("--show", metavar="FILE", help=f"draw the first {SHEET_IMAGES} images with their labels as PNG")
     parser.add_argument(
         "--tta", type=int, default=0, help="average over this number of augmented versions of each image"

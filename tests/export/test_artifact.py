@@ -170,7 +170,7 @@ def test_a_description_too_long_to_be_one_is_not_read(folder):
         (lambda p: (p.unlink(), p.symlink_to(p.with_name("nowhere"))), "can't be read"),
         (lambda p: p.write_bytes(p.read_bytes()[:-1]), "model.json says"),
         (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"\xee"), "SHA-256"),
-        (lambda p: os.truncate(p, 1 << 40), "bytes are more|model.json says"),
+        (lambda p: os.truncate(p, 1 << 40), "more than such a file can have"),
     ],
     ids=["missing", "folder", "pipe", "broken link", "cut", "altered", "huge"],
 )
@@ -309,7 +309,7 @@ def test_what_is_no_program_is_refused(folder):
 
 
 def test_a_network_of_this_package_is_exported_once_and_a_damaged_copy_is_made_again(own_cache, monkeypatch):
-    model = models.create("efficientnet_lite0", 2)
+    model = models.create("resnet18", 2)
     preprocess = dataclasses.replace(PREPROCESS, size=32)
     original = program.make_program(model, preprocess)
     with monkeypatch.context() as patch:
