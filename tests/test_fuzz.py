@@ -1,7 +1,7 @@
-"""Everything that reads bytes from outside, given damaged ones: an answer that makes sense or one line, never anything else.
+"""Gives damaged bytes to everything that reads bytes from outside: it must give a sensible result or a one-line error.
 
-Hypothesis chooses the damage, JAXCATS_FUZZ_SECONDS (60) long for each reader. Artefacts have a campaign of their own:
-tests/export/test_artifact_mutations.py.
+Hypothesis chooses the damage for JAXCATS_FUZZ_SECONDS (60) per reader. tests/export/test_artifact_mutations.py does the
+same with artefacts.
 """
 
 import contextlib
@@ -60,32 +60,34 @@ def damages(good: bytes, *, words: tuple[bytes, ...]):
     return st.one_of(st.lists(edit, min_size=1, max_size=4).map(apply), st.binary(max_size=400))
 
 
-def fuzz(good: bytes, words: tuple[bytes, ...], look: Callable[[bytes], str], *, more: Any = None) -> dict[str, int]:
-    """How often each of `look`'s answers came, over the seconds asked for; `more` is a strategy of other bytes."""
-    inputs = st.one_of(damages(good, words=words), *([] if more is None else [more]))
+def fuzz(
+    good: bytes, words: tuple[bytes, ...], try_reading: Callable[[bytes], str], *, extra_inputs: Any = None
+) -> dict[str, int]:
+    """Tries damaged bytes for SECONDS and counts the results of `try_reading`; `extra_inputs` is a strategy of further bytes."""
+    inputs = st.one_of(damages(good, words=words), *([] if extra_inputs is None else [extra_inputs]))
     counts: dict[str, int] = {}
     phases = [Phase.explicit, Phase.generate, Phase.shrink]
-    how = settings(
+    options = settings(
         max_examples=300, deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck)
     )
     end, turn = time.monotonic() + SECONDS, 0
 
     def check(data: bytes) -> None:
-        said = look(data)
-        counts[said] = counts.get(said, 0) + 1
+        result = try_reading(data)
+        counts[result] = counts.get(result, 0) + 1
 
     while time.monotonic() < end:
-        seed(turn)(how(given(inputs)(check)))()
+        seed(turn)(options(given(inputs)(check)))()
         turn += 1
     print(f"{sum(counts.values()):,} inputs: {counts}")
     return counts
 
 
 def refused(error: UserError) -> str:
-    """What the command prints is one line, and no flood."""
-    said = cli.one_line(error)
-    assert said.isprintable(), said
-    assert 20 < len(said) < 2000, said
+    """Checks that the command would print one line of a sensible length."""
+    message = cli.one_line(error)
+    assert message.isprintable(), message
+    assert 20 < len(message) < 2000, message
     return "refused"
 
 
@@ -95,18 +97,20 @@ def refused(error: UserError) -> str:
 def test_torch_files(tmp_path, name):
     file = tmp_path / "w.pth"
 
-    def look(data: bytes) -> str:
+    def try_reading(data: bytes) -> str:
         file.write_bytes(data)
         try:
-            found = load_torch_file(file)
+            loaded = load_torch_file(file)
         except UserError as e:
             return refused(e)
-        assert all(isinstance(t, np.ndarray) for t in found.values())
-        assert sum(t.nbytes for t in found.values()) < 10_000_000
+        assert all(isinstance(t, np.ndarray) for t in loaded.values())
+        assert sum(t.nbytes for t in loaded.values()) < 10_000_000
         return "read"
 
     counts = fuzz(
-        (GOLDEN / f"{name}.pth").read_bytes(), (b"ctorch\n", b"PK\x03\x04", b"\x80\x02", b"R.", b"\xff" * 8), look
+        (GOLDEN / f"{name}.pth").read_bytes(),
+        (b"ctorch\n", b"PK\x03\x04", b"\x80\x02", b"R.", b"\xff" * 8),
+        try_reading,
     )
     assert counts["refused"] > 10
 
@@ -116,16 +120,16 @@ def test_descriptions_of_artefacts(tmp_path):
     folder = export(tmp_path / "model")
     description = folder / artifact.JSON
 
-    def look(data: bytes) -> str:
+    def try_reading(data: bytes) -> str:
         description.write_bytes(data)
         try:
-            found = artifact.read(folder)
+            loaded = artifact.read(folder)
         except UserError as e:
             return refused(e)
-        assert len(set(found.classes)) == len(CLASSES)
+        assert len(set(loaded.classes)) == len(CLASSES)
         return "read"
 
-    counts = fuzz(description.read_bytes(), (b"null", b"-1", b"1e999", b'"../x"', b"[]", b"{}"), look)
+    counts = fuzz(description.read_bytes(), (b"null", b"-1", b"1e999", b'"../x"', b"[]", b"{}"), try_reading)
     assert counts["refused"] > 10
 
 
@@ -148,20 +152,20 @@ def test_feature_caches(tmp_path, forged):
     (shard,) = tmp_path.glob("features/*/*.safetensors")
     good = shard.read_bytes()
 
-    def look(data: bytes) -> str:
+    def try_reading(data: bytes) -> str:
         for other in shard.parent.glob("*.safetensors"):
             other.unlink()
         name = hashlib.sha256(data).hexdigest() if forged else shard.stem
         shard.with_name(f"{name}.safetensors").write_bytes(data)
-        found = ask()
-        assert found.features.shape == truth.shape
-        assert found.features.dtype == np.float32
-        assert (found.features == truth).all() or (forged and found.reused)
-        assert found.reused + found.computed == 6
-        return "whole" if data == good else f"{found.reused} reused, {len(found.damaged)} damaged"
+        loaded = ask()
+        assert loaded.features.shape == truth.shape
+        assert loaded.features.dtype == np.float32
+        assert (loaded.features == truth).all() or (forged and loaded.reused)
+        assert loaded.reused + loaded.computed == 6
+        return "whole" if data == good else f"{loaded.reused} reused, {len(loaded.damaged)} damaged"
 
     words = (b'"F32"', b'"F64"', b'"BF16"', b'"U8"', b"[6,5]", b"[5,6]", b"[]", b"-1", b"\xff" * 8, b"\x00" * 8)
-    counts = fuzz(good, words, look)
+    counts = fuzz(good, words, try_reading)
     assert counts["0 reused, 1 damaged"] > 10
     assert ("6 reused, 0 damaged" in counts) == forged
 
@@ -178,20 +182,20 @@ def test_index_caches(tmp_path, own_cache, forged):
     (store,) = (own_cache / "index").iterdir()
     body = store.read_bytes().partition(b"\n")[2] if forged else store.read_bytes()
 
-    def look(data: bytes) -> str:
+    def try_reading(data: bytes) -> str:
         store.write_bytes(hashlib.sha256(data).hexdigest().encode() + b"\n" + data if forged else data)
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
             try:
-                found = scan(root, progress=False)
+                loaded = scan(root, progress=False)
             except UserError as e:
                 return refused(e)
-        assert said.getvalue().count("\n") <= 1
+        assert stderr.getvalue().count("\n") <= 1
         for name, split in whole.splits.items():
-            sound(split, found.splits[name], forged and found.reused > 0)
-        assert len(found.bad) + sum(map(len, found.splits.values())) == 12
-        facts = [*found.notes, *map(dataclasses.astuple, found.bad)]
+            sound(split, loaded.splits[name], forged and loaded.reused > 0)
+        assert len(loaded.bad) + sum(map(len, loaded.splits.values())) == 12
+        facts = [*loaded.notes, *map(dataclasses.astuple, loaded.bad)]
         json.dumps(facts, ensure_ascii=False).encode("utf-8", "surrogateescape")  # a report can hold them
-        return "whole" if data == body else "believed" if found.reused else "looked again"
+        return "whole" if data == body else "believed" if loaded.reused else "looked again"
 
     words = (
         b"null",
@@ -206,7 +210,7 @@ def test_index_caches(tmp_path, own_cache, forged):
         b"[" * 9999,
         b"9" * 5000,
     )
-    counts = fuzz(body, words, look, more=altered_fields(body) if forged else None)
+    counts = fuzz(body, words, try_reading, extra_inputs=altered_fields(body) if forged else None)
     assert counts["looked again"] > 10
     assert counts.keys() & {"believed", "refused"} == ({"believed", "refused"} if forged else set())
 
@@ -216,10 +220,10 @@ def altered_fields(body: bytes):
     names = list(json.loads(body)["files"])
     leaf = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters(), max_size=9))
     value = st.one_of(leaf, st.lists(leaf, max_size=2), st.dictionaries(st.text(max_size=3), leaf, max_size=2))
-    said = st.sampled_from(["\ud800", "two\nlines", "\x1b[31m", "x" * 5000])
+    message = st.sampled_from(["\ud800", "two\nlines", "\x1b[31m", "x" * 5000])
     edit = st.one_of(
         st.tuples(st.sampled_from(names), st.integers(0, 8), value),
-        st.tuples(st.sampled_from(names), st.integers(5, 8), said),
+        st.tuples(st.sampled_from(names), st.integers(5, 8), message),
     )
 
     def apply(edits: list[tuple[str, int, object]]) -> bytes:
@@ -229,18 +233,18 @@ def altered_fields(body: bytes):
         return json.dumps(tree).encode()
 
     several = st.lists(edit, min_size=1, max_size=3)
-    every = st.text(max_size=9).map(lambda said: [(name, 7, said) for name in names])
+    every = st.text(max_size=9).map(lambda message: [(name, 7, message) for name in names])
     return st.one_of(several, several, several, every).map(apply)
 
 
-def sound(whole: Split, found: Split, believed: bool) -> None:
+def sound(whole: Split, loaded: Split, believed: bool) -> None:
     """The same images as in `whole`; of an index that was believed, some of them, with a hash and their own label."""
     if not believed:
-        assert found.paths == whole.paths
-        assert found.hashes == whole.hashes
+        assert loaded.paths == whole.paths
+        assert loaded.hashes == whole.hashes
     labels = dict(zip(whole.paths, whole.labels, strict=True))
-    assert [labels[path] for path in found.paths] == found.labels.tolist()
-    assert all(len(bytes.fromhex(h)) == 32 for h in found.hashes)
+    assert [labels[path] for path in loaded.paths] == loaded.labels.tolist()
+    assert all(len(bytes.fromhex(h)) == 32 for h in loaded.hashes)
 
 
 @pytest.mark.slow
@@ -257,16 +261,16 @@ def test_split_manifests(tmp_path, own_cache):
     good = manifest.read_bytes()
     every = sorted(path for split in ask().splits.values() for path in split.paths)
 
-    def look(data: bytes) -> str:
+    def try_reading(data: bytes) -> str:
         manifest.write_bytes(data)
         try:
-            found = ask()
+            loaded = ask()
         except UserError as e:
             return refused(e)
-        assert sorted(path for split in found.splits.values() for path in split.paths) == every
+        assert sorted(path for split in loaded.splits.values() for path in split.paths) == every
         return "read"
 
-    counts = fuzz(good, (b'"train"', b'"valid"', b'"test"', b"null", b"0.25", b"[]"), look)
+    counts = fuzz(good, (b'"train"', b'"valid"', b'"test"', b"null", b"0.25", b"[]"), try_reading)
     assert counts["refused"] > 10
 
 
@@ -274,14 +278,14 @@ def test_split_manifests(tmp_path, own_cache):
 def test_configurations(tmp_path):
     file = tmp_path / "c.yaml"
 
-    def look(data: bytes) -> str:
+    def try_reading(data: bytes) -> str:
         file.write_bytes(data)
         try:
-            found = from_file(file)
+            loaded = from_file(file)
         except UserError as e:
             return refused(e)
-        file.write_text(to_yaml(found))
-        assert from_file(file) == found  # what a run folder keeps reads back to the same
+        file.write_text(to_yaml(loaded))
+        assert from_file(file) == loaded  # what a run folder keeps reads back to the same
         return "read"
 
     words = (
@@ -298,7 +302,7 @@ def test_configurations(tmp_path):
         b".nan",
     )
     good = to_yaml(dataclasses.replace(Config(), seed=3)).encode()
-    counts = fuzz(good, words, look)
+    counts = fuzz(good, words, try_reading)
     assert min(counts["refused"], counts["read"]) > 10
 
 
@@ -307,7 +311,7 @@ def test_configurations(tmp_path):
 def test_label_tables(tmp_path, encoding):
     write_images(tmp_path, train=2, valid=2)
 
-    def look(data: bytes) -> str:
+    def try_reading(data: bytes) -> str:
         (tmp_path / "labels.csv").write_bytes(data)
         try:
             rows, _ = read_table(tmp_path, "labels.csv", {})
@@ -317,5 +321,5 @@ def test_label_tables(tmp_path, encoding):
         return "read"
 
     good = 'path,label,split\n"cat.0.jpg",cat,train\r\ndog;0.jpg,"dog ""x""\n",valid\n'.encode(encoding)
-    counts = fuzz(good, (b'"', b",", b";", b"\t", b"\r", b"\n", b"\x00", b"path", b"../"), look)
+    counts = fuzz(good, (b'"', b",", b";", b"\t", b"\r", b"\n", b"\x00", b"path", b"../"), try_reading)
     assert min(counts["refused"], counts["read"]) > 10

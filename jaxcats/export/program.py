@@ -164,7 +164,7 @@ def make_program(model: models.Model, preprocess: Preprocess) -> bytes:
 
 
 def _cache_key(model: models.Model, preprocess: Preprocess) -> str | None:
-    """Hashes all that decides a program; None for a network from outside this package, whose code may change unseen."""
+    """Hashes everything that decides the program; None for a network from outside this package: its code is not hashed."""
     code = source_hash(registry.get(model.name))
     if code is None:
         return None
