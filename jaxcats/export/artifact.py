@@ -283,7 +283,7 @@ def _check_signature(path: Path, artifact: Artifact) -> None:
     """Refuses a program that is not a function of the arrays and of images to probabilities."""
     exported, tensors, size = artifact.exported, artifact.tensors, artifact.preprocess.size
     is_tree = exported.in_tree == jax.tree.structure(((dict.fromkeys(tensors, 0), 0), {}))
-    batch = exported.in_avals[-1].shape[:1] if is_tree else ()
+    batch = exported.in_avals[-1].shape[:1] if is_tree else (0,)
     expected = [(tensors[name].shape, np.float32) for name in sorted(tensors)]
     expected += [((*batch, size, size, 3), np.uint8), ((*batch, len(artifact.classes)), np.float32)]
     shapes = [(value.shape, value.dtype) for value in (*exported.in_avals, *exported.out_avals)]
