@@ -1,11 +1,14 @@
-"""Draws every figure, to be looked at: python scripts/figures.py [--out runs/figures] [--photo FILE] [--run RUN].
+"""Draws every figure of the package, so that a person can look at them:
 
-Judgements come from invented answers for 2, 10 and 100 classes and some awkward cases; with --run from its
-predictions.csv. With --photo every augmentation is drawn too.
+    python scripts/figures.py [--out runs/figures] [--photo FILE] [--run RUN] [--few]
+
+The predictions are invented, for 2, 10, 30 and 100 classes and some awkward cases. --run adds the figures of a run's
+predictions.csv, --photo adds every augmentation of that image, and --few draws two classes only.
 """
 
 import argparse
 import csv
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,12 +22,14 @@ from jaxcats.core import schedules
 from jaxcats.data import augment
 from jaxcats.data.images import Preprocess, evaluation_pixels
 from jaxcats.evaluate import calibration, ranking
+from jaxcats.plots.base import style_axes
 
-STEPS, PEAK, DRAWS = 700, 0.01, 6
+STEPS, PEAK = 700, 0.01
+DRAWS = 6  # of each augmentation: a row of a large gallery
 
 
 def all_schedules() -> plots.Figure:
-    """Learning rate by step of every schedule; those of fine_tune one after the other."""
+    """Learning rate by step of every schedule, each in a panel of its own; those of fine_tune one after the other."""
     kinds = {
         "constant": schedules.constant(PEAK),
         "warmup_cosine": schedules.warmup_cosine(PEAK, STEPS),
@@ -38,7 +43,15 @@ def all_schedules() -> plots.Figure:
     frozen = schedules.one_cycle(PEAK, 100, warmup=0.99)
     every = schedules.one_cycle(PEAK / 2, 600, warmup=0.3, div=5.0)
     parts = [np.asarray(jax.vmap(s)(np.arange(n))) for s, n in ((frozen, 100), (every, 600))]
-    return plots.schedules({**curves, "fine_tune: head, then all layers": np.concatenate(parts)})
+    curves["fine_tune: head, then all layers"] = np.concatenate(parts)
+    figure = plots.Figure(figsize=(10, 7), layout="constrained")
+    axes = list(figure.subplots(3, 3).flat)
+    for ax, (name, values) in zip(axes, curves.items(), strict=False):
+        style_axes(ax, "iteration", "learning rate").plot(values)
+        ax.set_title("\n".join(textwrap.wrap(name, 34)), fontsize=10, loc="left")
+    for ax in axes[len(curves) :]:
+        ax.axis("off")
+    return figure
 
 
 def all_augmentations(photo: Path, size: int = 224) -> plots.Figure:
@@ -48,16 +61,16 @@ def all_augmentations(photo: Path, size: int = 224) -> plots.Figure:
         "zoom": augment.Augmentation(zoom=8 / 7),
         "lighting": augment.Augmentation(lighting=0.2, p=1.0),
     }
-    pictures, titles = [], []
-    for name, how in {**augment.PRESETS, **single}.items():
-        pixels = evaluation_pixels(photo, augment.source_preprocess(Preprocess(size=size), how))
+    images, titles = [], []
+    for name, augmentation in {**augment.PRESETS, **single}.items():
+        pixels = evaluation_pixels(photo, augment.source_preprocess(Preprocess(size=size), augmentation))
         rows = np.arange(DRAWS, dtype=np.int32)
-        images = np.repeat(pixels[None], DRAWS, 0)
-        if how is not None:
-            images = augment.make_augment(how, key=jax.random.key(0), size=size)(images, 0, rows)
-        pictures += list(np.clip(np.round(np.asarray(images, np.float32)), 0, 255).astype(np.uint8))
+        batch = np.repeat(pixels[None], DRAWS, 0)
+        if augmentation is not None:
+            batch = augment.make_augment(augmentation, key=jax.random.key(0), size=size)(batch, 0, rows)
+        images += list(np.clip(np.round(np.asarray(batch, np.float32)), 0, 255).astype(np.uint8))
         titles += [name] * DRAWS
-    return plots.gallery(pictures, titles, columns=DRAWS)
+    return plots.gallery(images, titles)
 
 
 BREEDS = (
@@ -66,22 +79,24 @@ BREEDS = (
 )  # fmt: skip
 
 
-def invented(n: int, classes: int, *, accuracy: float, sharpness: float = 2.0, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """(logits [n, C], labels [n]) of a network that is right about that often, too sure by `sharpness`, and confuses some."""
+def invent_predictions(
+    n: int, classes: int, *, accuracy: float, sharpness: float = 2.0, seed: int = 0
+) -> tuple[np.ndarray, ...]:
+    """Returns (logits [n, C], labels [n]) of a network with this accuracy that is overconfident by `sharpness`."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(classes, n, p=rng.dirichlet(np.full(classes, 20.0)))
     noise = rng.gumbel(size=(n, classes))
     noise[:, :] += 1.5 * (rng.random((classes, classes)) < 3 / classes)[labels]  # classes that look alike
-    own = noise[np.arange(n), labels]
+    of_label = noise[np.arange(n), labels]
     noise[np.arange(n), labels] = -np.inf
-    noise[np.arange(n), labels] = own + np.quantile(noise.max(1) - own, accuracy)
+    noise[np.arange(n), labels] = of_label + np.quantile(noise.max(1) - of_label, accuracy)
     return sharpness * noise, labels
 
 
-def judgements(
-    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], max_error: float
+def evaluation_figures(
+    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], *, max_error: float
 ) -> dict[str, plots.Figure]:
-    """The figures that follow from answers and truth."""
+    """The figures that follow from logits and labels, by name."""
     n, c = logits.shape
     correct = logits.argmax(1) == labels
     counts = np.bincount(c * labels + logits.argmax(1), minlength=c * c).reshape(c, c)
@@ -97,12 +112,14 @@ def judgements(
     return {
         "confusion": plots.confusion(counts, classes),
         "reliability": plots.reliability(
-            calibration.reliability(before, correct),
-            after=calibration.reliability(after, correct),
-            ece=calibration.expected_calibration_error(before, correct),
-            ece_after=calibration.expected_calibration_error(after, correct),
-            confidence=before,
-            confidence_after=after,
+            {
+                title: (
+                    calibration.reliability(confidence, correct),
+                    calibration.expected_calibration_error(confidence, correct),
+                    confidence,
+                )
+                for title, confidence in (("as trained", before), ("with the temperature", after))
+            }
         ),
         "risk_coverage": plots.risk_coverage(
             *calibration.risk_coverage(after, correct),
@@ -115,20 +132,20 @@ def judgements(
 
 
 def galleries(
-    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], pictures: Sequence
+    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], images: Sequence
 ) -> dict[str, plots.Figure]:
-    """Top losses, and the same images beside invented heat."""
+    """Top losses, and the same images with invented heat maps."""
     log_probs = stats.log_softmax(logits)
     rows = ranking.top_losses(log_probs, labels, n=9)
     titles = plots.top_loss_titles(log_probs, labels, classes, rows)
     wrong = [bool(log_probs[i].argmax() != labels[i]) for i in rows]
     heading = "Top losses: prediction / actual / loss / probability"
-    shown = [pictures[i % len(pictures)] for i in rows]
+    shown = [images[i % len(images)] for i in rows]
     squares = [evaluation_pixels(p, Preprocess(size=224)) for p in shown[:6]]
     y, x = np.mgrid[:7, :7]
     heats = [np.exp(-((y - 2 - i % 3) ** 2 + (x - 3) ** 2) / 4) for i in range(len(squares))]
     return {
-        "top_losses": plots.gallery(shown, titles, wrong=wrong, heading=heading, columns=3),
+        "top_losses": plots.gallery(shown, titles, wrong=wrong, heading=heading),
         "heat_maps": plots.heat_maps(squares, heats, titles[:6], wrong=wrong[:6], heading="Where it looked (invented)"),
     }
 
@@ -146,22 +163,22 @@ def curves() -> dict[str, plots.Figure]:
     }
 
 
-def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
-    """(logits, labels, classes, paths) of a predictions.csv."""
+def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Returns (logits [n, C], labels [n], classes) of a predictions.csv."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = [row for row in csv.DictReader(file) if row["label"]]
     classes = [name.removeprefix("p_") for name in rows[0] if name.startswith("p_")]
     probabilities = np.array([[float(row["p_" + name]) for name in classes] for row in rows])
     labels = np.array([classes.index(row["label"]) for row in rows])
-    return np.log(np.maximum(probabilities, 1e-30)), labels, classes, [row["path"] for row in rows]
+    return np.log(np.maximum(probabilities, 1e-30)), labels, classes
 
 
 def every_figure(args: argparse.Namespace) -> dict[str, plots.Figure]:
-    """By the name of its file."""
-    found = {"schedules": all_schedules(), **curves()}
+    """Every figure by the name of its file."""
+    figures = {"schedules": all_schedules(), **curves()}
     if args.photo:
-        found["augmentations"] = all_augmentations(args.photo)
-    drawn = [animal_image(np.random.default_rng(i), cat=i % 2 == 0) for i in range(12)]
+        figures["augmentations"] = all_augmentations(args.photo)
+    animals = [animal_image(np.random.default_rng(i), cat=i % 2 == 0) for i in range(12)]
     many = [
         f"{a}{b}" for a in ("Abra", "Bole", "Cali", "Dora", "Elm") for b in [f" terrier {k:02d}" for k in range(20)]
     ]
@@ -174,26 +191,29 @@ def every_figure(args: argparse.Namespace) -> dict[str, plots.Figure]:
         "30": (many[:30], 900, 0.9),
         "one_image": (("cats", "dogs"), 1, 1.0),
     }
-    for name, (classes, n, accuracy) in cases.items():
-        logits, labels = invented(n, len(classes), accuracy=accuracy)
-        figures = judgements(logits, labels, classes, 0.005) | galleries(logits, labels, classes, drawn)
-        found |= {f"{name}_{kind}": figure for kind, figure in figures.items()}
+    for name, (classes, n, accuracy) in list(cases.items())[: 1 if args.few else None]:
+        logits, labels = invent_predictions(n, len(classes), accuracy=accuracy)
+        drawn = evaluation_figures(logits, labels, classes, max_error=0.005)
+        drawn |= galleries(logits, labels, classes, animals)
+        figures |= {f"{name}_{kind}": figure for kind, figure in drawn.items()}
     if args.run:
-        logits, labels, classes, _ = read_predictions(args.run / "predictions.csv")
-        found |= {f"run_{kind}": f for kind, f in judgements(logits, labels, classes, 0.005).items()}
-    return found
+        logits, labels, classes = read_predictions(args.run / "predictions.csv")
+        drawn = evaluation_figures(logits, labels, classes, max_error=0.005)
+        figures |= {f"run_{kind}": figure for kind, figure in drawn.items()}
+    return figures
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=Path("runs/figures"))
-    p.add_argument("--photo", type=Path)
-    p.add_argument("--run", type=Path)
+    p.add_argument("--out", type=Path, default=Path("runs/figures"), help="folder for the PNG and SVG files")
+    p.add_argument("--photo", type=Path, help="an image for the figure of all augmentations")
+    p.add_argument("--run", type=Path, help="a run folder with a predictions.csv")
+    p.add_argument("--few", action="store_true", help="draw two classes only")
     args = p.parse_args()
     for name, figure in every_figure(args).items():
         plots.write(figure, args.out / f"{name}.png", dpi=80)
         if not name.endswith(("top_losses", "heat_maps", "augmentations")):
-            (args.out / f"{name}.svg").write_text(figure.to_svg(), encoding="utf-8")
+            (args.out / f"{name}.svg").write_text(plots.to_svg(figure), encoding="utf-8")
         print(args.out / f"{name}.png")
 
 

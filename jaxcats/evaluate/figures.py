@@ -153,12 +153,10 @@ def of_numbers(judged: EvaluatedSplit) -> dict[str, plots.Figure]:
         "confusion": plots.confusion(np.asarray(found["confusion"]), classes),
         "risk_coverage": plots.risk_coverage(coverage, risk, n=len(right), point=point, max_error=abstain["max_error"]),
         "reliability": plots.reliability(
-            calibration.reliability(sure, right),
-            after=calibration.reliability(sure_after, right),
-            ece=cal["before"]["ece"],
-            ece_after=cal["after"]["ece"],
-            confidence=sure,
-            confidence_after=sure_after,
+            {
+                "as trained": (calibration.reliability(sure, right), cal["before"]["ece"], sure),
+                "with the temperature": (calibration.reliability(sure_after, right), cal["after"]["ece"], sure_after),
+            }
         ),
     }
 

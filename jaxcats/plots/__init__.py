@@ -1,17 +1,11 @@
-"""Figures, returned and not shown; the only folder that knows matplotlib."""
+"""Every figure, as a function that returns a Figure. This is the only folder that imports matplotlib."""
 
-from jaxcats.plots.base import COLOURS, GREY, INK, RIGHT, WRONG, Figure, to_svg, write
-from jaxcats.plots.curves import learning_rates, losses, lr_find, schedules
-from jaxcats.plots.galleries import LARGEST_SIDE, gallery, heat_maps, overlay, top_loss_titles
-from jaxcats.plots.judgement import confusion, per_class, reliability, risk_coverage
+from jaxcats.plots.base import Figure, to_svg, write
+from jaxcats.plots.curves import learning_rates, losses, lr_find
+from jaxcats.plots.evaluation import confusion, per_class, reliability, risk_coverage
+from jaxcats.plots.galleries import gallery, heat_maps, top_loss_titles
 
 __all__ = [
-    "COLOURS",
-    "GREY",
-    "INK",
-    "LARGEST_SIDE",
-    "RIGHT",
-    "WRONG",
     "Figure",
     "confusion",
     "gallery",
@@ -19,11 +13,9 @@ __all__ = [
     "learning_rates",
     "losses",
     "lr_find",
-    "overlay",
     "per_class",
     "reliability",
     "risk_coverage",
-    "schedules",
     "to_svg",
     "top_loss_titles",
     "write",

@@ -10,11 +10,13 @@ from PIL import Image
 
 from jaxcats import plots
 from jaxcats.common.stats import smooth
+from jaxcats.plots.base import RIGHT, WRONG
+from jaxcats.plots.galleries import LARGEST_SIDE
 
 LONG = "Staffordshire bull terrier: said American pit bull terrier, 47 %, loss 0.76"
 
 
-def picture(height=40, width=60, seed=0):
+def random_image(height=40, width=60, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -24,11 +26,11 @@ def boxes(figure, texts):
 
 
 def assert_apart(figure, texts):
-    found = boxes(figure, texts)
-    assert len(found) == len([t for t in texts if t.get_text()]) > 0
-    for a, b in itertools.combinations(found, 2):
+    extents = boxes(figure, texts)
+    assert len(extents) == len([t for t in texts if t.get_text()]) > 0
+    for a, b in itertools.combinations(extents, 2):
         assert not a.overlaps(b), (a, b)
-    for box in found:
+    for box in extents:
         assert box.x0 >= 0
         assert box.y0 >= 0
         assert box.x1 <= figure.bbox.x1
@@ -54,8 +56,8 @@ SUGGESTIONS = {"valley": 0.002, "steep": 0.0021, "minimum": 0.0019, "slide": 0.0
 def test_galleries_of_any_size_keep_their_titles_apart(n):
     titles = [(LONG, "cats, 99 %", "a_name_without_any_space_that_goes_on_and_on_and_on")[i % 3] for i in range(n)]
     shapes = [(40, 60), (60, 40), (10, 90)]
-    pictures = [picture(*shapes[i % 3], seed=i) for i in range(n)]
-    figure = plots.gallery(pictures, titles, wrong=[i % 2 == 0 for i in range(n)], heading="Most incorrect dogs, " * 3)
+    images = [random_image(*shapes[i % 3], seed=i) for i in range(n)]
+    figure = plots.gallery(images, titles, wrong=[i % 2 == 0 for i in range(n)], heading="Most incorrect dogs, " * 3)
     shown = [ax for ax in figure.axes if ax.images]
     assert len(shown) == n
     assert [ax.get_title().replace("\n", " ").replace(" ", "") for ax in shown] == [t.replace(" ", "") for t in titles]
@@ -63,37 +65,37 @@ def test_galleries_of_any_size_keep_their_titles_apart(n):
 
 
 def test_right_and_wrong_are_told_apart_and_no_verdict_is_neither():
-    colours = [ax.title.get_color() for ax in plots.gallery([picture()] * 2, ["a", "b"], wrong=[False, True]).axes]
-    assert colours == [plots.RIGHT, plots.WRONG]
-    assert plots.gallery([picture()], ["a"]).axes[0].title.get_color() not in colours
+    colours = [ax.title.get_color() for ax in plots.gallery([random_image()] * 2, ["a", "b"], wrong=[False, True]).axes]
+    assert colours == [RIGHT, WRONG]
+    assert plots.gallery([random_image()], ["a"]).axes[0].title.get_color() not in colours
 
 
 def test_a_gallery_takes_files_pillow_and_arrays_and_leaves_them_be(tmp_path):
-    array = picture(20, 30)
+    array = random_image(20, 30)
     image = Image.fromarray(array)
     turned = Image.Exif()
     turned[0x0112] = 6
     image.save(tmp_path / "a.png", exif=turned)
-    kinds = [tmp_path / "a.png", str(tmp_path / "a.png"), image, array, array[:, :, 0], picture(900, 1800)]
-    figure = plots.gallery(kinds, list("abcdef"), wrong=[False] * 6, columns=2)
+    kinds = [tmp_path / "a.png", str(tmp_path / "a.png"), image, array, array[:, :, 0], random_image(900, 1800)]
+    figure = plots.gallery(kinds, list("abcdef"), wrong=[False] * 6)
     shown = [ax.images[0].get_array() for ax in figure.axes]
     assert shown[0].shape == (30, 20, 3)  # upright, as its EXIF says
     for pixels in shown[2:4]:
         np.testing.assert_array_equal(pixels, array)
-    assert shown[5].shape[1] == plots.LARGEST_SIDE
+    assert shown[5].shape[1] == LARGEST_SIDE
     np.testing.assert_array_equal(np.asarray(image), array)  # still open
-    assert figure.axes[0].get_subplotspec().get_gridspec().ncols == 2
+    assert figure.axes[0].get_subplotspec().get_gridspec().ncols == 3
 
 
 def test_a_dollar_sign_in_a_name_is_no_formula():
-    assert png(plots.gallery([picture()], ["cost $5_x$ \\frac"], heading="$_$")).width > 100
+    assert png(plots.gallery([random_image()], ["cost $5_x$ \\frac"], heading="$_$")).width > 100
 
 
 def test_nothing_to_show_says_so():
     figure = plots.gallery([], [], wrong=[], heading="Most incorrect cats")
     assert {t.get_text() for t in [*figure.texts, figure._suptitle]} == {"Most incorrect cats", "no images to show"}
-    with pytest.raises(ValueError, match="1 images, 2 titles"):
-        plots.gallery([picture()], ["a", "b"])
+    with pytest.raises(ValueError, match="longer"):
+        plots.gallery([random_image()], ["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -187,20 +189,6 @@ def test_learning_rates_of_unlike_groups_and_the_momentum():
     assert "0.001" in [t.get_text() for t in top.get_yticklabels()]
     assert (bottom.get_ylabel(), bottom.get_xlabel(), len(bottom.lines)) == ("momentum", "iteration", 1)
     assert png(figure).height > 300
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 7])
-def test_every_schedule_has_its_panel(n):
-    names = ["constant", "one-cycle", "SGDR, 3 cycles of 1, 2 and 4 epochs with the first one warmed up", *"abcd"][:n]
-    figure = plots.schedules({name: np.linspace(0.01, i / 100, 30) for i, name in enumerate(names)})
-    shown = [ax for ax in figure.axes if ax.lines]
-    assert [ax.get_title(loc="left").replace("\n", " ") for ax in shown] == names
-    assert_apart(figure, [ax._left_title for ax in shown])
-
-
-def test_a_range_of_many_decades_is_not_squashed():
-    figure = plots.schedules({"lr_find": 1e-7 * 1e8 ** np.linspace(0, 1, 50), "cosine": 1e-7 + np.linspace(1, 0, 50)})
-    assert [ax.get_yscale() for ax in figure.axes] == ["log", "linear"]
 
 
 def test_the_best_epoch_is_marked():
