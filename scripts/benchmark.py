@@ -82,7 +82,7 @@ def in_sizes(p: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             photos = photo_folder(Path(root), n, Path(folder))
             found.append(child([sys.executable, __file__, *rest, "--root", str(photos)]))  # the last --root counts
-    shown = ("pictures", "images_per_second", "peak_memory_bytes", "wall_seconds", "cold", "warm")
+    shown = ("images", "images_per_second", "peak_memory_bytes", "wall_seconds", "cold", "warm")
     return found[-1] | {"scale": [{k: line[k] for k in shown if k in line} for line in found]}
 
 

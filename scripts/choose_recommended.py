@@ -2,14 +2,15 @@
 
     python scripts/choose_recommended.py --root data/dogscats [--folds 5] [--seeds 2]
 
-Every candidate is trained `folds` x `seeds` times, each time judged on the training photos it did not see; the validation
-folder is never read. Folds are stratified and go by content hash. Printed: errors of all held-out photos, summed over
-the seeds, and their mean log loss, best first.
+Every candidate is trained `folds` x `seeds` times and evaluated each time on the fold that it was not trained on. The
+validation folder is never read. Folds are stratified and assigned by content hash. The script prints the errors of all
+held-out photos, summed over the seeds, and their mean log loss, the best candidate first.
 """
 
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import deque
 
@@ -40,7 +41,7 @@ GRID = [
 
 
 def candidates():
-    """(name, policy, head, Phase) of everything tried."""
+    """Yields (name, policy, head, Phase) of each candidate."""
     lesson = Phase(precompute=True)
     for policy in ("lesson", "weights"):
         yield f"{policy}: the lesson's fit(0.01, 3)", policy, "lesson", lesson
@@ -55,13 +56,8 @@ def candidates():
 
 def rows_of(split: Split, rows: np.ndarray) -> Split:
     """The split with these rows only."""
-    pick = [rows.tolist()]
-    return Split(
-        split.root,
-        tuple(split.paths[i] for i in pick[0]),
-        split.labels[rows],
-        tuple(split.hashes[i] for i in pick[0]),
-    )
+    paths, hashes = (tuple(values[i] for i in rows.tolist()) for values in (split.paths, split.hashes))
+    return Split(split.root, paths, split.labels[rows], hashes)
 
 
 def fold_of(split: Split, folds: int) -> np.ndarray:
@@ -74,7 +70,7 @@ def fold_of(split: Split, folds: int) -> np.ndarray:
     return fold
 
 
-def train_and_judge(whole: Experiment, feats: np.ndarray, start, *, held: np.ndarray) -> np.ndarray:
+def train_and_evaluate(whole: Experiment, feats: np.ndarray, start, *, held: np.ndarray) -> np.ndarray:
     """Logits of the held-out rows, after training on the others."""
     split = whole.index.splits["train"]
     parts = {"train": np.flatnonzero(~held), "valid": np.flatnonzero(held)}
@@ -87,8 +83,8 @@ def train_and_judge(whole: Experiment, feats: np.ndarray, start, *, held: np.nda
     for epoch in range(plan.phase.epochs):
         order = epoch_order(len(parts["train"]), batch_size=plan.phase.batch_size, seed=one.config.seed, epoch=epoch)
         state = deque(drive(state, order, epoch), maxlen=1)[0][0]
-    judge = Evaluator(one.model, index.splits["valid"], feats=feats[parts["valid"]], **decoding(one))
-    return judge(state.params, state.batch_stats)
+    evaluate = Evaluator(one.model, index.splits["valid"], feats=feats[parts["valid"]], **decoding(one))
+    return evaluate(state.params, state.batch_stats)
 
 
 def main() -> None:
@@ -97,10 +93,11 @@ def main() -> None:
     parser.add_argument("--backbone", default="efficientnet_lite0")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--candidates", type=int, help="try only the first of them")
     args = parser.parse_args()
     results, known = [], {}
     base = setup(Config(data=DataConfig(args.root), model=ModelConfig(args.backbone)))
-    for name, policy, head, phase in candidates():
+    for name, policy, head, phase in itertools.islice(candidates(), args.candidates):
         logits = []
         for seed in range(args.seeds):
             config = Config(
@@ -117,7 +114,7 @@ def main() -> None:
                 known[policy, head] = got.features
             fold, out = fold_of(train, args.folds), np.zeros((len(train), len(base.index.classes)), np.float32)
             for k in range(args.folds):
-                out[fold == k] = train_and_judge(whole, known[policy, head], (params, stats), held=fold == k)
+                out[fold == k] = train_and_evaluate(whole, known[policy, head], (params, stats), held=fold == k)
             logits.append(out)
         labels = np.tile(base.index.splits["train"].labels, args.seeds)
         found = stats_module.summary(np.concatenate(logits), labels)

@@ -1,6 +1,6 @@
 """One image of every kind that people's folders hold, and what the network sees of each, as a contact sheet:
 
-    python scripts/image_kinds.py --out kinds.png [--keep FOLDER]
+    python scripts/image_kinds.py --out kinds.png [--keep FOLDER] [--small]
 
 All show the same four fields: red and green above, blue and white below (grey ones by their brightness). Where an image
 has transparency its white field is the transparent one.
@@ -36,9 +36,9 @@ def plain(width: int = 96, height: int = 64) -> Image.Image:
 
 def has_alpha(width: int = 96, height: int = 64) -> Image.Image:
     """The same, with the white field black and transparent."""
-    picture = plain(width, height).convert("RGBA")
-    picture.paste((0, 0, 0, 0), (width // 2, height // 2, width, height))
-    return picture
+    image = plain(width, height).convert("RGBA")
+    image.paste((0, 0, 0, 0), (width // 2, height // 2, width, height))
+    return image
 
 
 def png16() -> bytes:
@@ -99,13 +99,13 @@ def linear(grey: Image.Image) -> Image.Image:
     return grey.point(table + list(range(256)) * (grey.mode == "LA"))
 
 
-def encoded(picture: Image.Image, kind: str, *, orientation: int | None = None, **options) -> bytes:
+def encoded(image: Image.Image, kind: str, *, orientation: int | None = None, **options) -> bytes:
     if orientation:
         exif = Image.Exif()
         exif[ORIENTATION] = orientation
         options["exif"] = exif
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
@@ -126,10 +126,10 @@ def deep(kind: str, width: int = 96, height: int = 64) -> Image.Image:
     return Image.fromarray(values)
 
 
-def swap(picture: Image.Image) -> Image.Image:
+def swap(image: Image.Image) -> Image.Image:
     """What looks as it should by the profile of `swapped_profile`."""
-    red, green, *others = picture.split()
-    return Image.merge(picture.mode, (green, red, *others))
+    red, green, *others = image.split()
+    return Image.merge(image.mode, (green, red, *others))
 
 
 def large_kinds() -> dict[str, Callable[[], bytes]]:
@@ -241,11 +241,12 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="the contact sheet, a PNG")
     p.add_argument("--keep", type=Path, help="a folder for the files themselves")
+    p.add_argument("--small", action="store_true", help="leave out the images of 40 megapixels")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found = kinds()
+        found = kinds(large=not args.small)
         for name, content in found.items():
             (folder / name).write_bytes(content)
         sheet(folder, sorted(found)).save(args.out)

@@ -192,7 +192,7 @@ def main() -> None:
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        root = draw(place / "photos", n_train=args.pictures, n_valid=args.pictures // 2)
+        root = draw(place / "photos", n_train=args.images, n_valid=args.images // 2)
         settings = {"backbone": args.backbone, "pretrained": str(not args.random).lower(), "size": args.size}
         (place / "config.yaml").write_text(CONFIG.format(root=root, **settings))
         program = PROGRAM.format(extra=f"import {args.module}; " if args.module else "")

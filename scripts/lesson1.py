@@ -93,7 +93,7 @@ def show(figure, name: str) -> None:
 args = options()
 OUT = Path(args.out)
 OUT.mkdir(parents=True, exist_ok=True)
-root = Path(args.root) if args.root else demo_images.draw(OUT / "pictures", n_train=120, n_valid=120)
+root = Path(args.root) if args.root else demo_images.draw(OUT / "images", n_train=120, n_valid=120)
 
 # %% [markdown]
 # ## 1. Look at the data
@@ -114,18 +114,18 @@ n_train = sum(path.is_file() for path in root.glob("train/*/*"))
 
 
 # %%
-def image_as_numbers(picture: np.ndarray, *, side: int = 8):
+def image_as_numbers(image: np.ndarray, *, side: int = 8):
     """The image with a small square marked, that square enlarged, and its red values."""
-    steps = np.abs(np.diff(picture.astype(float).mean(-1), axis=1))
+    steps = np.abs(np.diff(image.astype(float).mean(-1), axis=1))
     blocks = np.lib.stride_tricks.sliding_window_view(steps, (side, side - 1))[::side, ::side].sum((-2, -1))
     top, left = side * np.array(np.unravel_index(blocks.argmax(), blocks.shape))
-    piece = picture[top : top + side, left : left + side]
+    piece = image[top : top + side, left : left + side]
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.5), layout="constrained")
-    axes[0].imshow(picture)
+    axes[0].imshow(image)
     frame = (left - 0.5, top - 0.5)
     axes[0].add_patch(plt.Rectangle(frame, side, side, fill=False, edgecolor="white", linewidth=3))
     axes[0].add_patch(plt.Rectangle(frame, side, side, fill=False, edgecolor="black", linewidth=1))
-    axes[0].set_title(f"an array of shape {picture.shape}")
+    axes[0].set_title(f"an array of shape {image.shape}")
     axes[1].imshow(piece)
     axes[1].set_title(f"the marked {side} x {side} pixels")
     axes[2].imshow(piece[..., 0], cmap="Reds", vmin=0, vmax=400)
@@ -138,10 +138,10 @@ def image_as_numbers(picture: np.ndarray, *, side: int = 8):
 
 
 first = sorted(path for path in root.glob("valid/*/*") if path.is_file())[0]
-picture = np.asarray(open_upright(first))
-print(first.relative_to(root), picture.shape, picture.dtype)
-print(picture[:2, :2])
-show(image_as_numbers(picture), "01_one_image")
+image = np.asarray(open_upright(first))
+print(first.relative_to(root), image.shape, image.dtype)
+print(image[:2, :2])
+show(image_as_numbers(image), "01_one_image")
 
 # %% [markdown]
 # ## 2. Three lines
@@ -365,40 +365,40 @@ show(filters_figure(first_filters(learn.params["backbone"])), "11_first_layer")
 
 # %%
 @partial(jax.jit, static_argnums=0)
-def strongest(model, params, batch_stats, pictures):
+def strongest(model, params, batch_stats, images):
     """For each part of the backbone, each image's largest value per channel and where it is: two arrays [N, C]."""
 
     def of_part(outputs):
         flat = outputs.reshape(len(outputs), -1, outputs.shape[-1])
         return flat.max(1), flat.argmax(1)
 
-    images = normalise(model.preprocess.mean, model.preprocess.std)(pictures)
-    return {name: of_part(out) for name, out in model.activations(params, batch_stats, images).items()}
+    inputs = normalise(model.preprocess.mean, model.preprocess.std)(images)
+    return {name: of_part(out) for name, out in model.activations(params, batch_stats, inputs).items()}
 
 
 def layers_to_show(model, params, batch_stats, size: int) -> dict[str, int]:
     """Name and side (of the outputs) of the first part and of the last one at every smaller size."""
-    picture = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     sides = {}
 
     def collect(*arguments):
         sides.update({name: out.shape[1] for name, out in model.activations(*arguments).items()})
 
-    jax.eval_shape(collect, params, batch_stats, picture)
+    jax.eval_shape(collect, params, batch_stats, image)
     last = {side: name for name, side in sides.items()}
     first_name, first_side = next(iter(sides.items()))
     return {first_name: first_side} | {name: side for side, name in last.items() if side < first_side}
 
 
-def nine_patches(pictures: np.ndarray, values: np.ndarray, places: np.ndarray, *, side: int) -> np.ndarray:
+def nine_patches(images: np.ndarray, values: np.ndarray, places: np.ndarray, *, side: int) -> np.ndarray:
     """The nine images with the largest values, cut out around their places, as a mosaic; `side` of the outputs."""
-    size, tile, gap = pictures.shape[1], 56, 3
+    size, tile, gap = images.shape[1], 56, 3
     reach = min(size, max(12, 6 * size // side))
     mosaic = np.full((3 * tile + 2 * gap, 3 * tile + 2 * gap, 3), 255, np.uint8)
     for number, index in enumerate(np.argsort(-values, kind="stable")[:9]):
         centre = (np.array(divmod(places[index], side)) + 0.5) * size / side
         top, left = np.clip(np.round(centre - reach / 2).astype(int), 0, size - reach)
-        patch = Image.fromarray(pictures[index, top : top + reach, left : left + reach]).resize((tile, tile))
+        patch = Image.fromarray(images[index, top : top + reach, left : left + reach]).resize((tile, tile))
         row, column = (tile + gap) * np.array(divmod(number, 3))
         mosaic[row : row + tile, column : column + tile] = np.asarray(patch)
     return mosaic
@@ -410,7 +410,7 @@ def choosy_channels(values: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(-(top - values.mean(0)) / (values.std(0) + 1e-6), kind="stable")[:count]
 
 
-def layers_figure(pictures: np.ndarray, found: dict, layers: dict[str, int], *, columns: int = 6):
+def layers_figure(images: np.ndarray, found: dict, layers: dict[str, int], *, columns: int = 6):
     """A row of channels per layer, nine patches per channel."""
     figure, axes = plt.subplots(
         len(layers), columns, figsize=(2 * columns, 2.15 * len(layers)), layout="constrained", squeeze=False
@@ -420,7 +420,7 @@ def layers_figure(pictures: np.ndarray, found: dict, layers: dict[str, int], *, 
         for ax in row:
             ax.axis("off")
         for ax, channel in zip(row, choosy_channels(values, columns), strict=False):
-            ax.imshow(nine_patches(pictures, values[:, channel], places[:, channel], side=side))
+            ax.imshow(nine_patches(images, values[:, channel], places[:, channel], side=side))
             ax.set_title(f"{name}, channel {channel}", fontsize=8)
     return figure
 
@@ -446,20 +446,20 @@ show(layers_figure(sample, found, layers), "12_what_excites_the_layers")
 
 # %%
 @partial(jax.jit, static_argnums=0)
-def heat_of(model, params, batch_stats, pictures, labels):
+def heat_of(model, params, batch_stats, images, labels):
     """Grad-CAM of uint8 images [N, H, W, 3] for the classes asked about."""
-    images = normalise(model.preprocess.mean, model.preprocess.std)(pictures)
-    return grad_cam(model, params, batch_stats, images, labels)
+    inputs = normalise(model.preprocess.mean, model.preprocess.std)(images)
+    return grad_cam(model, params, batch_stats, inputs, labels)
 
 
-def heat_figure(pictures: np.ndarray, heats: np.ndarray, titles: list[str]):
+def heat_figure(images: np.ndarray, heats: np.ndarray, titles: list[str]):
     """Each image above the same image with its heat laid over it."""
-    figure, axes = plt.subplots(2, len(pictures), figsize=(2.4 * len(pictures), 5.1), layout="constrained")
-    for column, picture, heat, title in zip(axes.T, pictures, heats, titles, strict=True):
-        smooth = Image.fromarray(heat).resize(picture.shape[1::-1], Image.Resampling.BICUBIC)
-        column[0].imshow(picture)
+    figure, axes = plt.subplots(2, len(images), figsize=(2.4 * len(images), 5.1), layout="constrained")
+    for column, image, heat, title in zip(axes.T, images, heats, titles, strict=True):
+        smooth = Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.BICUBIC)
+        column[0].imshow(image)
         column[0].set_title(title, fontsize=11)
-        column[1].imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=255)
+        column[1].imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255)
         drawn = column[1].imshow(np.asarray(smooth), cmap="inferno", alpha=0.55, vmin=0, vmax=1)
         for ax in column:
             ax.axis("off")
@@ -471,12 +471,12 @@ def heat_figure(pictures: np.ndarray, heats: np.ndarray, titles: list[str]):
 
 chosen = [*learn.most_by_correct(data.classes[0], True)[:2], *learn.most_by_correct(data.classes[1], True)[:2]]
 chosen = np.array([*chosen, *learn.top_losses()[:2]])
-pictures = np.stack([evaluation_pixels(data.val_paths[i], preprocess) for i in chosen])
-heats = jax.device_get(heat_of(learn.model, learn.params, learn.batch_stats, pictures, guesses[chosen]))
+images = np.stack([evaluation_pixels(data.val_paths[i], preprocess) for i in chosen])
+heats = jax.device_get(heat_of(learn.model, learn.params, learn.batch_stats, images, guesses[chosen]))
 titles = [
     f"says {data.classes[guesses[i]]} ({probs[i].max():.0%})\nlabel: {data.classes[data.val_y[i]]}" for i in chosen
 ]
-show(heat_figure(pictures, heats, titles), "13_heat_map")
+show(heat_figure(images, heats, titles), "13_heat_map")
 
 # %% [markdown]
 # ## 8. How the weights are found

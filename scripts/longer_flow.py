@@ -2,9 +2,9 @@
 
     python scripts/longer_flow.py --root PHOTOS [--backbone efficientnet_lite0] [--cycles 1] [--out runs/longer_flow]
 
-lr_find and the valley's rate; fit(rate, 3) on features; precompute off, side_on, cycles of one epoch; every layer at
-three rates; TTA after each of the last two. On two CPU cores all layers learn at a few photos a second: --cycles says how
-many the unfrozen part has (the lesson's 3 with cycle_mult 2 are 7 epochs).
+The steps are: lr_find and the rate of the valley rule; fit(rate, 3) on precomputed features; cycles of one epoch with
+the augmentation side_on; all layers at three rates. TTA follows each of the last two. All layers train at a few photos a
+second on two CPU cores, so --cycles sets the number of cycles for them (the lesson has 3 with cycle_mult 2: 7 epochs).
 """
 
 import argparse
@@ -21,12 +21,14 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--root", required=True)
     p.add_argument("--backbone", default="efficientnet_lite0")
+    p.add_argument("--lr", type=float, help="learning rate (default: what lr_find suggests)")
     p.add_argument("--augmented", type=int, default=3, help="epochs of the head with augmentation")
     p.add_argument("--cycles", type=int, default=1, help="cycles of all layers, each twice as long as the one before")
+    p.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=Path("runs/longer_flow"))
     args = p.parse_args()
-    data = jc.ImageClassifierData.from_paths(args.root, size=224, seed=args.seed)
+    data = jc.ImageClassifierData.from_paths(args.root, size=args.size, seed=args.seed)
     learn = jc.Learner.pretrained(args.backbone, data, precompute=True, workdir=args.out)
     rows, started = [], time.perf_counter()
 
@@ -45,10 +47,10 @@ def main() -> None:
         (args.out / "steps.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         started = time.perf_counter()
 
-    found = learn.lr_find()
-    print(found)
-    write_lr_find(args.out, found)
-    rate = found.suggestion()
+    range_test = learn.lr_find()
+    print(range_test)
+    write_lr_find(args.out, range_test)
+    rate = args.lr or range_test.suggestion()
     learn.fit(rate, 3)
     note(f"features, fit({rate:.2g}, 3)")
     learn.precompute, data.augment = False, "side_on"

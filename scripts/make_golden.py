@@ -1,13 +1,14 @@
-"""Write tests/golden/: what torch's networks compute from seeded weights, and small files that torch.save wrote.
+"""Writes tests/golden/: what torch's networks compute from seeded weights, and small files written by torch.save.
 
-Run it when tests/models/seeded.py or the list of networks changes; the tests only read what it writes:
+Run it when tests/models/seeded.py or the list of networks changes. The tests only read these files:
 
     pip install torch torchvision efficientnet_lite_pytorch
-    python scripts/make_golden.py
+    python scripts/make_golden.py [--out FOLDER]
 
-Activations are computed in float64, so that a difference is ours.
+Activations are computed in float64, so that any difference comes from jaxcats.
 """
 
+import argparse
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -78,26 +79,29 @@ def tensors() -> dict[str, torch.Tensor]:
     )
 
 
-def files() -> None:
+def files(folder: Path) -> None:
     """tensors_*.pth, their values in tensors.npz, and the weights of the tests' network of one layer in tiny_*.pth."""
     table = tensors()
     tiny = {name: torch.tensor(value) for name, value in seeded.seeded_state(seeded.TINY_SHAPES).items()}
     tiny["net.bn.num_batches_tracked"] = torch.tensor(3)
     for layout, is_zip in (("zip", True), ("legacy", False)):
-        torch.save(table, GOLDEN / f"tensors_{layout}.pth", _use_new_zipfile_serialization=is_zip)
-        torch.save(tiny, GOLDEN / f"tiny_{layout}.pth", _use_new_zipfile_serialization=is_zip)
-    torch.save({"epoch": 3, "state_dict": table, "lr": 0.1}, GOLDEN / "tensors_nested.pth", pickle_protocol=4)
-    torch.save(torch.nn.Linear(2, 2), GOLDEN / "module.pth")
+        torch.save(table, folder / f"tensors_{layout}.pth", _use_new_zipfile_serialization=is_zip)
+        torch.save(tiny, folder / f"tiny_{layout}.pth", _use_new_zipfile_serialization=is_zip)
+    torch.save({"epoch": 3, "state_dict": table, "lr": 0.1}, folder / "tensors_nested.pth", pickle_protocol=4)
+    torch.save(torch.nn.Linear(2, 2), folder / "module.pth")
     values = {name: value.detach().float() if name == "bfloat16" else value.detach() for name, value in table.items()}
-    np.savez(GOLDEN / "tensors.npz", **{name: value.numpy() for name, value in values.items()})
+    np.savez(folder / "tensors.npz", **{name: value.numpy() for name, value in values.items()})
 
 
 def main() -> None:
-    GOLDEN.mkdir(exist_ok=True)
-    np.savez_compressed(GOLDEN / "networks.npz", **activations(), **training_step())
-    files()
-    for path in sorted(GOLDEN.iterdir()):
-        print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=GOLDEN)
+    folder = parser.parse_args().out
+    folder.mkdir(exist_ok=True)
+    np.savez_compressed(folder / "networks.npz", **activations(), **training_step())
+    files(folder)
+    for path in sorted(folder.iterdir()):
+        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

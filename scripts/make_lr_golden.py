@@ -1,11 +1,12 @@
-"""Write tests/golden/lr_find.json: what fastai's own rules suggest on ten recorded range tests, or what they raise.
+"""Writes tests/golden/lr_find.json: what fastai's rules suggest on ten recorded range tests, or the error that they raise.
 
-Run it when a curve is added; the tests only read what it writes:
+Run it when a curve is added. The tests only read the file:
 
     pip install fastai
-    python scripts/make_lr_golden.py
+    python scripts/make_lr_golden.py [--out FILE]
 """
 
+import argparse
 import json
 import math
 import warnings
@@ -60,7 +61,7 @@ def record(raw: list[float], *, stops: bool) -> tuple[list[float], list[float], 
 
 
 def suggest(rule: Callable, rates: list[float], smoothed: list[float], asked: int) -> dict[str, float | str]:
-    """What Learner.lr_find makes of one rule: it cuts the points, then asks the rule."""
+    """What fastai's Learner.lr_find suggests by one rule: it drops points at both ends, then applies the rule."""
     lrs, losses = torch.tensor(rates[asked // 10 : -5]), torch.tensor(smoothed[asked // 10 : -5])
     nans = torch.nonzero(torch.isnan(losses.view(-1)))
     if len(nans):
@@ -72,11 +73,14 @@ def suggest(rule: Callable, rates: list[float], smoothed: list[float], asked: in
 
 
 def plain(values: list[float]) -> list[float | str | None]:
-    """JSON has no word for these."""
+    """JSON has no numbers for NaN and infinity, so they become null and "inf"."""
     return [None if math.isnan(v) else "inf" if math.isinf(v) else v for v in values]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT)
+    out = parser.parse_args().out
     warnings.simplefilter("ignore")
     found = {}
     for name, raw in curves().items():
@@ -94,7 +98,7 @@ def main() -> None:
         }
     versions = {"fastai": fastai.__version__, "torch": torch.__version__, "numpy": np.__version__}
     lines = [f"{json.dumps(name)}: {json.dumps(curve)}" for name, curve in found.items()]
-    OUT.write_text(
+    out.write_text(
         f'{{"versions": {json.dumps(versions)},\n"curves": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8"
     )
     for name, curve in found.items():

@@ -44,29 +44,28 @@ def device() -> tuple[str, int]:
     return first.device_kind, stats["peak_bytes_in_use"] if stats else peak
 
 
-def measure(run: Callable[[], Any], a: argparse.Namespace, *, pictures: int | None = None) -> dict[str, Any]:
-    """Rates of `--rounds` rounds of about `--seconds` each, after a first call and one more.
+def measure(run: Callable[[], Any], a: argparse.Namespace, *, images: int) -> dict[str, Any]:
+    """Measures `--rounds` rounds of about `--seconds` each, after two calls to compile and to warm up.
 
     Args:
-        run: one call; gives what to wait for, and is called again before the last result has been waited for.
+        run: starts one call and returns its arrays; it is called again before the arrays of the last call are ready.
         a: the options.
-        images: of a call; None when `run` gives their number, and waits by itself.
+        images: number of images of a call.
     """
     import jax
 
-    def timed(calls: int) -> tuple[float, float]:  # seconds and images per second
-        start, done, pending = time.perf_counter(), 0, None
+    def seconds_of(calls: int) -> float:
+        start, pending = time.perf_counter(), None
         for _ in range(calls):
             out = run()
-            done += out if pictures is None else pictures
             jax.block_until_ready(pending)
             pending = out
         jax.block_until_ready(pending)
-        seconds = time.perf_counter() - start
-        return seconds, done / seconds
+        return time.perf_counter() - start
 
-    first, usual = timed(1)[0], timed(1)[0]
-    rates = [timed(max(1, round(a.seconds / usual)))[1] for _ in range(a.rounds)]
+    first, usual = seconds_of(1), seconds_of(1)
+    calls = max(1, round(a.seconds / usual))
+    rates = [calls * images / seconds_of(calls) for _ in range(a.rounds)]
     return {"images_per_second": summary(rates), "compile_seconds": round(max(first - usual, 0.0), 2)}
 
 
@@ -152,7 +151,7 @@ def run_step(a: argparse.Namespace) -> dict[str, Any]:
         state, metrics = jitted(state, put_batch(batch))
         return metrics
 
-    return measure(run, a, pictures=a.batch) | {"size": preprocess.size, "dtype": model.dtype}
+    return measure(run, a, images=a.batch) | {"size": preprocess.size, "dtype": model.dtype}
 
 
 def run_features(a: argparse.Namespace) -> dict[str, Any]:
@@ -166,7 +165,7 @@ def run_features(a: argparse.Namespace) -> dict[str, Any]:
         put, put_batch = spread(a)
         program, (params, stats) = features.feature_program(model, preprocess), put((params, stats))
         images = images_on_host(a, preprocess.size)
-        return measure(lambda: program(params, stats, put_batch(images)), a, pictures=a.batch) | facts
+        return measure(lambda: program(params, stats, put_batch(images)), a, images=a.batch) | facts
     split, seconds = files_split(a), []
     how = {"params": params, "batch_stats": stats, "preprocess": preprocess, "batch_size": a.batch, "workers": None}
     with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +174,7 @@ def run_features(a: argparse.Namespace) -> dict[str, Any]:
             start = time.perf_counter()
             features.backbone_features(model, split, **how, cache_dir=Path(folder, str(turn)))
             seconds.append(time.perf_counter() - start)
-    return {"images_per_second": summary([len(split) / s for s in seconds[1:]])} | facts | {"pictures": len(split)}
+    return {"images_per_second": summary([len(split) / s for s in seconds[1:]])} | facts | {"images": len(split)}
 
 
 def files_split(a: argparse.Namespace) -> Any:
@@ -191,9 +190,8 @@ def files_split(a: argparse.Namespace) -> Any:
         files = files[:: max(1, len(files) // a.limit)][: a.limit]
     if not files:
         sys.exit(f"--root {a.root}: no *.jpg in it.")
-    for name in files:  # so that the disk is not measured
-        Path(a.root, name).read_bytes()
-    hashes = tuple(hashlib.sha256(name.encode()).hexdigest() for name in files)  # every file counts as another
+    # This also brings the files into memory, so that the disk is not measured.
+    hashes = tuple(hashlib.sha256(Path(a.root, name).read_bytes()).hexdigest() for name in files)
     return Split(Path(a.root), tuple(files), np.zeros(len(files), np.int32), hashes)
 
 
@@ -212,7 +210,7 @@ def run_decode(a: argparse.Namespace) -> dict[str, Any]:
             pass
         seconds.append(time.perf_counter() - start)
     rates = summary([len(split) / s for s in seconds[1:]])
-    return {"images_per_second": rates, "size": preprocess.size, "pictures": len(split)}
+    return {"images_per_second": rates, "size": preprocess.size, "images": len(split)}
 
 
 def head_setup(a: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -268,10 +266,10 @@ def run_head(a: argparse.Namespace) -> dict[str, Any]:
     return warm(seconds, trained) | {"rows": n, "width": setup.model.feature_size, "epochs": EPOCHS}
 
 
-def warm(seconds: list[float], pictures: int) -> dict[str, Any]:
+def warm(seconds: list[float], images: int) -> dict[str, Any]:
     """Rates of the rounds after the first, which compiled."""
     usual = statistics.median(seconds[1:])
-    rates = summary([pictures / s for s in seconds[1:]])
+    rates = summary([images / s for s in seconds[1:]])
     facts = {"compile_seconds": round(max(seconds[0] - usual, 0.0), 2), "seconds": round(usual, 4)}
     return {"images_per_second": rates} | facts
 
@@ -358,8 +356,8 @@ def decoder_rate(a: argparse.Namespace) -> dict[str, float]:
     files, rates = [Path(split.root, p) for p in split.paths], []
 
     def decode(path: Path) -> None:
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as image:
+            image.load()
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for _ in range(a.rounds):

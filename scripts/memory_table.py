@@ -54,7 +54,7 @@ def main() -> None:
     found: dict[str, list[int]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        for n in a.pictures:
+        for n in a.images:
             root = photo_folder(a.root, n, place / f"photos{n}")
             for kind, how in KINDS.items():
                 run = place / f"{kind}{n}"
@@ -67,9 +67,9 @@ def main() -> None:
                     f"index file {index:.0f} bytes an image",
                     flush=True,
                 )
-    few, many = min(a.pictures), max(a.pictures)
+    few, many = min(a.images), max(a.images)
     for kind, bytes_of in found.items():
-        grown = max(bytes_of) - bytes_of[a.pictures.index(few)]
+        grown = max(bytes_of) - bytes_of[a.images.index(few)]
         print(f"{kind}: {grown / max(many - few, 1):,.0f} bytes more for each further image")
 
 

@@ -78,30 +78,32 @@ def keys(builder: Any, label: str | None) -> tuple[str, str, list[str]]:
     import tensorflow_datasets as tfds
 
     features = builder.info.features
-    pictures = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+    images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if label is None and builder.info.supervised_keys:
         label = builder.info.supervised_keys[1]
     label = label or (labels[0] if labels else None)
-    if "image" in pictures:
-        pictures = ["image"]
-    if len(pictures) != 1 or label not in labels:
+    if "image" in images:
+        images = ["image"]
+    if len(images) != 1 or label not in labels:
         raise UserError(
-            f"{builder.name}: no data set for a classifier of images: images {pictures}, labels {labels}; --label says which."
+            f"{builder.name}: no data set for a classifier of images: images {images}, labels {labels}; --label says which."
         )
-    return pictures[0], label, [n.replace("/", "_") for n in features[label].names]
+    return images[0], label, [n.replace("/", "_") for n in features[label].names]
 
 
-def examples(builder: Any, split: str, picture: str, label: str) -> Iterator[tuple[bytes, int]]:
+def examples(builder: Any, split: str, image_key: str, label: str) -> Iterator[tuple[bytes, int]]:
     """(content, label) in TFDS's order, which is the same each time; those without a label have -1."""
     import tensorflow_datasets as tfds
 
     # In the order of the files; and read once, so a cache is only memory, and a warning of TensorFlow's where it is stopped.
     read = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-    decoders = tfds.decode.PartialDecoding({picture: True, label: True}, decoders={picture: tfds.decode.SkipDecoding()})
+    decoders = tfds.decode.PartialDecoding(
+        {image_key: True, label: True}, decoders={image_key: tfds.decode.SkipDecoding()}
+    )
     data = builder.as_dataset(split=split, decoders=decoders, read_config=read, shuffle_files=False)
     for example in data.as_numpy_iterator():
-        yield example[picture], int(example[label])
+        yield example[image_key], int(example[label])
 
 
 def as_file(content: bytes) -> tuple[bytes, str]:
@@ -144,7 +146,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.valid is not None and args.valid < 1:
         raise UserError(f"--valid {args.valid}: one image at least has to be held out.")
     builder = open_data(args.name, args.data_dir)
-    picture, label, classes = keys(builder, args.label)
+    image_key, label, classes = keys(builder, args.label)
     own = folders(builder, args.splits)
     wanted = {"name": builder.info.full_name, "label": label, "splits": list(own)}
     wanted |= {"valid": args.valid, "seed": args.seed}
@@ -153,11 +155,11 @@ def prepare(args: argparse.Namespace) -> None:
         return
     sides: dict[str, str] = {}
     if "valid" not in own.values():
-        sides = held_out(builder, picture, label, classes, args)
+        sides = held_out(builder, image_key, label, classes, args)
     counts, formats, unlabelled = collections.Counter(), collections.Counter(), 0
     for tfds_name, ours in own.items():
         # Closed at any error too, so that what is said of it has a line of its own.
-        with tqdm(examples(builder, tfds_name, picture, label), desc=tfds_name, unit="image") as bar:
+        with tqdm(examples(builder, tfds_name, image_key, label), desc=tfds_name, unit="image") as bar:
             for number, (content, y) in enumerate(bar):
                 if y < 0:
                     unlabelled += 1
@@ -180,10 +182,10 @@ def prepare(args: argparse.Namespace) -> None:
         print(told["note"])
 
 
-def held_out(builder: Any, picture: str, label: str, classes: list[str], args: argparse.Namespace) -> dict[str, str]:
+def held_out(builder: Any, image_key: str, label: str, classes: list[str], args: argparse.Namespace) -> dict[str, str]:
     """The side of each image's content; written down in the folder as well."""
     contents: dict[str, list[str]] = {name: [] for name in classes}
-    with tqdm(examples(builder, "train", picture, label), desc="hashing", unit="image") as bar:
+    with tqdm(examples(builder, "train", image_key, label), desc="hashing", unit="image") as bar:
         for content, y in bar:
             if y >= 0:
                 contents[classes[y]].append(hashlib.sha256(content).hexdigest())

@@ -62,8 +62,8 @@ def render(lines: dict[str, list[dict[str, Any]]]) -> str:
         columns = zip(values, row(option, values, "features"), row(option, values, "step"), strict=True)
         return table([head, "features", "train step"], [[str(v), f, s] for v, f, s in columns])
 
-    pictures = [
-        [f"{line['pictures']:,}", found[0]["what"], rate(line)]
+    images = [
+        [f"{line['images']:,}", found[0]["what"], rate(line)]
         for command, found in lines.items()
         if "--scale" in command
         for line in found[0]["scale"]
@@ -75,7 +75,7 @@ def render(lines: dict[str, list[dict[str, Any]]]) -> str:
         both("size", SIZES, "`--size`, px"),
         both("batch", BATCHES, "`--batch`"),
         both("devices", DEVICES, "`--devices`"),
-        table(["images (`--scale`)", "what", ""], pictures),
+        table(["images (`--scale`)", "what", ""], images),
     ]
     return SCALE + "\n" + "\n".join(parts)
 

@@ -60,7 +60,7 @@ def run_job(a: argparse.Namespace) -> dict[str, Any]:
         folder, root = Path(temporary), Path(a.root)
         if a.limit:
             root = photo_folder(root, a.limit, folder / "photos")
-        pictures = sum(1 for part in ("train", "valid") for _ in (root / part).rglob("*.jpg"))
+        images = sum(1 for part in ("train", "valid") for _ in (root / part).rglob("*.jpg"))
         cache, out = Path(a.cache) if a.cache else folder / "cache", {}
         resumed = cache.is_dir() and any(cache.iterdir())
         if resumed and a.state != "warm":
@@ -71,6 +71,6 @@ def run_job(a: argparse.Namespace) -> dict[str, Any]:
             warm_runs = [train_once(a, root, folder / f"warm{i}", cache) for i in range(a.rounds)]
             out["warm"] = sorted(warm_runs, key=lambda r: r["wall_seconds"])[(a.rounds - 1) // 2]
         shown = out["warm" if a.state == "warm" else "cold"]
-        rate = summary([pictures / shown["wall_seconds"]])
+        rate = summary([images / shown["wall_seconds"]])
         memory = {"wall_seconds": shown["wall_seconds"], "peak_memory_bytes": shown["peak_memory_bytes"]}
-        return {"images_per_second": rate, "pictures": pictures, **memory, **out}
+        return {"images_per_second": rate, "images": images, **memory, **out}

@@ -144,14 +144,14 @@ def test_only_bent_networks_follow_a_curve(helpers):
 def test_patches_are_cut_around_the_strongest_place(helpers):
     """Twelve images with one white dot each; the nine of the largest values, in order, dot in the middle."""
     size, side = 64, 16
-    pictures = np.zeros((12, size, size, 3), np.uint8)
+    images = np.zeros((12, size, size, 3), np.uint8)
     cells = np.concatenate([np.arange(6) + row * side + 4 for row in (5, 10)])  # away from the border
-    for picture, cell in zip(pictures, cells, strict=True):
+    for image, cell in zip(images, cells, strict=True):
         row, column = (np.array(divmod(cell, side)) * size / side).astype(int)
-        picture[row : row + 4, column : column + 4] = 255
+        image[row : row + 4, column : column + 4] = 255
     values = np.arange(12.0)
-    pictures[:3] = 128  # the three weakest, which must not be seen
-    mosaic = helpers["nine_patches"](pictures, values, cells, side=side)
+    images[:3] = 128  # the three weakest, which must not be seen
+    mosaic = helpers["nine_patches"](images, values, cells, side=side)
     tiles = [mosaic[r : r + 56, c : c + 56] for r in (0, 59, 118) for c in (0, 59, 118)]
     assert mosaic.shape == (174, 174, 3)
     for tile in tiles:
@@ -183,7 +183,7 @@ def run(arguments: list[str], cwd: Path, **environment: str) -> subprocess.Compl
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.slow  # 40 s: the same cells as below on a tiny network
+@pytest.mark.scripts
 def test_runs_as_a_script(tmp_path, pictures):
     """From the first line to the last on a tiny network, in another folder, with every figure."""
     starter = tmp_path / "start.py"

@@ -50,7 +50,7 @@ def main():
     p.add_argument("--keep-heap", action="store_true", help="malloc keeps freed memory (see _heap): CPU only")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
-    if a.keep_freed_memory:
+    if a.keep_heap:
         keep_freed_memory()
     set_seed(a.seed)
 
@@ -105,7 +105,7 @@ def main():
                 "opt": a.opt,
                 "lr": a.lr,
                 "freeze_bn": a.freeze_bn,
-                "keep_heap": a.keep_freed_memory,
+                "keep_heap": a.keep_heap,
                 "workers": a.workers,
                 "seed": a.seed,
                 "n_train": len(dls.train_ds),

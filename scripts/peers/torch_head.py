@@ -99,7 +99,7 @@ def measure(run, a, data):
 def main():
     load = os.getloadavg()[0]
     a = parse()
-    if a.keep_freed_memory:
+    if a.keep_heap:
         keep_freed_memory()
     if a.threads:
         torch.set_num_threads(a.threads)

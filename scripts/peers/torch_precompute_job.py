@@ -132,7 +132,7 @@ def fit(a, feats, classes, dev):
 
 def main():
     a = parse()
-    if a.keep_freed_memory:
+    if a.keep_heap:
         keep_freed_memory()
     torch.manual_seed(a.seed)
     dev = torch.device(a.device)

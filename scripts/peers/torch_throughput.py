@@ -77,7 +77,7 @@ def measure(step, a):
 
 def main():
     a = parse()
-    if a.keep_freed_memory:
+    if a.keep_heap:
         keep_freed_memory()
     if a.threads:
         torch.set_num_threads(a.threads)

@@ -1,3 +1,5 @@
+"""scripts/demo_images.py: the images that it draws, and the folders that it leaves alone."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from jaxcats.data.index import scan
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    return draw(tmp_path_factory.mktemp("demo") / "pictures")
+    return draw(tmp_path_factory.mktemp("demo") / "images")
 
 
 def contents(root):
@@ -57,11 +59,11 @@ def test_a_seed_gives_the_same_images_and_another_gives_others(tmp_path):
 def test_a_complete_folder_is_left_alone_and_a_broken_one_mended(tmp_path):
     root = draw(tmp_path / "a", n_train=4, n_valid=2)
     whole = contents(root)
-    picture = root / "train/cats/cat.0001.jpg"
-    time = picture.stat().st_mtime_ns
+    image = root / "train/cats/cat.0001.jpg"
+    time = image.stat().st_mtime_ns
     draw(root, n_train=4, n_valid=2)
-    assert picture.stat().st_mtime_ns == time
-    picture.unlink()
+    assert image.stat().st_mtime_ns == time
+    image.unlink()
     draw(root, n_train=4, n_valid=2)
     assert contents(root) == whole
 
@@ -88,21 +90,17 @@ def test_too_few_images(tmp_path):
 
 
 def test_the_command(tmp_path):
-    command = [
-        sys.executable,
-        str(Path(__file__).parents[2] / "scripts" / "demo_images.py"),
-        str(tmp_path / "a"),
-        "--n_train",
-        "2",
-        "--n_valid",
-        "2",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    script = Path(__file__).parents[1] / "scripts" / "demo_images.py"
+
+    def run(folder):
+        command = [sys.executable, str(script), str(folder), "--n_train", "2", "--n_valid", "2"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = run(tmp_path / "a")
     assert (done.returncode, done.stderr) == (0, "")
     assert "2 training and 2 validation images" in done.stdout
     (tmp_path / "mine.txt").write_text("")
-    command[3] = str(tmp_path)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
