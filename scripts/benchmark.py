@@ -1,4 +1,4 @@
-"""Measures one part of the work and prints one JSON line; with --peer, in turns with another program (A B A B).
+"""Measures one part of jaxcats and prints one JSON line; with --peer, in turns with another program (A B A B).
 
     python scripts/benchmark.py features --backbone efficientnet_lite0 --batch 32
     python scripts/benchmark.py step --backbone resnet34 --devices 2
@@ -7,11 +7,17 @@
     python scripts/benchmark.py features --peer "python scripts/peers/torch_throughput.py --mode features" \\
         --peer-key features_img_s.median
 
-step: a train step, every weight learning, on random images. features: the frozen forward on random images; with
---root from the files. decode: files to uint8 batches. head: three warm epochs of the lesson's head on random features.
-lr_find: 100 iterations of the range test on them. job: the whole lesson, cold and warm. ceiling: what the machine can
-do: a matrix product, a copy, with --root the JPEG decoder alone. step, features, head, lr_find and ceiling on random
-input need neither TensorFlow nor jsonargparse.
+The parts are:
+
+    step       a train step of all layers on random images
+    features   the forward pass of the frozen backbone on random images, or with --root on files
+    decode     image files to uint8 batches
+    head       three epochs of the lesson's head on random features
+    lr_find    100 iterations of the range test on random features
+    job        the whole lesson, cold and warm
+    ceiling    the limits of the machine: a matrix product, a copy, and with --root the JPEG decoder alone
+
+Without --root no part needs TensorFlow or jsonargparse.
 """
 
 import argparse
@@ -34,7 +40,7 @@ RUNS = {**PARTS, "job": run_job}
 
 
 def child(command: list[str]) -> dict[str, Any]:
-    """The last JSON line that a command prints, with the seconds of its whole process."""
+    """Runs a command; returns the last JSON line that it prints, with the seconds of the whole process."""
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - start
@@ -55,7 +61,10 @@ def value_of(line: dict[str, Any], key: str) -> float:
 
 
 def in_turns(p: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
-    """Ours and the peer's, A B A B; our line of the median, the peer's, and the paired ratios (above 1: jaxcats is faster)."""
+    """Runs this measurement and the peer in turns; returns the median line of each and the ratios of the pairs.
+
+    A ratio above 1 means that jaxcats is faster.
+    """
     if not p.peer_key:
         sys.exit("--peer: needs --peer-key, the dotted place of the number in the peer's JSON line.")
     ours, theirs, ratios = [], [], []
@@ -73,17 +82,17 @@ def in_turns(p: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
 
 def in_sizes(p: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
-    """One process for each number of images."""
+    """Measures each number of images in its own process."""
     root = parse(rest).root
     if not root:
         sys.exit("--scale: needs --root, the photos that the larger folders are made of.")
-    found = []
+    lines = []
     for n in map(int, p.scale.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             photos = photo_folder(Path(root), n, Path(folder))
-            found.append(child([sys.executable, __file__, *rest, "--root", str(photos)]))  # the last --root counts
+            lines.append(child([sys.executable, __file__, *rest, "--root", str(photos)]))  # the last --root counts
     shown = ("images", "images_per_second", "peak_memory_bytes", "wall_seconds", "cold", "warm")
-    return found[-1] | {"scale": [{k: line[k] for k in shown if k in line} for line in found]}
+    return lines[-1] | {"scale": [{k: line[k] for k in shown if k in line} for line in lines]}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -92,7 +101,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--peer and --scale run this script in processes of their own.",
-        parents=[around()],
+        parents=[outer_options()],
     )
     parser.add_argument("what", choices=RUNS)
     parser.add_argument("--backbone", choices=CONFIGS, default="efficientnet_lite0")
@@ -116,8 +125,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return a
 
 
-def around() -> argparse.ArgumentParser:
-    """The options that are the parent process's."""
+def outer_options() -> argparse.ArgumentParser:
+    """The options for measurements that run in child processes."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("in processes of their own")
     group.add_argument("--scale", help="numbers of images, with commas between (features, decode, job)")
@@ -133,8 +142,8 @@ def main() -> None:
     """The command."""
     load = os.getloadavg()[0]
     if "-h" not in sys.argv and "--help" not in sys.argv:
-        p, rest = around().parse_known_args()
-        parse(rest)  # a slip is said before anything runs
+        p, rest = outer_options().parse_known_args()
+        parse(rest)  # so that a mistake is reported before anything runs
         if p.peer or p.scale:
             print(json.dumps(in_turns(p, rest) if p.peer else in_sizes(p, rest)))
             return
@@ -143,11 +152,11 @@ def main() -> None:
         os.environ["XLA_FLAGS"] = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={a.devices}"
         )
-    found = RUNS[a.what](a)
+    results = RUNS[a.what](a)
     name, peak = device()
     facts = {"what": a.what, "backbone": a.backbone, "batch": a.batch, "size": a.size, "dtype": a.dtype, "device": name}
     facts |= {"devices": a.devices, "images_per_second": None, "compile_seconds": None, "peak_memory_bytes": peak}
-    print(json.dumps(facts | found | {"versions": versions(), "load_before": round(load, 2)}))
+    print(json.dumps(facts | results | {"versions": versions(), "load_before": round(load, 2)}))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Measures jaxcats beside PyTorch, part by part, and writes BENCHMARKS.md from what it measured.
+"""Measures each part of jaxcats beside PyTorch, and writes BENCHMARKS.md.
 
     python scripts/benchmark_table.py --root data/dogscats --peer-python venv-torch/bin/python
 
-Each row is two calls of benchmark.py, one beside the best PyTorch setting found and one beside what most people write,
-in turns in one call each (A B A B), so that a busy machine slows both alike. The lines that it printed are kept in
---lines and the table is made of them: --only measures some rows again, --render none. What
-stands in BENCHMARKS.md from "## Log" on is written by hand, and kept. On CPU about 40 minutes.
+Each row is two calls of benchmark.py: one beside the best PyTorch setting that was found and one beside what most people
+write. Both programs run in turns (A B A B), so that a busy machine slows both alike. The file --lines keeps the
+measurements; --only measures some rows again and --render none. The part of BENCHMARKS.md from "## Log" on is written by
+hand and stays. It takes about 40 minutes on a CPU.
 """
 
 import argparse
@@ -86,7 +86,7 @@ ROWS |= {
 
 
 def run(command: str) -> dict[str, Any]:
-    """The last line of a command, parsed; what went wrong ends this script."""
+    """Runs a command; returns its last line, parsed. A failure of the command ends this script."""
     print(command, file=sys.stderr)
     done = subprocess.run(shlex.split(command), capture_output=True, text=True)
     if done.returncode:
@@ -95,20 +95,20 @@ def run(command: str) -> dict[str, Any]:
 
 
 def measure(name: str, a: argparse.Namespace) -> dict[str, Any]:
-    """One row: our line with the peers' beside it."""
+    """Measures one row: jaxcats beside the best and beside the usual PyTorch."""
     ours, key, best, usual, peer_key, less = ROWS[name]
     places = {"root": a.root, "scratch": a.scratch}
     command = f"{sys.executable} {HERE / 'benchmark.py'} {ours.format(**places)} --key {key} --peer-key {peer_key}"
     command += " --less" if less else ""
-    found: dict[str, Any] = {"row": name, "key": key, "peer_key": peer_key, "less": less}
+    row: dict[str, Any] = {"row": name, "key": key, "peer_key": peer_key, "less": less}
     for kind, peer, pairs in (("best", best, a.pairs), ("usual", usual, 1)):
         theirs = f"{a.peer_python} {HERE / 'peers'}/{peer.format(**places)}"
-        if "{scratch}" in peer or "{scratch}" in ours:  # the first runs fill the caches, unmeasured
+        if "{scratch}" in peer or "{scratch}" in ours:  # a first run that is not measured fills the caches
             run(f"{sys.executable} {HERE / 'benchmark.py'} {ours.format(**places)}")
             run(theirs)
-        found[kind] = run(f"{command} --pairs {pairs} --peer {shlex.quote(theirs)}")
-        found[kind]["commands"] = [f"benchmark.py {ours}", f"peers/{peer}"]
-    return found
+        row[kind] = run(f"{command} --pairs {pairs} --peer {shlex.quote(theirs)}")
+        row[kind]["commands"] = [f"benchmark.py {ours}", f"peers/{peer}"]
+    return row
 
 
 def number(line: dict[str, Any], key: str) -> float:
@@ -118,7 +118,7 @@ def number(line: dict[str, Any], key: str) -> float:
 
 
 def render(lines: list[dict[str, Any]], ceiling: dict[str, Any]) -> str:
-    """BENCHMARKS.md."""
+    """The text of BENCHMARKS.md down to the log."""
     versions = ceiling["versions"]
     first = [
         "# Benchmarks",

@@ -1,4 +1,7 @@
-"""Drawn cats and dogs, so that a first run and the tests need no download: `python scripts/demo_images.py FOLDER`."""
+"""Draws images of cats and dogs, so that the quick start and the tests need no download:
+
+python scripts/demo_images.py FOLDER [--n_train 300] [--n_valid 120] [--seed 0]
+"""
 
 import argparse
 import json
@@ -21,15 +24,21 @@ CLASSES = ("cats", "dogs")
 
 
 def draw(folder: str | os.PathLike[str], *, n_train: int = 300, n_valid: int = 120, seed: int = 0) -> Path:
-    """Draw cats and dogs into `folder`/train/{cats,dogs} and `folder`/valid/{cats,dogs}; returns the folder.
+    """Draws cats and dogs into `folder`/train/{cats,dogs} and `folder`/valid/{cats,dogs}.
 
-    The same arguments give the same images (with the same Pillow); a folder that has them all is left alone.
+    The same arguments give the same images with the same version of Pillow. A folder that has them all stays as it is.
 
     Args:
-        n_train: images for training, half of them of each kind.
-        n_valid: images for validation, likewise.
+        folder: a new or empty folder, or one that this function has filled before.
+        n_train: number of training images; half of them are cats.
+        n_valid: number of validation images; half of them are cats.
+        seed: seed of the drawing.
 
-    Raises UserError for a folder that holds something else, which is never touched.
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder holds other files. They are never touched.
     """
     root = Path(os.path.expanduser(folder))
     if min(n_train, n_valid) < 2:
@@ -48,10 +57,10 @@ def draw(folder: str | os.PathLike[str], *, n_train: int = 300, n_valid: int = 1
         for number in range((total + 1 - label) // 2)
     }
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        found = _read_marker(root)
-        if found is None:
+        marker = _read_marker(root)
+        if marker is None:
             raise UserError(f"{root}: holds something other than demo images; give a new or an empty folder")
-        if found == wanted | {"complete": True} and all(path.is_file() for path in jobs):
+        if marker == wanted | {"complete": True} and all(path.is_file() for path in jobs):
             return root
         for path in root.glob("*/*/*.jpg"):
             if re.fullmatch(
@@ -75,8 +84,8 @@ def _save(path: Path, key: tuple[int, int, int, int]) -> None:
 
 def _read_marker(root: Path) -> dict | None:
     try:
-        found = json.loads((root / MARKER).read_text(encoding="utf-8"))
-        return found if found["made_by"] == "jaxcats.data.demo" else None
+        marker = json.loads((root / MARKER).read_text(encoding="utf-8"))
+        return marker if marker["made_by"] == "jaxcats.data.demo" else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -84,19 +93,19 @@ def _read_marker(root: Path) -> dict | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python scripts/demo_images.py FOLDER`."""
     parser = argparse.ArgumentParser(
-        prog="python scripts/demo_images.py", description="Draw demo images of cats and dogs."
+        prog="python scripts/demo_images.py", description="Draws demo images of cats and dogs."
     )
     parser.add_argument("folder", help="a new or empty folder")
     parser.add_argument("--n_train", type=int, default=300, help="images for training (default 300)")
     parser.add_argument("--n_valid", type=int, default=120, help="images for validation (default 120)")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        folder = draw(given.folder, n_train=given.n_train, n_valid=given.n_valid, seed=given.seed)
+        folder = draw(args.folder, n_train=args.n_train, n_valid=args.n_valid, seed=args.seed)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{given.n_train} training and {given.n_valid} validation images in {folder}")
+    print(f"{args.n_train} training and {args.n_valid} validation images in {folder}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The animals of the demo images, drawn with Pillow from a random generator.
+"""Draws the animals of the demo images with Pillow and a random generator.
 
-What tells cats from dogs is shape (ears, muzzle, whiskers, tongue, tail); colours, places, backgrounds and light are
-drawn alike for both.
+Cats and dogs differ in shape only (ears, muzzle, whiskers, tongue, tail). Colours, places, backgrounds and light have the
+same distribution for both.
 """
 
 import math
@@ -30,7 +30,7 @@ _EYES = ((120, 160, 60), (190, 160, 50), (96, 66, 36), (90, 140, 180), (140, 100
 
 @dataclass(frozen=True)
 class _Pen:
-    """Draws in the animal's own units: the head has radius 1 about (0, 0), y points down."""
+    """Draws in units of the head: its centre is (0, 0), its radius is 1, and y points down."""
 
     draw: ImageDraw.ImageDraw
     centre: tuple[float, float]
@@ -54,7 +54,7 @@ class _Pen:
         self.polygon(np.stack([x + u * cos - v * sin, y + u * sin + v * cos], axis=1), colour)
 
     def line(self, points: Sequence[tuple[float, float]] | np.ndarray, width: float, colour: Colour) -> None:
-        """A smooth stroke with round ends through three or more points (two: a straight one)."""
+        """Draws a line with round ends: a smooth curve for three points, otherwise straight pieces."""
         knots = np.asarray(points, float)
         if len(knots) == 3:
             t = np.linspace(0, 1, 16)[:, None]
@@ -66,7 +66,7 @@ class _Pen:
 
 
 def _shade(colour: Sequence[float], by: float) -> Colour:
-    """Darker (by < 0) or lighter (by > 0), -1..1."""
+    """Makes a colour darker (by < 0) or lighter (by > 0); `by` is from -1 to 1."""
     target = 255 if by > 0 else 0
     red, green, blue = (int(c + (target - c) * abs(by)) for c in colour)
     return red, green, blue
@@ -78,7 +78,7 @@ def _fur(rng: np.random.Generator) -> Colour:
 
 
 def _body(pen: _Pen, rng: np.random.Generator, fur: Colour, *, cat: bool) -> None:
-    """Behind the head: sitting towards us, or standing to one side; the tail and the build differ."""
+    """Draws the body behind the head, sitting or standing; tail and build differ between cats and dogs."""
     dark, wide = _shade(fur, -0.18), 0.85 if cat else 1.0
     if rng.random() < 0.5:  # sitting
         if cat:
@@ -187,7 +187,7 @@ def _dog_head(pen: _Pen, rng: np.random.Generator, fur: Colour, yaw: float) -> N
 
 
 def _noise(rng: np.random.Generator, size: tuple[int, int], cell: int) -> np.ndarray:
-    """Smooth noise, float [height, width] about 0 with deviation 1; `cell` is the size of its grain in pixels."""
+    """Smooth noise, float [height, width], with mean 0 and standard deviation 1; `cell` is the size of its grain in pixels."""
     width, height = size
     small = rng.normal(0, 40, (height // cell + 2, width // cell + 2)).clip(-127, 127) + 128
     grown = Image.fromarray(small.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
@@ -195,7 +195,7 @@ def _noise(rng: np.random.Generator, size: tuple[int, int], cell: int) -> np.nda
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    """A room, a meadow or a plain backdrop, with clutter, out of focus."""
+    """Draws a room, a meadow or a plain backdrop with some clutter, and blurs it."""
     width, height = size
     first, second = rng.integers(30, 235, 3), rng.integers(30, 235, 3)
     kind = rng.integers(3)
@@ -218,9 +218,9 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 
 
 def animal_image(rng: np.random.Generator, *, cat: bool) -> Image.Image:
-    """One animal somewhere in an image of about 256 pixels, lit, blurred and grained."""
+    """Draws one animal in an image of about 256 pixels, with light, blur and grain."""
     width, height = (int(side) for side in rng.integers(224, 321, 2))
-    twice = (width * 2, height * 2)  # drawn at double size, so that edges come out smooth
+    twice = (width * 2, height * 2)  # drawn at double size and made smaller, which smooths the edges
     layer = Image.new("RGBA", twice, (0, 0, 0, 0))
     whole = rng.random() < 0.55
     radius = rng.uniform(0.13, 0.19) if whole else rng.uniform(0.22, 0.36)

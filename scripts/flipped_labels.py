@@ -1,9 +1,9 @@
-"""How well wrong labels are found: flips some training labels on purpose and looks for them as `evaluate --split train` does.
+"""Measures how well label errors are found: flips some training labels and looks for them as `evaluate --split train` does.
 
     python scripts/flipped_labels.py --config configs/dogscats_lite0.yaml --root data/dogscats [--share 0.02] [--seeds 3]
 
-Labels are flipped in memory; no image is copied or changed. Recall is the share of the flipped images that is listed,
-precision the share of the list that was flipped. Labels that were wrong before count against precision.
+The labels are flipped in memory only. Recall is the share of the flipped images that is listed, and precision is the
+share of the listed images that was flipped. Labels that were wrong before count against the precision.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from jaxcats.evaluate.label_errors import find_suspects
 from jaxcats.train.experiment import initial_params, setup
 
 
-def listed(run: SimpleNamespace, split, *, folds: int) -> list[str]:
-    """Paths of the training images whose label looks wrong, in their order."""
+def suspect_paths(run: SimpleNamespace, split, *, folds: int) -> list[str]:
+    """The paths of the training images with a suspicious label, the most suspicious first."""
     return [s.path for s in find_suspects(run, {"train": split}, folds=folds) if s.reason.startswith("label")]
 
 
@@ -38,7 +38,9 @@ def main() -> None:
     state, train = SimpleNamespace(params=params, batch_stats=batch_stats), whole.index.splits["train"]
     classes, n = whole.index.classes, len(train)
     run = SimpleNamespace(config=config, model=whole.model, preprocess=whole.preprocess, classes=classes, state=state)
-    print(f"no label flipped: {len(listed(run, train, folds=args.folds))} of {n:,} listed (features are computed now)")
+    print(
+        f"no label flipped: {len(suspect_paths(run, train, folds=args.folds))} of {n:,} listed (features are computed now)"
+    )
     hits: list[np.ndarray] = []
     for seed in range(args.seeds):
         rng = np.random.default_rng(seed)
@@ -47,7 +49,7 @@ def main() -> None:
         labels[rows] = (labels[rows] + rng.integers(1, len(classes), len(rows))) % len(classes)
         run.config = dataclasses.replace(config, seed=seed)
         before = time.perf_counter()
-        names = listed(run, dataclasses.replace(train, labels=labels), folds=args.folds)
+        names = suspect_paths(run, dataclasses.replace(train, labels=labels), folds=args.folds)
         seconds = time.perf_counter() - before
         flipped, k = {train.paths[i] for i in rows}, len(rows)
         hit = np.asarray([name in flipped for name in names], bool)

@@ -1,9 +1,9 @@
-"""One image of every kind that people's folders hold, and what the network sees of each, as a contact sheet:
+"""Makes one image of every kind, and a contact sheet of what the network sees of each:
 
     python scripts/image_kinds.py --out kinds.png [--keep FOLDER] [--small]
 
-All show the same four fields: red and green above, blue and white below (grey ones by their brightness). Where an image
-has transparency its white field is the transparent one.
+All images show the same four fields: red and green above, blue and white below (greyscale images show their brightness).
+In an image with transparency, the white field is transparent.
 """
 
 import argparse
@@ -35,14 +35,14 @@ def plain(width: int = 96, height: int = 64) -> Image.Image:
 
 
 def has_alpha(width: int = 96, height: int = 64) -> Image.Image:
-    """The same, with the white field black and transparent."""
+    """The four fields; the white one is black and transparent instead."""
     image = plain(width, height).convert("RGBA")
     image.paste((0, 0, 0, 0), (width // 2, height // 2, width, height))
     return image
 
 
 def png16() -> bytes:
-    """A PNG of 16 bits a channel, which Pillow can't write."""
+    """A PNG with 16 bits per channel, which Pillow cannot write."""
     pixels = np.asarray(plain()).astype(">u2") * 257
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
     chunks = [
@@ -55,7 +55,7 @@ def png16() -> bytes:
 
 
 def ycck() -> bytes:
-    """A JPEG as Adobe's programs write it: CMYK, inverted, its colours as YCbCr."""
+    """A JPEG as Adobe's programs write it: inverted CMYK, stored as YCCK."""
     cmyk = plain().convert("CMYK")
     *cmy, black = cmyk.split()
     luma = Image.merge("RGB", cmy).convert("YCbCr").split()
@@ -67,7 +67,7 @@ def ycck() -> bytes:
 
 
 def swapped_profile() -> bytes:
-    """An ICC profile in which red and green have changed places, so that a reader that ignores it is seen."""
+    """An ICC profile that swaps red and green, so that a reader that ignores the profile shows it."""
     content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, green = content.index(b"rXYZ"), content.index(b"gXYZ")
     content[red : red + 4], content[green : green + 4] = b"gXYZ", b"rXYZ"
@@ -76,7 +76,7 @@ def swapped_profile() -> bytes:
 
 
 def linear_grey_profile() -> bytes:
-    """An ICC profile of greys that are proportional to light (Pillow makes none for greys)."""
+    """An ICC profile for greys in proportion to light; Pillow can make profiles for colours only."""
     white = struct.pack(">3i", 63190, 65536, 54061)
     tags = {
         b"desc": b"desc\0\0\0\0" + struct.pack(">I", 12) + b"linear grey\0" + bytes(78),
@@ -93,7 +93,7 @@ def linear_grey_profile() -> bytes:
 
 
 def linear(grey: Image.Image) -> Image.Image:
-    """8-bit greys (with alpha or without) in proportion to the light that they stand for."""
+    """Converts 8-bit sRGB greys (with alpha or without) to greys in proportion to light."""
     light = [v / 255 / 12.92 if v < 11 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in range(256)]
     table = [round(255 * v) for v in light]
     return grey.point(table + list(range(256)) * (grey.mode == "LA"))
@@ -110,13 +110,13 @@ def encoded(image: Image.Image, kind: str, *, orientation: int | None = None, **
 
 
 def lying(orientation: int) -> Image.Image:
-    """The image as a camera stores it that notes this orientation."""
+    """The image as a camera stores it with this EXIF orientation."""
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's Transpose numbers of the inverse
     return plain().transpose(Image.Transpose(undo[orientation])) if orientation > 1 else plain()
 
 
 def deep(kind: str, width: int = 96, height: int = 64) -> Image.Image:
-    """Greys of 16 bits or as floats; of the kind "infinite" one is."""
+    """Greys with 16 bits or as floats; in the kind "infinite", one value is infinite."""
     grey = np.asarray(plain(width, height).convert("L"))
     if kind == "16":
         return Image.fromarray(grey.astype(np.uint16) * 257)
@@ -127,13 +127,13 @@ def deep(kind: str, width: int = 96, height: int = 64) -> Image.Image:
 
 
 def swap(image: Image.Image) -> Image.Image:
-    """What looks as it should by the profile of `swapped_profile`."""
+    """Swaps red and green, so that the image is right with the profile of `swapped_profile`."""
     red, green, *others = image.split()
     return Image.merge(image.mode, (green, red, *others))
 
 
 def large_kinds() -> dict[str, Callable[[], bytes]]:
-    """File name -> what makes its content: images of 40 megapixels."""
+    """By file name, a function that makes an image of 40 megapixels."""
     size, turned, jpeg = (7744, 5184), Image.Transpose.ROTATE_90, {"kind": "JPEG", "quality": 80}
     profile = {"icc_profile": swapped_profile()}
     makers: dict[str, Callable[[], bytes]] = {
@@ -149,7 +149,7 @@ def large_kinds() -> dict[str, Callable[[], bytes]]:
 
 
 def several_frames() -> dict[str, bytes]:
-    """The image and two others, as films and pages, whole and cut within the second."""
+    """Animations and documents of three images, by file name; some are cut off within the second image."""
     rgb = plain()
     pages = {"save_all": True, "append_images": [Image.new("RGB", rgb.size, name) for name in ("black", "purple")]}
     gif, tiff = encoded(rgb, "GIF", **pages, duration=100), encoded(rgb, "TIFF", **pages)
@@ -166,11 +166,11 @@ def several_frames() -> dict[str, bytes]:
 
 
 def kinds(large: bool = True) -> dict[str, bytes]:
-    """File name -> content."""
+    """The content of each file by its name."""
     rgb, grey, alpha = plain(), plain().convert("L"), has_alpha()
     greys = {"icc_profile": linear_grey_profile()}
-    black = np.asarray(deep("16")) % 65535  # the white field, to be the transparent value
-    found = {
+    black = np.asarray(deep("16")) % 65535  # the value of the white field becomes the transparent one
+    contents = {
         "jpeg.jpg": encoded(rgb, "JPEG", quality=95),
         "jpeg_progressive.jpg": encoded(rgb, "JPEG", quality=95, progressive=True),
         "jpeg_grey.jpg": encoded(grey, "JPEG"),
@@ -215,14 +215,14 @@ def kinds(large: bool = True) -> dict[str, bytes]:
         pass
     else:
         register_heif_opener()
-        found["heic.heic"] = encoded(rgb, "HEIF", quality=90)
+        contents["heic.heic"] = encoded(rgb, "HEIF", quality=90)
     if large:
-        found |= {name: maker() for name, maker in large_kinds().items()}
-    return found
+        contents |= {name: maker() for name, maker in large_kinds().items()}
+    return contents
 
 
 def sheet(folder: Path, names: list[str], side: int = 96, columns: int = 8) -> Image.Image:
-    """What the network sees of each file, with the file's name and what was noted."""
+    """Draws what the network sees of each file, with the name of the file and the note about it."""
     high = side + 54
     out = Image.new("RGB", (columns * (side + 60), -(-len(names) // columns) * high), "grey")
     draw = ImageDraw.Draw(out)
@@ -246,11 +246,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found = kinds(large=not args.small)
-        for name, content in found.items():
+        contents = kinds(large=not args.small)
+        for name, content in contents.items():
             (folder / name).write_bytes(content)
-        sheet(folder, sorted(found)).save(args.out)
-    print(f"{len(found)} kinds of image: {args.out}")
+        sheet(folder, sorted(contents)).save(args.out)
+    print(f"{len(contents)} kinds of image: {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Trainings killed (SIGKILL) at random moments and resumed, against one that nobody disturbed:
+"""Kills trainings (SIGKILL) at random moments, resumes them, and compares the results with an undisturbed training:
 
     python scripts/kill_campaign.py [--runs 50] [--seed 0] [--backbone efficientnet_lite0] [--out out.json]
 
-Each run has a folder and a cache of its own, on drawn images. A stage is chosen at random (start, index, features,
-training, checkpoint, evaluation, report), and a moment in it; half of the runs are killed a second time while they
-resume. Then the run is given once more and must end like the undisturbed one: the same bytes in model.safetensors,
-predictions.csv and config.yaml, the same losses in metrics.jsonl, the same numbers in metrics.json, the same files, and
-none more, in the run folder and in the cache. Exit code 1 when one of them does not.
+Each run has its own folder and cache, and trains on drawn images. The script chooses a random stage (start, index,
+features, training, checkpoint, evaluation, report) and a random moment in it, and kills the run. It kills half of the
+runs a second time while they resume. Then the run resumes to its end, and its results must be those of the undisturbed
+run: the same bytes in model.safetensors, predictions.csv and config.yaml, the same losses in metrics.jsonl, the same
+numbers in metrics.json, and the same files in the run folder and in the cache. The exit code is 1 if any run differs.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SECONDS_AT_MOST = 300
 
 
 def stage(run: Path, cache: Path) -> str:
-    """What a run is at, as its folder and its cache show."""
+    """The stage of a run, as its folder and its cache show it."""
     checkpoints = run / "checkpoints"
     names = os.listdir(checkpoints) if checkpoints.is_dir() else []
     if any("tmp" in name for name in names) and not (run / "predictions.csv").exists():
@@ -63,7 +63,7 @@ def _last_step(run: Path) -> int:
 
 
 class Run:
-    """One run folder with a cache of its own."""
+    """A run folder with its own cache."""
 
     def __init__(self, place: Path, name: str, program: str):
         self.folder, self.cache, self.program = place / name, place / f"{name}-cache", program
@@ -101,7 +101,11 @@ class Run:
         return dict(seconds)
 
     def killed(self, wanted: str, wait: float) -> str | None:
-        """Kills it `wait` seconds after it comes to a stage, or past it; returns the stage it was at, None if it had ended."""
+        """Starts the run and kills it `wait` seconds after it has reached a stage.
+
+        Returns:
+            The stage at which it was killed; None if it had ended before.
+        """
         child, deadline = self.start(), time.monotonic() + SECONDS_AT_MOST
         while STAGES.index(stage(self.folder, self.cache)) < STAGES.index(wanted) and child.poll() is None:
             if time.monotonic() > deadline:
@@ -116,36 +120,38 @@ class Run:
         return stage(self.folder, self.cache) if child.returncode else None
 
     def outcome(self) -> dict[str, object]:
-        """Everything that must be as it was in the undisturbed run."""
+        """Everything that must be the same as in the undisturbed run."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
-        found = json.loads((self.folder / "metrics.json").read_text())
+        metrics = json.loads((self.folder / "metrics.json").read_text())
         bits = ["model/model.safetensors", "predictions.csv", "config.yaml", "bad_files.json"]
         return {
             "bytes": {n: hashlib.sha256((self.folder / n).read_bytes()).hexdigest() for n in bits},
             "losses": [(r["step"], r["loss"]) for r in rows if "loss" in r],
-            "metrics": {k: v for k, v in found.items() if k not in ("seconds", "features")},
+            "metrics": {k: v for k, v in metrics.items() if k not in ("seconds", "features")},
             "run files": files(self.folder),
             "cache files": [n for n in files(self.cache) if not n.startswith("index/")],
         }
 
 
 def files(folder: Path) -> list[str]:
-    """Names of all files below a folder but those with a random part: Orbax's data files and TensorBoard's."""
+    """The names of all files below a folder, without those that have random parts (of Orbax and TensorBoard)."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return [n for n in names if "/d/" not in n and "process_0" not in n and not n.startswith("tensorboard/")]
 
 
 def difference(found: object, wanted: object) -> object:
-    """What to print of two things that should be equal."""
+    """What to print when two results differ."""
     if isinstance(found, list) and isinstance(wanted, list) and all(isinstance(n, str) for n in found + wanted):
         return {"more": sorted(set(found) - set(wanted)), "fewer": sorted(set(wanted) - set(found))}
     return found, wanted
 
 
 def campaign(place: Path, *, runs: int, seed: int, program: str) -> dict[str, object]:
-    """The undisturbed run, then `runs` disturbed ones; returns what was struck and what differed."""
-    warming = Run(place, "warming", program)  # compiles, so that the stages' lengths are those of the others
+    """Does the undisturbed run and then `runs` disturbed ones; returns the number of kills by stage and the differences."""
+    warming = Run(
+        place, "warming", program
+    )  # compiles, so that the stages of the next run are as long as those of the others
     warming.finish()
     steps = [int(p.name) for p in (warming.folder / "checkpoints").iterdir() if p.name.isdigit()]
     (place / "last.json").write_text(json.dumps(max(steps)))
@@ -157,7 +163,7 @@ def campaign(place: Path, *, runs: int, seed: int, program: str) -> dict[str, ob
     dice = random.Random(seed)
     for number in range(runs):
         stages, tries = [], 0
-        while not stages:  # one that ended before its moment came was not disturbed
+        while not stages:  # a run that ended before its kill was not disturbed; try again
             tries += 1
             run = Run(place, f"run{number}.{tries}", program)
             for _ in range(dice.choice((1, 2))):
@@ -196,12 +202,12 @@ def main() -> None:
         settings = {"backbone": args.backbone, "pretrained": str(not args.random).lower(), "size": args.size}
         (place / "config.yaml").write_text(CONFIG.format(root=root, **settings))
         program = PROGRAM.format(extra=f"import {args.module}; " if args.module else "")
-        found = campaign(place, runs=args.runs, seed=args.seed, program=program)
+        result = campaign(place, runs=args.runs, seed=args.seed, program=program)
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{found['same']} of {found['runs']} runs ended like the undisturbed one; kills: {found['kills']}")
-    if found["wrong"]:
-        print(json.dumps(found["wrong"], indent=1)[:4000])
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['same']} of {result['runs']} runs ended like the undisturbed one; kills: {result['kills']}")
+    if result["wrong"]:
+        print(json.dumps(result["wrong"], indent=1)[:4000])
         sys.exit(1)
 
 

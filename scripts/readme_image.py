@@ -1,6 +1,6 @@
-"""Draws the README's image from a finished quick start: python scripts/readme_image.py [--run runs/quickstart].
+"""Draws the image of the README from a finished quick start: python scripts/readme_image.py [--run runs/quickstart].
 
-Two right answers of each class, and the four answers that were most wrong or least sure.
+It shows two right predictions of each class, and the four images whose true class got the lowest probability.
 """
 
 import argparse
@@ -20,10 +20,10 @@ def main() -> None:
     with (args.run / "predictions.csv").open(newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     for row in rows:
-        row["sure"] = float(row[f"p_{row['label']}"])
+        row["probability"] = float(row[f"p_{row['label']}"])
     right = [r for r in rows if r["label"] == r["predicted"]]
     chosen = [r for name in sorted({r["label"] for r in rows}) for r in [x for x in right if x["label"] == name][:2]]
-    chosen += sorted(rows, key=lambda r: r["sure"])[:4]
+    chosen += sorted(rows, key=lambda r: r["probability"])[:4]
     titles = [f"{r['label'][:-1]}: said {r['predicted'][:-1]}, {float(r['p_' + r['predicted']]):.0%}" for r in chosen]
     figure = gallery([root / r["path"] for r in chosen], titles, wrong=[r["label"] != r["predicted"] for r in chosen])
     args.out.parent.mkdir(exist_ok=True)

@@ -1,8 +1,8 @@
-"""How cost grows with images, pixels, batch and devices: measures and writes the last section of BENCHMARKS.md.
+"""Measures how cost grows with images, pixels, batch and devices, and writes the last section of BENCHMARKS.md.
 
     python scripts/scale_table.py --root PHOTOS
 
-On CPU about half an hour. --lines keeps what was measured, and what it holds is not measured again.
+It takes about half an hour on a CPU. The file --lines keeps the measurements; what is in it is not measured again.
 """
 
 import argparse
@@ -20,20 +20,20 @@ SIZES, BATCHES, DEVICES = (64, 128, 224, 384), (16, 32, 64, 128, 256), (1, 2, 4)
 
 
 def commands(root: Path) -> list[str]:
-    """Arguments of benchmark.py, one measurement or one --scale each."""
-    found = [f"{what} {SHORT} --size {size}" for size in SIZES for what in ("features", "step")]
-    found += [
+    """The arguments of benchmark.py for each measurement."""
+    arguments = [f"{what} {SHORT} --size {size}" for size in SIZES for what in ("features", "step")]
+    arguments += [
         f"{what} {SHORT} --batch {b}" for what in ("features", "step") for b in BATCHES if b < 256 or what != "step"
     ]
-    found += [f"{what} {SHORT} --devices {n}" for n in DEVICES for what in ("features", "step")]
+    arguments += [f"{what} {SHORT} --devices {n}" for n in DEVICES for what in ("features", "step")]
     train = shlex.quote(str(root / "train"))
-    found.append(f"decode --root {train} --rounds 1 --scale 300,3000,30000")
-    found.append(f"features --backbone efficientnet_lite0 --rounds 1 --root {train} --scale 300,3000")
-    return found
+    arguments.append(f"decode --root {train} --rounds 1 --scale 300,3000,30000")
+    arguments.append(f"features --backbone efficientnet_lite0 --rounds 1 --root {train} --scale 300,3000")
+    return arguments
 
 
 def measure(command: str) -> list[dict[str, Any]]:
-    """The JSON lines that a measurement prints."""
+    """Runs benchmark.py and returns the JSON lines that it prints."""
     done = subprocess.run(
         [sys.executable, str(HERE / "benchmark.py"), *shlex.split(command)], capture_output=True, text=True
     )
@@ -52,26 +52,26 @@ def rate(line: dict[str, Any]) -> str:
 
 
 def render(lines: dict[str, list[dict[str, Any]]]) -> str:
-    """The section, from the measured lines by command."""
+    """The section of BENCHMARKS.md, from the measured lines by command."""
 
     def row(option: str, values: tuple[int, ...], what: str) -> list[str]:
-        found = (lines.get(f"{what} {SHORT} --{option} {v}") for v in values)
-        return [rate(x[0]) if x else "" for x in found]
+        measured = (lines.get(f"{what} {SHORT} --{option} {v}") for v in values)
+        return [rate(x[0]) if x else "" for x in measured]
 
     def both(option: str, values: tuple[int, ...], head: str) -> str:
         columns = zip(values, row(option, values, "features"), row(option, values, "step"), strict=True)
         return table([head, "features", "train step"], [[str(v), f, s] for v, f, s in columns])
 
     images = [
-        [f"{line['images']:,}", found[0]["what"], rate(line)]
-        for command, found in lines.items()
+        [f"{line['images']:,}", measured[0]["what"], rate(line)]
+        for command, measured in lines.items()
         if "--scale" in command
-        for line in found[0]["scale"]
+        for line in measured[0]["scale"]
     ]
     parts = [
         f"EfficientNet-Lite0, float32, 224 px and batch 32 unless said; images a second and the process's peak memory.\n"
         "All of it: `python scripts/scale_table.py --root PHOTOS`; row by row `benchmark.py features` or `step` with "
-        f"`{SHORT}` and the option named. Simulated devices share the same two cores: what counts there is what is lost.\n",
+        f"`{SHORT}` and the option named. Simulated devices share the same two cores, so the table of devices shows only what is lost.\n",
         both("size", SIZES, "`--size`, px"),
         both("batch", BATCHES, "`--batch`"),
         both("devices", DEVICES, "`--devices`"),
@@ -84,7 +84,9 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="photos: train/ and valid/, a folder per class")
-    parser.add_argument("--lines", type=Path, default=Path("scale_lines.json"), help="what was measured")
+    parser.add_argument(
+        "--lines", type=Path, default=Path("scale_lines.json"), help="the file that keeps the measurements"
+    )
     parser.add_argument("--out", type=Path, default=HERE.parent / "BENCHMARKS.md")
     a = parser.parse_args()
     lines = json.loads(a.lines.read_text()) if a.lines.exists() else {}

@@ -1,8 +1,8 @@
-"""One configuration under several seeds, each in a process of its own: errors of n, their median, and the seconds.
+"""Trains one configuration with several seeds, each in its own process, and prints the errors and seconds of each.
 
     python scripts/seeds.py --config configs/dogscats_lite0.yaml --root data/dogscats [--seeds 0 1 2 3 4]
 
-Run folders go to a temporary folder; features are cached, so only the first run is cold.
+The run folders are temporary. Features are cached, so only the first run computes them.
 """
 
 import argparse
@@ -32,11 +32,11 @@ def main() -> None:
                 [*command, "--seed", str(seed), "--workdir", str(workdir)], check=True, stdout=subprocess.DEVNULL
             )
             seconds = time.perf_counter() - before
-            found = json.loads((workdir / "metrics.json").read_text())
-            errors.append(found["errors"])
-            counts = found["features"]
+            metrics = json.loads((workdir / "metrics.json").read_text())
+            errors.append(metrics["errors"])
+            counts = metrics["features"]
             print(
-                f"seed {seed}: {found['errors']} errors of {found['n']:,}, log loss {found['log_loss']:.4f}, "
+                f"seed {seed}: {metrics['errors']} errors of {metrics['n']:,}, log loss {metrics['log_loss']:.4f}, "
                 f"{seconds:.1f} s the whole process ({counts.get('computed', 0):,} features computed)",
                 flush=True,
             )

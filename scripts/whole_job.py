@@ -1,4 +1,4 @@
-"""The whole lesson as a user runs it, for benchmark.py: the train command in a process of its own, cold and warm."""
+"""Measures the whole lesson for benchmark.py: the train command in its own process, with an empty and with a filled cache."""
 
 import argparse
 import json
@@ -15,9 +15,10 @@ from measurements import CONFIGS, ROOT, summary
 
 
 def photo_folder(root: Path, n: int, into: Path) -> Path:
-    """A folder of n images: links to those of train/ and valid/ (or of all of root), each class in proportion.
+    """Fills a folder with n links to the images of train/ and valid/ (or of root), evenly over the classes.
 
-    Beyond the images there are, copies that differ after the image's end, since equal files are computed once.
+    If n is larger than the number of images, the rest are copies with four bytes after the end of the image, because the
+    features of equal files are computed only once.
     """
     parts = [root / p for p in ("train", "valid") if (root / p).is_dir()] or [root]
     files = sorted(p for part in parts for p in part.rglob("*.jpg"))
@@ -34,7 +35,7 @@ def photo_folder(root: Path, n: int, into: Path) -> Path:
 
 
 def train_once(a: argparse.Namespace, root: Path, workdir: Path, cache: Path) -> dict[str, Any]:
-    """The train command as a process: its whole wall seconds, seconds by phase, peak memory, errors."""
+    """Runs the train command; returns the seconds of the process and of each phase, its peak memory and its errors."""
     config = ROOT / "configs" / CONFIGS[a.backbone]
     command = [sys.executable, "-m", "jaxcats.train", "--config", str(config), "--data.root", str(root)]
     command += ["--workdir", str(workdir), "--report", "false", "--export", "false", "--precision", a.dtype]
@@ -49,13 +50,13 @@ def train_once(a: argparse.Namespace, root: Path, workdir: Path, cache: Path) ->
         log.seek(0)
         if child.returncode:
             sys.exit(f"{shlex.join(command)}\n{log.read()[-2000:]}")
-    found = json.loads((workdir / "metrics.json").read_text())
-    facts = {"seconds": found["seconds"], "errors": found["errors"], "n": found["n"]}
-    return {"wall_seconds": round(wall, 2), "peak_memory_bytes": usage.ru_maxrss * 1024, **facts}
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    results = {key: metrics[key] for key in ("seconds", "errors", "n")}
+    return {"wall_seconds": round(wall, 2), "peak_memory_bytes": usage.ru_maxrss * 1024, **results}
 
 
 def run_job(a: argparse.Namespace) -> dict[str, Any]:
-    """The whole lesson as a user runs it: cold, with nothing cached, and warm, the same again."""
+    """Runs the whole lesson cold, with nothing cached, and then warm, with everything cached."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, root = Path(temporary), Path(a.root)
         if a.limit:

@@ -1,10 +1,11 @@
-"""A network of one's own: EfficientNet-Lite0 that passes on the square roots of its features (Perronnin et al., ECCV 2010).
+"""Your own backbone: EfficientNet-Lite0 with the square roots of its features (Perronnin et al., ECCV 2010).
 
     python scripts/examples/backbone.py train --config configs/dogscats_lite0.yaml --data.root data/dogscats --model.backbone mine
     python scripts/examples/backbone.py evaluate --run runs/NAME
 
-Has every command of `jaxcats`, each of which knows the network. Any Linen module `(images [N, H, W, 3], *, train) -> [N, h, w, C]` will do: with
-no `source` of weights it starts from random ones (`--model.pretrained false`).
+The script has every command of `jaxcats`, and each of them knows the backbone. A backbone is any Linen module with
+`(images [N, H, W, 3], *, train) -> [N, h, w, C]`. Without a `source` of weights it starts from random weights
+(`--model.pretrained false`).
 """
 
 import dataclasses
@@ -18,10 +19,10 @@ from jaxcats.models.efficientnet_lite import EfficientNetLite0
 
 
 class Rooted(EfficientNetLite0):
-    """The published network up to its last feature map; its weights keep their names, and so are found."""
+    """The published network with other features; its parameters keep their names, so the published weights fit."""
 
     def __call__(self, images, *, train):
-        return jnp.sqrt(super().__call__(images, train=train))  # ReLU6 leaves nothing below 0
+        return jnp.sqrt(super().__call__(images, train=train))  # ReLU6 gives no negative features
 
 
 published = models.registry.get("efficientnet_lite0")

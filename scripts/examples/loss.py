@@ -1,8 +1,9 @@
-"""A loss of one's own: `train` with the focal loss, which makes little of images that are already right (arXiv:1708.02002).
+"""Your own loss: `train` with the focal loss, which gives little weight to images that are already right (arXiv:1708.02002).
 
     python scripts/examples/loss.py --config configs/dogscats_lite0.yaml --data.root data/dogscats
 
-Takes every flag of `python -m jaxcats.train`. The run folder says which function it was, and is resumed with this script only.
+The script takes every flag of `python -m jaxcats.train`. The run folder keeps the name of the function, and only this
+script can resume the run.
 """
 
 import sys
@@ -14,7 +15,7 @@ from jaxcats.train.__main__ import command
 
 
 def focal(logits, labels, *, gamma=2.0):
-    """Logits float32 [B, C], labels int32 [B] -> losses float32 [B]."""
+    """The losses float32 [B] of logits float32 [B, C] and labels int32 [B]."""
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
     return -((1 - jnp.exp(log_p)) ** gamma) * log_p
 
