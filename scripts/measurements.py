@@ -1,4 +1,4 @@
-"""The measurements of benchmark.py: each takes the options and gives the fields of a JSON line."""
+"""The measurements of benchmark.py: each takes the options and returns the fields of a JSON line."""
 
 import argparse
 import importlib.metadata
@@ -22,18 +22,18 @@ EPOCHS, HEAD_ROWS = 3, 2000
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    found = {"python": platform.python_version()}
+    """Versions of the packages that decide the speed."""
+    versions = {"python": platform.python_version()}
     for name in VERSIONS:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def device() -> tuple[str, int]:
-    """(name of the device, peak bytes: the process's resident ones on a CPU, the device's own elsewhere)."""
+    """The name of the device and the peak bytes: of the process on a CPU, otherwise of the device."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if "jax" not in sys.modules:
         return "cpu", peak
@@ -70,12 +70,12 @@ def measure(run: Callable[[], Any], a: argparse.Namespace, *, images: int) -> di
 
 
 def summary(values: list[float], digits: int = 2) -> dict[str, float]:
-    """Median and best (the greatest)."""
+    """The median and the best of some rates."""
     return {"median": round(statistics.median(values), digits), "best": round(max(values), digits)}
 
 
 def configuration(a: argparse.Namespace) -> Any:
-    """The Config that the options amount to."""
+    """The configuration for the options."""
     from jaxcats.common.config import Config, DataConfig, ModelConfig, Phase
 
     head = "linear" if a.what == "step" else "lesson"
@@ -99,7 +99,7 @@ def random_network(a: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 
 
 def spread(a: argparse.Namespace) -> tuple[Callable, Callable]:
-    """(put state, put batch) on --devices devices: copies of the one, slices of the other; both do nothing for one."""
+    """Functions that put the state (replicated) and a batch (split by row) on --devices devices; no-ops for one device."""
     import jax
 
     from jaxcats.core import mesh
@@ -119,7 +119,7 @@ def images_on_host(a: argparse.Namespace, size: int) -> Any:
 
 
 def run_step(a: argparse.Namespace) -> dict[str, Any]:
-    """A train step of the whole network with a linear head: SGD with momentum, BatchNorm on the batch."""
+    """Measures a train step of all layers with a linear head: SGD with momentum, BatchNorm on batch statistics."""
     import jax
     import numpy as np
 
@@ -155,7 +155,7 @@ def run_step(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_features(a: argparse.Namespace) -> dict[str, Any]:
-    """The frozen backbone to pooled features: of random images, or with --root of files through the real cache."""
+    """Measures the frozen backbone up to pooled features, on random images or with --root on files, cache included."""
     from jaxcats.common.compile_cache import enable_compilation_cache
     from jaxcats.train import features
 
@@ -167,18 +167,24 @@ def run_features(a: argparse.Namespace) -> dict[str, Any]:
         images = images_on_host(a, preprocess.size)
         return measure(lambda: program(params, stats, put_batch(images)), a, images=a.batch) | facts
     split, seconds = files_split(a), []
-    how = {"params": params, "batch_stats": stats, "preprocess": preprocess, "batch_size": a.batch, "workers": None}
+    arguments = {
+        "params": params,
+        "batch_stats": stats,
+        "preprocess": preprocess,
+        "batch_size": a.batch,
+        "workers": None,
+    }
     with tempfile.TemporaryDirectory() as folder:
         enable_compilation_cache(Path(folder))
         for turn in range(a.rounds + 1):  # the first one compiles
             start = time.perf_counter()
-            features.backbone_features(model, split, **how, cache_dir=Path(folder, str(turn)))
+            features.backbone_features(model, split, **arguments, cache_dir=Path(folder, str(turn)))
             seconds.append(time.perf_counter() - start)
     return {"images_per_second": summary([len(split) / s for s in seconds[1:]])} | facts | {"images": len(split)}
 
 
 def files_split(a: argparse.Namespace) -> Any:
-    """The JPEG files under --root, at any depth, --limit of them spread evenly, as a Split without labels."""
+    """A Split, without labels, of the JPEG files below --root, or of --limit of them, spread evenly."""
     import hashlib
 
     import numpy as np
@@ -196,7 +202,7 @@ def files_split(a: argparse.Namespace) -> Any:
 
 
 def run_decode(a: argparse.Namespace) -> dict[str, Any]:
-    """Files to uint8 batches."""
+    """Measures files to uint8 batches."""
     import dataclasses
 
     from jaxcats import models
@@ -213,8 +219,8 @@ def run_decode(a: argparse.Namespace) -> dict[str, Any]:
     return {"images_per_second": rates, "size": preprocess.size, "images": len(split)}
 
 
-def head_setup(a: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """(setup, params, batch_stats, features by split) of a lesson on random features and labels."""
+def head_experiment(a: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """An experiment on random features and labels: (experiment, params, batch_stats, features by split)."""
     import jax
     import numpy as np
 
@@ -230,27 +236,23 @@ def head_setup(a: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:
         feats[name] = rng.standard_normal((n, model.feature_size), np.float32)
     index = FolderIndex(Path("."), ("a", "b"), splits, (), 0.0, 0)
     params, stats = jax.jit(model.init)(jax.random.key(0))
-    return (
-        experiment.Experiment(config, index, model, preprocess, experiment.cache_folder_of(config)),
-        params,
-        stats,
-        feats,
-    )
+    exp = experiment.Experiment(config, index, model, preprocess, experiment.cache_folder_of(config))
+    return exp, params, stats, feats
 
 
 def run_head(a: argparse.Namespace) -> dict[str, Any]:
-    """Three epochs of the lesson's head with the evaluation after each, by the drivers that train uses."""
+    """Measures three epochs of the lesson's head with an evaluation after each, by the drivers of the train command."""
     import jax
 
     from jaxcats.core.scan import epoch_order
     from jaxcats.core.state import copy
     from jaxcats.train import drivers, evaluator, experiment
 
-    setup, params, stats, feats = head_setup(a)
-    plan, valid = experiment.plans(setup)[0], setup.index.splits["valid"]
-    step, create = experiment.make_phase(setup, plan)
-    drive = drivers.make_driver(setup, plan, step, feats["train"])
-    evaluate = evaluator.Evaluator(setup.model, valid, feats=feats["valid"], **drivers.decoding(setup))
+    exp, params, stats, feats = head_experiment(a)
+    plan, valid = experiment.plans(exp)[0], exp.index.splits["valid"]
+    step, create = experiment.make_phase(exp, plan)
+    drive = drivers.make_driver(exp, plan, step, feats["train"])
+    evaluate = evaluator.Evaluator(exp.model, valid, feats=feats["valid"], **drivers.decoding(exp))
     begin, seconds, n = create(params, stats), [], len(feats["train"])
     trained = EPOCHS * plan.steps_per_epoch * min(a.batch, n)
     for _ in range(a.rounds + 1):
@@ -263,11 +265,11 @@ def run_head(a: argparse.Namespace) -> dict[str, Any]:
                 jax.device_get(sums)
             evaluate(state.params, state.batch_stats)
         seconds.append(time.perf_counter() - start)
-    return warm(seconds, trained) | {"rows": n, "width": setup.model.feature_size, "epochs": EPOCHS}
+    return warm(seconds, trained) | {"rows": n, "width": exp.model.feature_size, "epochs": EPOCHS}
 
 
 def warm(seconds: list[float], images: int) -> dict[str, Any]:
-    """Rates of the rounds after the first, which compiled."""
+    """The rates of all rounds but the first, which compiles."""
     usual = statistics.median(seconds[1:])
     rates = summary([images / s for s in seconds[1:]])
     facts = {"compile_seconds": round(max(seconds[0] - usual, 0.0), 2), "seconds": round(usual, 4)}
@@ -275,27 +277,27 @@ def warm(seconds: list[float], images: int) -> dict[str, Any]:
 
 
 def run_lr_find(a: argparse.Namespace) -> dict[str, Any]:
-    """lr_find of 100 iterations on cached features: its program, and the whole call, which traces it anew."""
+    """Measures lr_find of 100 iterations on cached features: the program, and the whole call, which traces it again."""
     import jax
 
     from jaxcats.common.compile_cache import jit
     from jaxcats.core import scan
     from jaxcats.train import experiment, lr_finder
 
-    setup, params, stats, feats = head_setup(a)
-    plan = experiment.plans(setup)[0]
+    exp, params, stats, feats = head_experiment(a)
+    plan = experiment.plans(exp)[0]
     calls = []
     for _ in range(a.rounds + 1):
         start = time.perf_counter()
-        stopped = lr_finder.find_lr(setup, plan, params, stats, feats["train"]).stopped
+        stopped = lr_finder.find_lr(exp, plan, params, stats, feats["train"]).stopped
         calls.append(time.perf_counter() - start)
     params, stats = lr_finder.head_only(params), lr_finder.head_only(stats)
     rates = lr_finder.group_rates(plan, lr_finder.START, lr_finder.END, lr_finder.ITERATIONS)
-    step, create = experiment.make_phase(setup, plan, rates=rates, params=params)
+    step, create = experiment.make_phase(exp, plan, rates=rates, params=params)
     program, seconds = jit(scan.make_range_test(step, iterations=lr_finder.ITERATIONS)), []
     begin = scan.begin_range_test(create(params, stats))
-    order = lr_finder.cycled_order(setup, plan, lr_finder.ITERATIONS, seed=0)
-    [(arrays, order)] = lr_finder.chunks(setup, plan, order, feats["train"])
+    order = lr_finder.cycled_order(exp, plan, lr_finder.ITERATIONS, seed=0)
+    [(arrays, order)] = lr_finder.chunks(exp, plan, order, feats["train"])
     for _ in range(a.rounds + 1):
         start = time.perf_counter()
         test, losses = program(begin, arrays, order)
@@ -307,7 +309,7 @@ def run_lr_find(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_ceiling(a: argparse.Namespace) -> dict[str, Any]:
-    """What no program on this machine can pass: matrix products, a copy of 256 MB, with --root Pillow's decoder."""
+    """Measures the limits of the machine: matrix products, a copy of 256 MB, and with --root the decoder of Pillow."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -315,7 +317,7 @@ def run_ceiling(a: argparse.Namespace) -> dict[str, Any]:
     from jaxcats.common.compile_cache import jit
 
     dtype = jnp.bfloat16 if a.dtype == "bfloat16" else jnp.float32
-    precision = None if a.dtype == "bfloat16" else "highest"  # no TF32 where the numbers are called float32
+    precision = None if a.dtype == "bfloat16" else "highest"  # not TF32, because the results are called float32
 
     def best(run: Callable[[], Any]) -> float:  # seconds of the fastest call
         jax.block_until_ready(run())
@@ -339,17 +341,17 @@ def run_ceiling(a: argparse.Namespace) -> dict[str, Any]:
     large = 256 << 20
     x = jnp.zeros(large // 4, jnp.float32)
     copies = {"device": best(partial(jax.jit(lambda x: x + 1), x))}
-    if x.devices() == set(jax.devices("cpu")[:1]):  # into memory that is there already, a thread per core
+    if x.devices() == set(jax.devices("cpu")[:1]):  # into existing memory, with a thread per core
         halves = [np.array_split(np.ones(large // 4, np.float32), os.cpu_count() or 1) for _ in range(2)]
         with ThreadPoolExecutor() as pool:
             copies["host"] = best(lambda: list(pool.map(np.copyto, *halves)))
     moved = {k: round(2 * large / s / 1e9, 2) for k, s in copies.items()}
-    found = {"gflop_per_second": {"best": max(flops.values()), **flops}, "copy_gb_read_and_written_per_second": moved}
-    return found | ({"images_per_second": decoder_rate(a)} if a.root else {})
+    limits = {"gflop_per_second": {"best": max(flops.values()), **flops}, "copy_gb_read_and_written_per_second": moved}
+    return limits | ({"images_per_second": decoder_rate(a)} if a.root else {})
 
 
 def decoder_rate(a: argparse.Namespace) -> dict[str, float]:
-    """Files per second that Pillow decodes whole, a thread per core, without any resize."""
+    """Files per second that Pillow decodes at full size, with a thread per core."""
     from PIL import Image
 
     split = files_split(a)

@@ -1,11 +1,12 @@
-"""A data set of TensorFlow Datasets as a folder of images that jaxcats trains on:
+"""Writes a dataset of TensorFlow Datasets (TFDS) as a folder of images that jaxcats can train on:
 
     python scripts/prepare_data.py cats_vs_dogs --out data/cats_vs_dogs
 
-train/ and valid/ (and test/ where there are three) with a folder per class. Splits are TFDS's own: validation, or else
-test, becomes valid/. A data set with one split has images held out, as many in each class as its share, chosen by
-content and --seed: 2,000 of cats_vs_dogs, a fifth of others. Stopped at any moment and given again, the command goes on
-and ends with the same folder. Images are written as TFDS keeps them, byte for byte, where that is JPEG or PNG.
+The folder has train/ and valid/ (and test/ if the dataset has three splits) with a folder per class. The split
+"validation", or "test" if there is none, becomes valid/. If the dataset has one split, validation images are held out of
+it, in proportion to the classes, by content and --seed: 2,000 of cats_vs_dogs and a fifth of other datasets. A command
+that was stopped can be given again; it continues and ends with the same folder. JPEG and PNG images are written byte for
+byte as TFDS stores them.
 """
 
 import argparse
@@ -29,23 +30,23 @@ from jaxcats.data.splits import Rule, split_by_content
 MARKER, SPLIT = "prepared.json", "split.json"
 USED = ("train", "validation", "test")  # of the splits that TFDS may have
 HELD_OUT = {"cats_vs_dogs": 2000}
-# What the data sets' own sources say beyond what is seen here.
+# Notes about single datasets, from their TFDS pages.
 KNOWN = {
-    "cats_vs_dogs": "TFDS leaves out 1,738 corrupt images of the original and encodes all others again as JPEG: pixels differ a little from the original's."
+    "cats_vs_dogs": "TFDS leaves out 1,738 corrupt images of the original and encodes the others again as JPEG, so their pixels differ a little from the original."
 }
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png"}
 
 
 def open_data(name: str, data_dir: str | None) -> Any:
-    """The builder of a data set, downloaded and prepared by TFDS."""
+    """The TFDS builder of a dataset, which is downloaded and prepared if it was not before."""
     import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         close = nearest(name.partition("/")[0], tfds.list_builders())
-        raise UserError(f"{name}: TFDS has no such data set.{close}") from None
-    except (ValueError, TypeError, AssertionError) as error:  # no such configuration, or version, or way of writing it
+        raise UserError(f"{name}: TFDS has no such dataset.{close}") from None
+    except (ValueError, TypeError, AssertionError) as error:  # an unknown configuration or version, or a malformed name
         raise UserError(f"{name}: TFDS can't open it ({first_line(error)}).") from None
     try:
         builder.download_and_prepare()
@@ -59,22 +60,22 @@ def first_line(error: Exception) -> str:
 
 
 def folders(builder: Any, given: Sequence[str] | None) -> dict[str, str]:
-    """The folder of each TFDS split that is used, in the order of writing."""
+    """The folder for each TFDS split in use, in the order of writing."""
     known = [split for split in USED if split in builder.info.splits]
     if "train" not in known:
-        raise UserError(f"{builder.name}: has no split train, only {', '.join(builder.info.splits)}.")
+        raise UserError(f"{builder.name}: the dataset has no split train, only {', '.join(builder.info.splits)}.")
     for split in given or known:
         if split not in known:
             raise UserError(f"--splits: '{split}' is not one of {', '.join(known)}.{nearest(split, known)}")
     parts = [split for split in known if split in (given or known)]
     if "train" not in parts:
-        raise UserError(f"--splits {' '.join(parts)}: has to have train among them.")
-    own = {"train": "train"} | ({"validation": "valid", "test": "test"} if "validation" in parts else {"test": "valid"})
-    return {split: own[split] for split in parts}
+        raise UserError(f"--splits {' '.join(parts)}: train must be among them.")
+    names = {"train": "train", "validation": "valid", "test": "test" if "validation" in parts else "valid"}
+    return {split: names[split] for split in parts}
 
 
 def keys(builder: Any, label: str | None) -> tuple[str, str, list[str]]:
-    """The names of the image and the label in each example, and the classes."""
+    """The keys of image and label in each example, and the names of the classes."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -87,16 +88,16 @@ def keys(builder: Any, label: str | None) -> tuple[str, str, list[str]]:
         images = ["image"]
     if len(images) != 1 or label not in labels:
         raise UserError(
-            f"{builder.name}: no data set for a classifier of images: images {images}, labels {labels}; --label says which."
+            f"{builder.name}: is no dataset for an image classifier: it has the images {images} and the labels {labels}; choose a label with --label."
         )
     return images[0], label, [n.replace("/", "_") for n in features[label].names]
 
 
 def examples(builder: Any, split: str, image_key: str, label: str) -> Iterator[tuple[bytes, int]]:
-    """(content, label) in TFDS's order, which is the same each time; those without a label have -1."""
+    """Yields (content, label) in the order of TFDS, which never changes; the label is -1 where there is none."""
     import tensorflow_datasets as tfds
 
-    # In the order of the files; and read once, so a cache is only memory, and a warning of TensorFlow's where it is stopped.
+    # The order of the files. No cache: everything is read once, and TensorFlow warns about a cache that is not filled.
     read = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     decoders = tfds.decode.PartialDecoding(
         {image_key: True, label: True}, decoders={image_key: tfds.decode.SkipDecoding()}
@@ -107,7 +108,7 @@ def examples(builder: Any, split: str, image_key: str, label: str) -> Iterator[t
 
 
 def as_file(content: bytes) -> tuple[bytes, str]:
-    """An image's bytes and the ending of its name: as they are for JPEG and PNG, else as PNG."""
+    """The bytes to write for an image and the ending of its file name; other formats than JPEG and PNG become PNG."""
     with Image.open(io.BytesIO(content)) as image:
         if image.format in ENDINGS:
             return content, ENDINGS[image.format]
@@ -117,73 +118,79 @@ def as_file(content: bytes) -> tuple[bytes, str]:
 
 
 def begin(out: Path, wanted: dict[str, Any]) -> bool:
-    """Makes or takes up the folder; True when it is finished. UserError for one that holds anything else.
+    """Starts or continues a folder; returns whether it is complete.
 
-    Other settings start over while there is no image: some are found impossible only when all images are counted.
+    A folder without images can start over with other settings, because some settings turn out to be impossible only when
+    all images have been counted.
+
+    Raises:
+        UserError: the folder holds other files, or images with other settings.
     """
     marker = out / MARKER
     inside = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
-    if all(path.match(f".{MARKER}.*.tmp") for path in inside):  # killed while it wrote the marker
+    if all(
+        path.match(f".{MARKER}.*.tmp") for path in inside
+    ):  # empty, or a process was killed while it wrote the marker
         write_json(marker, {"settings": wanted, "complete": False})
     try:
-        found = json.loads(marker.read_text(encoding="utf-8"))
-        settings, finished = found["settings"], found["complete"]
+        facts = json.loads(marker.read_text(encoding="utf-8"))
+        settings, complete = facts["settings"], facts["complete"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{out}: holds something else; give a new or an empty folder.") from None
-    half = list(out.rglob(".*.tmp"))
+        raise UserError(f"{out}: holds other files; give a new or an empty folder.") from None
+    temporary = list(out.rglob(".*.tmp"))
     if settings != wanted:
-        if finished or {path for path in inside if path not in half} - {marker, out / SPLIT}:
+        if complete or {path for path in inside if path not in temporary} - {marker, out / SPLIT}:
             raise UserError(f"{out}: was begun with {settings}, not {wanted}; give another folder.")
-        # Before the marker: it must never stand beside settings that it wasn't made by.
+        # This goes before the marker, because a split.json must never be beside settings that did not make it.
         (out / SPLIT).unlink(missing_ok=True)
         write_json(marker, {"settings": wanted, "complete": False})
-    for path in half:
+    for path in temporary:
         path.unlink()
-    return finished
+    return complete
 
 
 def prepare(args: argparse.Namespace) -> None:
     if args.valid is not None and args.valid < 1:
-        raise UserError(f"--valid {args.valid}: one image at least has to be held out.")
+        raise UserError(f"--valid {args.valid}: at least one image must be held out.")
     builder = open_data(args.name, args.data_dir)
     image_key, label, classes = keys(builder, args.label)
-    own = folders(builder, args.splits)
-    wanted = {"name": builder.info.full_name, "label": label, "splits": list(own)}
+    names = folders(builder, args.splits)
+    wanted = {"name": builder.info.full_name, "label": label, "splits": list(names)}
     wanted |= {"valid": args.valid, "seed": args.seed}
     if begin(args.out, wanted):
         print(f"{args.out}: complete already.")
         return
-    sides: dict[str, str] = {}
-    if "valid" not in own.values():
-        sides = held_out(builder, image_key, label, classes, args)
+    assignments: dict[str, str] = {}
+    if "valid" not in names.values():
+        assignments = hold_out(builder, image_key, label, classes, args)
     counts, formats, unlabelled = collections.Counter(), collections.Counter(), 0
-    for tfds_name, ours in own.items():
-        # Closed at any error too, so that what is said of it has a line of its own.
+    for tfds_name, name in names.items():
+        # The bar is closed after an error too, so that the message starts on a new line.
         with tqdm(examples(builder, tfds_name, image_key, label), desc=tfds_name, unit="image") as bar:
             for number, (content, y) in enumerate(bar):
                 if y < 0:
                     unlabelled += 1
                     continue
                 data, ending = as_file(content)
-                part = sides.get(hashlib.sha256(content).hexdigest(), ours)
+                part = assignments.get(hashlib.sha256(content).hexdigest(), name)
                 path = args.out / part / classes[y] / f"{classes[y]}.{number:06d}{ending}"
-                if not path.exists():  # it is written whole or not at all
+                if not path.exists():  # files are written atomically, so an existing one is complete
                     write_bytes(path, data)
                 counts[part] += 1
                 formats["as TFDS keeps it" if data is content else "as PNG"] += 1
     facts = {"counts": dict(counts), "written": dict(formats), "without a label, left out": unlabelled}
-    told = {"citation": builder.info.citation, "homepage": builder.info.homepage, "note": KNOWN.get(builder.name, "")}
-    write_json(args.out / MARKER, {"settings": wanted, "complete": True} | facts | told)
+    notes = {"citation": builder.info.citation, "homepage": builder.info.homepage, "note": KNOWN.get(builder.name, "")}
+    write_json(args.out / MARKER, {"settings": wanted, "complete": True} | facts | notes)
     print(f"{args.out}: {', '.join(f'{n:,} {part}' for part, n in counts.items())} images in {len(classes)} classes.")
     print(
-        f"Written: {', '.join(f'{n:,} {how}' for how, n in formats.items())}; {unlabelled:,} without a label left out."
+        f"Written: {', '.join(f'{n:,} {form}' for form, n in formats.items())}; {unlabelled:,} without a label left out."
     )
-    if told["note"]:
-        print(told["note"])
+    if notes["note"]:
+        print(notes["note"])
 
 
-def held_out(builder: Any, image_key: str, label: str, classes: list[str], args: argparse.Namespace) -> dict[str, str]:
-    """The side of each image's content; written down in the folder as well."""
+def hold_out(builder: Any, image_key: str, label: str, classes: list[str], args: argparse.Namespace) -> dict[str, str]:
+    """Holds out validation images; returns the split of each image by content hash, which is also in split.json."""
     contents: dict[str, list[str]] = {name: [] for name in classes}
     with tqdm(examples(builder, "train", image_key, label), desc="hashing", unit="image") as bar:
         for content, y in bar:
@@ -193,7 +200,7 @@ def held_out(builder: Any, image_key: str, label: str, classes: list[str], args:
     total = sum(map(len, contents.values()))
     number = HELD_OUT.get(builder.name, total // 5) if args.valid is None else args.valid
     if not 0 < number < total:
-        raise UserError(f"--valid {number}: can't be held out of {total:,} images.")
+        raise UserError(f"--valid {number}: cannot be held out of {total:,} images.")
     rule = Rule(number / total, args.seed)
     return split_by_content(contents, rule=rule, manifest=args.out / SPLIT, given=True)
 
@@ -201,17 +208,17 @@ def held_out(builder: Any, image_key: str, label: str, classes: list[str], args:
 def main(argv: Sequence[str]) -> None:
     p = Parser(prog="prepare_data.py", description=__doc__)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("name", help="as TFDS calls it: cats_vs_dogs, oxford_iiit_pet, imagenette/320px, ...")
+    p.add_argument("name", help="the name in TFDS: cats_vs_dogs, oxford_iiit_pet, imagenette/320px, ...")
     p.add_argument("--out", type=Path, required=True, help="a new folder, or one that this command began")
-    p.add_argument("--valid", type=int, help="images to hold out, where the data set has one split")
-    p.add_argument("--label", help="which label, where there are several")
+    p.add_argument("--valid", type=int, help="number of images to hold out, if the dataset has one split")
+    p.add_argument("--label", help="the key of the label, if the dataset has several")
     p.add_argument("--splits", nargs="+", help="TFDS splits to use (default: all of train, validation and test)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--data_dir", help="where TFDS keeps its files")
+    p.add_argument("--data_dir", help="the folder where TFDS keeps its files")
     try:
         prepare(p.parse_args(argv))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped by the keyboard; the same command goes on.") from None
+        raise KeyboardInterrupt("stopped by the keyboard; give the same command again to continue.") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Code of one's own in a run: the examples do what they say, the run folder remembers whose functions it used, slips are named."""
+"""User functions: the examples do what they say, the run folder keeps the names of the functions, errors name the mistake."""
 
 import functools
 import json
@@ -37,13 +37,13 @@ BARE = ["--report", "false", "--export", "false"]
 
 
 def example(name):
-    """An example's names, without running its main."""
+    """The names of an example, without running its main."""
     return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=name)
 
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """Runs an example as `python scripts/examples/NAME.py ...`; (exit code, what it printed, errors)."""
+    """Runs an example as `python scripts/examples/NAME.py ...`; returns its exit code, stdout and stderr."""
 
     def run(name, *argv):
         monkeypatch.setattr(sys, "argv", [f"scripts/examples/{name}.py", *map(str, argv)])
@@ -74,7 +74,7 @@ def test_an_example_is_short(file):
     assert len(FILES) == 5
 
 
-def test_a_loss_of_ones_own(script, pictures, tmp_path):
+def test_a_loss_of_the_user(script, pictures, tmp_path):
     run = tmp_path / "run"
     argv = [
         *SMALL,
@@ -90,9 +90,9 @@ def test_a_loss_of_ones_own(script, pictures, tmp_path):
     code, out, _ = script("loss", *argv, *BARE)
     assert code == 0
     assert "Functions of your own: head: loss_fn loss.focal" in out
-    own = {"head": {"loss_fn": "loss.focal"}}
-    assert json.loads((run / "versions.json").read_text())["own"] == own
-    assert json.loads((run / "metrics.json").read_text())["checkpoint"]["own"] == own
+    names = {"head": {"loss_fn": "loss.focal"}}
+    assert json.loads((run / "versions.json").read_text())["own"] == names
+    assert json.loads((run / "metrics.json").read_text())["checkpoint"]["own"] == names
     loaded = load_run(run)
     assert report.trained(loaded, {})["own functions"] == "head: loss_fn loss.focal"
     assert "train again" not in report._commands(loaded)  # it would train something else
@@ -130,7 +130,7 @@ def test_the_loss_is_what_is_minimised(learn):
     assert third.lr_find(loss_fn=focal, iterations=5).losses[0] < other.lr_find(iterations=5).losses[0]
 
 
-def test_a_learner_remembers_whose_loss_it_was(learn, script, capsys):
+def test_a_learner_saves_the_name_of_the_loss(learn, script, capsys):
     focal = example("loss")["focal"]
     learn.fit(0.01, loss_fn=focal)
     learn.fit(0.01)
@@ -143,7 +143,7 @@ def test_a_learner_remembers_whose_loss_it_was(learn, script, capsys):
     assert "fit1: loss_fn loss.focal; now none" in capsys.readouterr().err
 
 
-def test_an_augmentation_of_ones_own(script, pictures, tmp_path):
+def test_an_augmentation_of_the_user(script, pictures, tmp_path):
     argv = [*SMALL, *BARE, "--data.root", pictures, "--phases.head.epochs", "1", "--phases.head.precompute", "false"]
     losses = {}
     for name, more in (("a", []), ("b", []), ("after", ["--phases.head.augment", "flip"])):
@@ -172,16 +172,16 @@ def test_cutout_depends_on_seed_epoch_and_image_alone():
     assert not np.array_equal(first[0], first[1])
 
 
-def test_a_metric_of_ones_own(pictures, tmp_path, capsys):
+def test_a_metric_of_the_user(pictures, tmp_path, capsys):
     learn = example("metric")["train"](pictures, "tiny", pretrained=False, workdir=tmp_path)
     out = capsys.readouterr().out
     for row, line in zip(learn.history, out.splitlines()[1:4], strict=True):
         assert f"cost {row['metrics']['cost']:.5g}" in line
     logits, labels = learn.logits(), learn.data.val_y
-    found = learn.history[-1]["metrics"]
-    taken = logits.argmax(1)
-    assert found["cost"] == ((labels == 0) & (taken == 1)).sum() + 5 * ((labels == 1) & (taken == 0)).sum()
-    assert set(found) == {"cost", "cautious cost"}
+    metrics = learn.history[-1]["metrics"]
+    predicted = logits.argmax(1)
+    assert metrics["cost"] == ((labels == 0) & (predicted == 1)).sum() + 5 * ((labels == 1) & (predicted == 0)).sum()
+    assert set(metrics) == {"cost", "cautious cost"}
 
 
 def test_a_metric_is_logged_in_a_run_folder(pictures, tmp_path, capsys):
@@ -202,7 +202,7 @@ def test_a_metric_is_logged_in_a_run_folder(pictures, tmp_path, capsys):
     assert run_command(train_command.main, ["--resume", "--workdir", str(tmp_path / "run")]) == 0  # it decides nothing
 
 
-def test_a_network_of_ones_own(script, pictures, tmp_path, monkeypatch):
+def test_a_network_of_the_user(script, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(efficientnet_lite, "STAGES", efficientnet_lite.STAGES[:1])  # all of them take long to compile
     argv = [
         "--model.backbone",
@@ -225,7 +225,7 @@ def test_a_network_of_ones_own(script, pictures, tmp_path, monkeypatch):
     assert "of 10 (" in out
 
 
-def test_a_step_of_ones_own(script, pictures):
+def test_a_step_of_the_user(script, pictures):
     argv = [*SMALL, "--phases.head.epochs", "2", "--data.root", pictures]
     code, out, _ = script("step", *argv)
     assert code == 0
@@ -234,8 +234,8 @@ def test_a_step_of_ones_own(script, pictures):
     ]
 
 
-def test_the_average_of_a_step_of_ones_own(script, pictures, monkeypatch):
-    """At a rate of nearly nothing the weights stay, and so does their average: every line says the same."""
+def test_the_average_of_a_step_of_the_user(script, pictures, monkeypatch):
+    """With a learning rate of almost 0 the weights and their average stay equal, so both lines are equal."""
     argv = [*SMALL, "--phases.head.epochs", "2", "--phases.head.lr", "1e-12", "--data.root", pictures]
     _, out, _ = script("step", *argv)
     last, average = (line.split(": ")[1] for line in out.splitlines()[:2])
@@ -245,7 +245,7 @@ def test_the_average_of_a_step_of_ones_own(script, pictures, monkeypatch):
     assert last != average  # three steps move the average by a seventh of the way
 
 
-def test_a_slip_in_an_example_s_arguments_is_one_line(script, tmp_path):
+def test_a_wrong_argument_of_an_example_is_one_line(script, tmp_path):
     for name, *argv in (("metric", tmp_path / "none"), ("step", "--data.root", tmp_path / "none")):
         code, _, error = script(name, *argv)
         assert (code, error.count("\n")) == (2, 1)
@@ -264,7 +264,7 @@ def test_a_slip_in_an_example_s_arguments_is_one_line(script, tmp_path):
         ({"metrics": lambda logits, labels: {"a": "high"}}, "gives 'high' for 'a'; expected a number"),
     ],
 )
-def test_a_slip_is_named_before_anything_is_computed(learn, own, message, monkeypatch):
+def test_a_wrong_function_is_named_before_anything_is_computed(learn, own, message, monkeypatch):
     learn.precompute = False
     monkeypatch.setattr("jaxcats.learner.learner.Fitter", None)
     with pytest.raises(jc.UserError, match=message):
@@ -282,7 +282,7 @@ def test_names_say_where_a_function_is_from():
 
 
 @pytest.mark.slow
-def test_the_network_of_ones_own_gets_the_published_weights():
+def test_the_network_of_the_user_gets_the_published_weights():
     example("backbone")
     mine, theirs = (jc.models.create(name, 2) for name in ("mine", "efficientnet_lite0"))
     images = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Data sets of TFDS as folders, from TFDS's own mock data; stopped half-way and resumed."""
+"""scripts/prepare_data.py: datasets of TFDS as folders, from the mock data of TFDS; stopped and resumed."""
 
 import contextlib
 import hashlib
@@ -43,7 +43,7 @@ with tfds.testing.mock_data(num_examples={n}, data_dir=sys.argv[sys.argv.index('
 
 
 class Killed(BaseException):
-    """In place of SIGKILL, where it is tried at many moments: a process for each would take minutes."""
+    """Stands for SIGKILL in the test of many moments, where a process for each moment would take minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def module():
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """What TFDS writes down of prepared data sets: the mock data has their splits only from there."""
+    """The descriptions that TFDS writes for prepared datasets, from which the mock data takes their splits."""
     import tensorflow_datasets as tfds
 
     folder = tmp_path_factory.mktemp("tfds")
@@ -73,7 +73,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def prepare(module, data_dir, capfd):
-    """The command in this process: its exit code and what it wrote on stdout and stderr."""
+    """Runs the command in this process; returns its exit code, stdout and stderr."""
     import tensorflow_datasets as tfds
 
     def run(*argv: object, n: int = 40) -> tuple[int, str, str]:
@@ -87,7 +87,7 @@ def prepare(module, data_dir, capfd):
 
 @pytest.fixture
 def mistake(prepare):
-    """The line that tells of a mistake."""
+    """Runs a command that must fail; returns its error message."""
 
     def run(*argv: object, n: int = 40) -> str:
         code, _, err = prepare(*argv, n=n)
@@ -99,8 +99,8 @@ def mistake(prepare):
 
 
 def files(root: Path) -> dict[str, str]:
-    found = sorted(p for p in root.rglob("*") if p.is_file())
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+    paths = sorted(p for p in root.rglob("*") if p.is_file())
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
 def facts(root: Path) -> dict:
@@ -115,15 +115,15 @@ def facts(root: Path) -> dict:
         ("imagenette/320px", [], {"train": 40, "valid": 40}),
     ],
 )
-def test_a_data_set_becomes_a_folder(name, options, counts, prepare, mistake, tmp_path):
+def test_a_dataset_becomes_a_folder(name, options, counts, prepare, mistake, tmp_path):
     out = tmp_path / "out"
-    code, said, err = prepare(name, "--out", out, *options)
+    code, out_text, err = prepare(name, "--out", out, *options)
     assert code == 0, err
     assert facts(out)["complete"]
     assert facts(out)["counts"] == counts
     assert facts(out)["settings"]["splits"] == DATA[name]
     if name == "cats_vs_dogs":
-        assert "leaves out 1,738 corrupt images" in said
+        assert "leaves out 1,738 corrupt images" in out_text
         index = scan(out, cache_dir=tmp_path / "cache")
         assert index.classes == ("cat", "dog")
         assert {name: len(split) for name, split in index.splits.items()} == counts
@@ -157,7 +157,7 @@ def test_killed_half_way_and_resumed_is_the_same_folder(name, prepare, data_dir,
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_is_the_same_folder(prepare, tmp_path, monkeypatch):
-    """Begun with settings that can't be, and with others that can: marker, split, 8 images and the marker again."""
+    """Starts with impossible settings, then with possible ones: it writes the marker, the split, 8 images and the marker."""
     whole = tmp_path / "whole"
     good = ["--seed", 1, "--valid", 3]
     assert prepare("cats_vs_dogs", "--out", whole, *good, n=8)[0] == 0
@@ -193,7 +193,7 @@ def test_killed_at_any_moment_and_resumed_is_the_same_folder(prepare, tmp_path, 
 def test_settings_that_cannot_be_are_not_kept(prepare, mistake, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert prepare("cats_vs_dogs", "--out", whole, "--valid", 5, n=20)[0] == 0
-    assert mistake("cats_vs_dogs", "--out", out, n=20) == "error: --valid 2000: can't be held out of 20 images."
+    assert mistake("cats_vs_dogs", "--out", out, n=20) == "error: --valid 2000: cannot be held out of 20 images."
     # Killed after it held out, and before the first image.
     (out / "split.json").write_text('{"version": 1, "fraction": 0.5, "seed": 0, "sides": {}}')
     (out / ".split.json.1.tmp").write_text("{")
@@ -217,13 +217,13 @@ def test_killed_while_it_wrote_the_first_file_is_an_empty_folder(prepare, tmp_pa
     [
         ("cats_vs_dogs", ["--splits", "nope"], "--splits: 'nope' is not one of train."),
         ("oxford_iiit_pet", ["--splits", "train", "tset"], "--splits: 'tset' is not one of train, test. Did you mean 'test'?"),
-        ("oxford_iiit_pet", ["--splits", "test"], "--splits test: has to have train among them."),
-        ("cats_vs_dogs", ["--valid", 0], "--valid 0: one image at least has to be held out."),
-        ("imagenette/320px", ["--valid", -1], "--valid -1: one image at least has to be held out."),
-        ("cats_vs_dogs", ["--valid", 40], "--valid 40: can't be held out of 40 images."),
+        ("oxford_iiit_pet", ["--splits", "test"], "--splits test: train must be among them."),
+        ("cats_vs_dogs", ["--valid", 0], "--valid 0: at least one image must be held out."),
+        ("imagenette/320px", ["--valid", -1], "--valid -1: at least one image must be held out."),
+        ("cats_vs_dogs", ["--valid", 40], "--valid 40: cannot be held out of 40 images."),
         ("cats_vs_dogs", ["--valid", "ten"], "--valid: expected a whole number, got 'ten'."),
         ("cats_vs_dogs", ["--vlid", 5], "--vlid: there is no such option. Did you mean '--valid'?"),
-        ("cats_vs_dog", [], "cats_vs_dog: TFDS has no such data set. Did you mean 'cats_vs_dogs'?"),
+        ("cats_vs_dog", [], "cats_vs_dog: TFDS has no such dataset. Did you mean 'cats_vs_dogs'?"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said(name, options, message, mistake, tmp_path):
@@ -232,8 +232,8 @@ def test_what_cannot_be_is_said(name, options, message, mistake, tmp_path):
 
 def test_what_tfds_cannot_open_is_said(mistake, tmp_path):
     for name in ("cats_vs_dogs/nope", "cats_vs_dogs:9.9.9", "cats_vs_dogs/a=b", "cats_vs_dogs/"):
-        said = mistake(name, "--out", tmp_path / "new")
-        assert said.startswith(f"error: {name}: TFDS can't open it (")
+        message = mistake(name, "--out", tmp_path / "new")
+        assert message.startswith(f"error: {name}: TFDS can't open it (")
     assert not (tmp_path / "new").exists()
 
 
@@ -247,8 +247,8 @@ def test_what_tfds_cannot_prepare_is_said(module, capfd, tmp_path):
 def test_a_folder_that_cannot_be_is_said(mistake, tmp_path):
     (tmp_path / "mine.txt").touch()
     for out in (tmp_path, tmp_path / "mine.txt"):
-        said = mistake("cats_vs_dogs", "--out", out)
-        assert said == f"error: {out}: holds something else; give a new or an empty folder."
+        message = mistake("cats_vs_dogs", "--out", out)
+        assert message == f"error: {out}: holds other files; give a new or an empty folder."
 
 
 def test_the_script_itself_says_it_in_one_line(data_dir, capfd, monkeypatch):
@@ -274,7 +274,7 @@ def test_the_keyboard_stops_it_in_one_line_and_it_goes_on(module, prepare, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_bytes", interrupted)
         code, _, err = prepare("imagenette/320px", "--out", out)
-    assert (code, err.splitlines()[-1]) == (130, "stopped by the keyboard; the same command goes on.")
+    assert (code, err.splitlines()[-1]) == (130, "stopped by the keyboard; give the same command again to continue.")
     assert not facts(out)["complete"]
     assert prepare("imagenette/320px", "--out", out)[0] == 0
     assert facts(out)["complete"]
