@@ -57,7 +57,7 @@ mpl.use("agg")  # figures are drawn once, by `show`
 
 
 def options() -> argparse.Namespace:
-    """The command line; in a notebook, which has none of its own, the environment."""
+    """The options from the command line, or in a notebook, which has no command line, from the environment."""
 
     def default(name: str, otherwise: str) -> str:
         return os.environ.get(f"LESSON1_{name}", otherwise)
@@ -70,14 +70,14 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--long", action="store_true", default=default("LONG", "") not in ("", "0"), help="part 9 on everything"
     )
-    found = parser.parse_args([] if IN_NOTEBOOK else None)
-    if found.root and not all(any(Path(found.root).glob(f"{part}/*/*")) for part in ("train", "valid")):
-        parser.error(f"--root: {found.root} needs images in train/CLASS/ and in valid/CLASS/")
-    return found
+    options = parser.parse_args([] if IN_NOTEBOOK else None)
+    if options.root and not all(any(Path(options.root).glob(f"{part}/*/*")) for part in ("train", "valid")):
+        parser.error(f"--root: {options.root} needs images in train/CLASS/ and in valid/CLASS/")
+    return options
 
 
 def show(figure, name: str) -> None:
-    """Save a figure as OUT/NAME.png and, in a notebook, show it."""
+    """Saves a figure as OUT/NAME.png and shows it if this is a notebook."""
     path = OUT / f"{name}.png"
     figure.savefig(path, dpi=90)
     plt.close("all")
@@ -115,7 +115,7 @@ n_train = sum(path.is_file() for path in root.glob("train/*/*"))
 
 # %%
 def image_as_numbers(image: np.ndarray, *, side: int = 8):
-    """The image with a small square marked, that square enlarged, and its red values."""
+    """Shows the image with a small square marked, the square enlarged, and its red values."""
     steps = np.abs(np.diff(image.astype(float).mean(-1), axis=1))
     blocks = np.lib.stride_tricks.sliding_window_view(steps, (side, side - 1))[::side, ::side].sum((-2, -1))
     top, left = side * np.array(np.unravel_index(blocks.argmax(), blocks.shape))
@@ -223,7 +223,7 @@ show(fresh.sched.plot(), "07_lr_find_loss")
 
 # %% [markdown]
 # Don't take the rate where the loss is lowest: there it is about to explode. Take one where the loss still falls
-# steeply, about a factor ten before the lowest point. Four rules are known that read a number off the curve; `valley`
+# steeply, about a factor ten before the lowest point. There are four known rules for reading it off the curve; `valley`
 # is the usual one. One curve is noisy and can lead a rule astray, so the second figure tests eight fresh heads at
 # once and shows their median and spread. Where the rules contradict each other, or nothing falls, jaxcats gives no
 # number and says why; then your eyes are the better judge.
@@ -249,7 +249,7 @@ print("the lesson takes 0.01")
 
 # %%
 def some_images(root: Path, out: Path, *, train: int, valid: int) -> Path:
-    """A folder with at most so many images of `root`, evenly from its classes; `root` itself if it has no more."""
+    """Copies at most `train` and `valid` images of `root`, evenly over the classes; returns `root` itself if it has no more."""
     lists = {part: sorted(p for p in root.glob(f"{part}/*/*") if p.is_file()) for part in ("train", "valid")}
     if all(len(lists[part]) <= most for part, most in (("train", train), ("valid", valid))):
         return root
@@ -295,7 +295,7 @@ def max_pool(values: np.ndarray) -> np.ndarray:
 
 
 def convolution_figure(grey: np.ndarray, kernels: dict[str, np.ndarray]):
-    """A row per kernel: image, kernel, convolution, ReLU, max-pool."""
+    """Shows a row per kernel: image, kernel, convolution, ReLU, max-pool."""
     figure, axes = plt.subplots(len(kernels), 5, figsize=(14, 3.1 * len(kernels)), layout="constrained")
     for row, (name, kernel) in zip(axes, kernels.items(), strict=True):
         sums = convolve(grey, kernel)
@@ -337,13 +337,13 @@ show(convolution_figure(pixels.mean(-1), kernels), "10_convolution")
 
 # %%
 def first_filters(backbone: dict) -> np.ndarray:
-    """The first convolution's kernels, [count, k, k, 3]: the only ones that look at three colours."""
+    """The kernels [count, k, k, 3] of the first convolution, the only one with three input channels."""
     kernels = [leaf for leaf in jax.tree.leaves(backbone) if leaf.ndim == 4 and leaf.shape[2] == 3]
     return np.moveaxis(np.asarray(kernels[0]), -1, 0)
 
 
 def filters_figure(filters: np.ndarray, *, columns: int = 16):
-    """Each kernel as an image: grey is zero, its own largest weight is full colour."""
+    """Shows each kernel as an image: grey is zero, and the largest weight of the kernel has full colour."""
     rows = -(-len(filters) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(0.75 * columns, 0.78 * rows + 0.5), layout="constrained")
     for ax in axes.flat:
@@ -366,7 +366,7 @@ show(filters_figure(first_filters(learn.params["backbone"])), "11_first_layer")
 # %%
 @partial(jax.jit, static_argnums=0)
 def strongest(model, params, batch_stats, images):
-    """For each part of the backbone, each image's largest value per channel and where it is: two arrays [N, C]."""
+    """The largest value of each channel and its place, two arrays [N, C] for each part of the backbone."""
 
     def of_part(outputs):
         flat = outputs.reshape(len(outputs), -1, outputs.shape[-1])
@@ -377,7 +377,7 @@ def strongest(model, params, batch_stats, images):
 
 
 def layers_to_show(model, params, batch_stats, size: int) -> dict[str, int]:
-    """Name and side (of the outputs) of the first part and of the last one at every smaller size."""
+    """Names and output sides of the parts to show: the first one, and the last one of each smaller output size."""
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     sides = {}
 
@@ -391,7 +391,7 @@ def layers_to_show(model, params, batch_stats, size: int) -> dict[str, int]:
 
 
 def nine_patches(images: np.ndarray, values: np.ndarray, places: np.ndarray, *, side: int) -> np.ndarray:
-    """The nine images with the largest values, cut out around their places, as a mosaic; `side` of the outputs."""
+    """A mosaic of the nine images with the largest values, cut out around their places in outputs of `side` x `side`."""
     size, tile, gap = images.shape[1], 56, 3
     reach = min(size, max(12, 6 * size // side))
     mosaic = np.full((3 * tile + 2 * gap, 3 * tile + 2 * gap, 3), 255, np.uint8)
@@ -405,18 +405,18 @@ def nine_patches(images: np.ndarray, values: np.ndarray, places: np.ndarray, *, 
 
 
 def choosy_channels(values: np.ndarray, count: int) -> np.ndarray:
-    """The channels whose nine largest values stand out most from their others, in standard deviations."""
+    """The channels whose nine largest values are most standard deviations above their mean."""
     top = np.sort(values, axis=0)[-9:].mean(0)
     return np.argsort(-(top - values.mean(0)) / (values.std(0) + 1e-6), kind="stable")[:count]
 
 
-def layers_figure(images: np.ndarray, found: dict, layers: dict[str, int], *, columns: int = 6):
-    """A row of channels per layer, nine patches per channel."""
+def layers_figure(images: np.ndarray, peaks: dict, layers: dict[str, int], *, columns: int = 6):
+    """Shows a row of channels per layer, with nine patches per channel."""
     figure, axes = plt.subplots(
         len(layers), columns, figsize=(2 * columns, 2.15 * len(layers)), layout="constrained", squeeze=False
     )
     for row, (name, side) in zip(axes, layers.items(), strict=True):
-        values, places = found[name]
+        values, places = peaks[name]
         for ax in row:
             ax.axis("off")
         for ax, channel in zip(row, choosy_channels(values, columns), strict=False):
@@ -433,9 +433,9 @@ parts = [
     jax.device_get(strongest(learn.model, learn.params, learn.batch_stats, sample[at : at + BATCH]))
     for at in range(0, count, BATCH)
 ]
-found = jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
+peaks = jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
 layers = layers_to_show(learn.model, learn.params, learn.batch_stats, args.size)
-show(layers_figure(sample, found, layers), "12_what_excites_the_layers")
+show(layers_figure(sample, peaks, layers), "12_what_excites_the_layers")
 
 # %% [markdown]
 # And where did the network look when it gave its answer? Grad-CAM (arXiv:1610.02391) asks how much each channel of
@@ -447,13 +447,13 @@ show(layers_figure(sample, found, layers), "12_what_excites_the_layers")
 # %%
 @partial(jax.jit, static_argnums=0)
 def heat_of(model, params, batch_stats, images, labels):
-    """Grad-CAM of uint8 images [N, H, W, 3] for the classes asked about."""
+    """The Grad-CAM of uint8 images [N, H, W, 3] for these labels."""
     inputs = normalise(model.preprocess.mean, model.preprocess.std)(images)
     return grad_cam(model, params, batch_stats, inputs, labels)
 
 
 def heat_figure(images: np.ndarray, heats: np.ndarray, titles: list[str]):
-    """Each image above the same image with its heat laid over it."""
+    """Shows each image above the same image with its heat map."""
     figure, axes = plt.subplots(2, len(images), figsize=(2.4 * len(images), 5.1), layout="constrained")
     for column, image, heat, title in zip(axes.T, images, heats, titles, strict=True):
         smooth = Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.BICUBIC)
@@ -481,9 +481,9 @@ show(heat_figure(images, heats, titles), "13_heat_map")
 # %% [markdown]
 # ## 8. How the weights are found
 #
-# Training is going downhill. The loss depends on the weights; its gradient says which way is up; so take a step the
-# other way, as long as the gradient times the learning rate, and repeat. With a single weight you can watch it, and
-# see why the rate matters so much.
+# Training goes downhill. The loss depends on the weights, and its gradient points uphill. So take a step in the other
+# direction, as long as the gradient times the learning rate, and repeat. With a single weight you can watch this, and
+# see why the learning rate matters.
 
 
 # %%
@@ -493,7 +493,7 @@ def loss_of(weight):
 
 
 def descend(start: float, rate: float, steps: int) -> np.ndarray:
-    """The weights that gradient descent goes through, the first included."""
+    """The weights at each step of gradient descent, from the start on."""
     path = [start]
     for _ in range(steps):
         path.append(float(path[-1] - rate * jax.grad(loss_of)(path[-1])))
@@ -501,7 +501,7 @@ def descend(start: float, rate: float, steps: int) -> np.ndarray:
 
 
 def descent_figure(rates: dict[str, float], *, start: float = -1.0, steps: int = 10):
-    """The loss and the way down, for a few learning rates."""
+    """Shows the loss and the steps of gradient descent for a few learning rates."""
     figure, axes = plt.subplots(1, len(rates), figsize=(4.4 * len(rates), 3.9), layout="constrained", sharey=True)
     weights = np.linspace(-7, 13, 200)
     for ax, (name, rate) in zip(axes, rates.items(), strict=True):
@@ -537,7 +537,7 @@ WIDTHS = (1, 24, 24, 1)
 
 
 def small_network(weights, x, bend):
-    """x [N, 1] through the layers, with `bend` between them."""
+    """Applies the layers to x [N, 1], with the function `bend` between them."""
     for matrix, bias in weights[:-1]:
         x = bend(x @ matrix + bias)
     matrix, bias = weights[-1]
@@ -545,7 +545,7 @@ def small_network(weights, x, bend):
 
 
 def fit_curve(x, y, bend, *, steps: int):
-    """Weights after `steps` steps of Adam on the squared error, from random ones."""
+    """Trains random weights with `steps` steps of Adam on the squared error."""
     draw = jax.nn.initializers.he_normal()
     sizes = list(itertools.pairwise(WIDTHS))
     keys = jax.random.split(jax.random.key(1), len(sizes))
@@ -564,13 +564,13 @@ def fit_curve(x, y, bend, *, steps: int):
 
 @partial(jax.jit, static_argnums=3)
 def fitted(x, y, grid, bend):
-    """What a trained network says on `grid`, and its mean squared error on the points."""
+    """The outputs of a trained network on `grid`, and its mean squared error on the points."""
     weights = fit_curve(x, y, bend, steps=2000)
     return small_network(weights, grid, bend), ((small_network(weights, x, bend) - y) ** 2).mean()
 
 
 def curves_figure(x, y):
-    """The same points, fitted by networks that differ only in what is between their layers."""
+    """Shows the same points fitted by networks that differ only in the function between their layers."""
     figure, axes = plt.subplots(1, len(BENDS), figsize=(4.4 * len(BENDS), 3.9), layout="constrained", sharey=True)
     grid = np.linspace(-1.05, 1.05, 300, dtype=np.float32)[:, None]
     for ax, (name, bend) in zip(axes, BENDS.items(), strict=True):
@@ -605,9 +605,9 @@ RESULTS.append((f"new head at {data.settings.size} px, precomputed", *learn.erro
 
 # %% [markdown]
 # **Augmentation.** A cat seen in a mirror, a little turned or a little darker is still a cat. Showing each image
-# differently every time makes learning by heart harder. `side_on` is for photos taken from the side; for satellites
-# there is `top_down`. Precomputed answers know only the original images, so now the backbone has to look again
-# every time.
+# differently every time makes it harder to learn the images by heart. `side_on` is for photos taken from the side; for satellites
+# there is `top_down`. Precomputed features exist only for the original images, so now the backbone has to
+# look at every image again.
 
 # %%
 learn.data.augment = "side_on"
@@ -627,7 +627,7 @@ show(learn.sched.plot_lr(), "17_cycles")
 # **Unfreezing.** Until now the backbone stayed as it came. Now all of it learns, but not at one rate: the early
 # layers know about edges, which are the same everywhere, and should hardly change; the late ones may change more, the
 # head most. `cycle_mult=2` makes each cycle twice as long as the one before. The lesson's rates are for batches of
-# 64; a smaller batch is a worse guide, so its steps should be shorter, by as much.
+# 64; the gradient of a smaller batch is less reliable, so the rates are made smaller in proportion.
 
 # %%
 learn.unfreeze()
@@ -653,7 +653,7 @@ RESULTS.append(("the same, averaged over 5 views (TTA)", *learn.errors(averaged)
 
 # %%
 def results_figure(results: list[tuple[str, int, int]]):
-    """Accuracy of each step with its interval."""
+    """Shows the accuracy of each step with its interval."""
     figure, ax = plt.subplots(figsize=(9, 0.6 * len(results) + 1.4), layout="constrained")
     for row, (_, errors, n) in enumerate(results):
         low, high = (100 * share for share in wilson_interval(n - errors, n))

@@ -1,4 +1,4 @@
-"""scripts/lesson1.py: its explanations say what they claim, and it runs whole, as a script and as a notebook."""
+"""scripts/lesson1.py: its functions do what its text says, and it runs from start to end, as a script and as a notebook."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "lesson1.py"
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 CLASSES = ("cats", "dogs")
 
-# Weights of its own for the tiny network, so that the whole lesson takes seconds.
+# Gives the tiny network weights to load, so that the whole lesson takes seconds.
 TINY = """
 import dataclasses, os, runpy, sys, jax, numpy as np, tiny
 from jaxcats import Preprocess, models
@@ -105,8 +105,8 @@ def test_in_a_notebook_the_environment_takes_the_place_of_arguments(helpers, mon
     }
     for name, value in (("BACKBONE", "resnet34"), ("OUT", "here"), ("SIZE", "64"), ("LONG", "1")):
         monkeypatch.setenv(f"LESSON1_{name}", value)
-    found = helpers["options"]()
-    assert (found.backbone, found.out, found.size, found.long) == ("resnet34", "here", 64, True)
+    options = helpers["options"]()
+    assert (options.backbone, options.out, options.size, options.long) == ("resnet34", "here", 64, True)
 
 
 def test_the_convolution_finds_edges_and_their_direction(helpers):

@@ -27,12 +27,12 @@ def make_optimizer(name, parameters, lr):
 
 
 def batches_of(n, size, device):
-    """A shuffled epoch's rows; the short last batch is dropped, as fastai does in training."""
+    """The rows of each batch of a shuffled epoch, without the short last batch, as in fastai's training."""
     return [rows for rows in torch.randperm(n, device=device).split(size) if len(rows) == size]
 
 
 def train_batch(head, optimizer, x, y):
-    """One step; the loss, still on the device."""
+    """Does one step; returns the loss, which is still on the device."""
     optimizer.zero_grad(set_to_none=True)
     loss = nn.functional.cross_entropy(head(x), y)
     loss.backward()

@@ -1,4 +1,4 @@
-"""What makes PyTorch's large activations cheap on a CPU."""
+"""A setting of malloc that makes PyTorch's large activations cheap on a CPU."""
 
 import ctypes
 

@@ -1,6 +1,6 @@
 """The lesson's head on cached features, in plain PyTorch: three warm epochs, and lr_find of 100 iterations.
 
-The features are random. An epoch trains on every row and judges half as many others, as a job does; lr_find grows the
+The features are random. An epoch trains on every row and evaluates half as many others, as a job does; lr_find grows the
 rate from 1e-7 to 10 and stops as fastai does, when the average loss passes four times its best. Images per second count
 the rows that were trained on. Prints one JSON line.
     python torch_head.py --rows 2000 --width 2560
@@ -39,7 +39,7 @@ def parse():
 
 
 def fit(a, head, data):
-    """Three epochs from where the head is; rows trained on."""
+    """Trains three epochs; returns the number of rows that it trained on."""
     (x, y), (v, w) = data
     optimizer, rows = make_optimizer(a.opt, head.parameters(), 0.01), 0
     for _ in range(a.epochs):
@@ -54,7 +54,7 @@ def fit(a, head, data):
 
 
 def lr_find(a, head, data):
-    """The range test; rows trained on."""
+    """Does the range test; returns the number of rows that it trained on."""
     x, y = data[0]
     head.train()
     optimizer, best, average, done, order = make_optimizer(a.opt, head.parameters(), 1e-7), float("inf"), 0.0, 0, []
@@ -73,7 +73,7 @@ def lr_find(a, head, data):
 
 
 def measure(run, a, data):
-    """Seconds of the first round, and of those after it, each with a fresh head and the compiled code of the first."""
+    """Measures the first round, which compiles, and the rounds after it, each with a fresh head."""
     head = make_head(a.width, 2, a.device)
     start = {k: v.clone() for k, v in head.state_dict().items()}
     fn = torch.compile(head) if a.compile else head

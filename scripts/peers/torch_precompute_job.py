@@ -54,7 +54,7 @@ def parse():
 
 
 def folder(root, split):
-    """(files, labels, number of classes)"""
+    """The files, their labels, and the number of classes."""
     classes = sorted(d.name for d in pathlib.Path(root, split).iterdir() if d.is_dir())
     pairs = [(f, k) for k, c in enumerate(classes) for f in sorted(pathlib.Path(root, split, c).glob("*.jpg"))]
     return [f for f, _ in pairs], [k for _, k in pairs], len(classes)
@@ -71,7 +71,7 @@ def cache_key(a, splits):
 
 
 def compute_features(a, splits, dev):
-    """{split: (features [n, F], labels [n])}, and the seconds of loading the body."""
+    """Features [n, F] and labels [n] by split, and the seconds that loading the body took."""
     start = time.perf_counter()
     from torch_decode import Photos
 
@@ -85,7 +85,7 @@ def compute_features(a, splits, dev):
         torch._inductor.config.freezing = True
         run = torch.compile(run, dynamic=False)
     no_grad = torch.no_grad if a.compile else torch.inference_mode
-    model_s, found = time.perf_counter() - start, {}
+    model_s, features = time.perf_counter() - start, {}
     for split, (files, labels, _) in splits.items():
         loader = torch.utils.data.DataLoader(
             Photos(files, a.size, "bicubic", a.draft), a.body_bs, num_workers=a.workers
@@ -96,12 +96,12 @@ def compute_features(a, splits, dev):
                 short = a.body_bs - len(x)  # pad the last batch, so that one compiled shape serves
                 f = run(torch.cat([x, x[:1].expand(short, -1, -1, -1)]).to(dev))
                 parts.append(f[: len(x)].clone())
-        found[split] = torch.cat(parts).float(), torch.tensor(labels, device=dev)
-    return found, model_s
+        features[split] = torch.cat(parts).float(), torch.tensor(labels, device=dev)
+    return features, model_s
 
 
 def features(a, splits, dev):
-    """compute_features, or what the cache file has of these very files; and whether it had."""
+    """The features, from the cache file if it has them, the seconds of loading the body, and whether they were cached."""
     if not a.features_cache:
         return *compute_features(a, splits, dev), False
     key = cache_key(a, splits)
@@ -109,13 +109,13 @@ def features(a, splits, dev):
         kept = torch.load(a.features_cache, weights_only=True, map_location=dev)
         if kept["key"] == key:
             return kept["features"], 0.0, True
-    found, model_s = compute_features(a, splits, dev)
-    torch.save({"key": key, "features": found}, a.features_cache)
-    return found, model_s, False
+    computed, model_s = compute_features(a, splits, dev)
+    torch.save({"key": key, "features": computed}, a.features_cache)
+    return computed, model_s, False
 
 
 def fit(a, feats, classes, dev):
-    """Trains the head; what each epoch gave."""
+    """Trains the head; returns (train loss, valid loss, errors, seconds) of each epoch."""
     (x, y), (v, w) = feats["train"], feats["valid"]
     head = make_head(x.shape[1], classes, dev)
     optimizer = make_optimizer(a.opt, head.parameters(), a.lr)

@@ -54,7 +54,7 @@ def parse():
 
 
 def measure(step, a):
-    """(first-call seconds, best img/s, median img/s)"""
+    """The seconds of the first call, and the best and median images per second."""
     sync = torch.cuda.synchronize if a.device == "cuda" else lambda: None
 
     def run(n):
