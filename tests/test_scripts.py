@@ -222,7 +222,7 @@ class TestScripts:
         options = ["cats_vs_dogs", "--out", "prepared", "--valid", 5, "--data_dir", "tfds"]
         printed = place.python("-c", code, SCRIPTS / "prepare_data.py", *options)
         assert "15 train, 5 valid images in 2 classes." in printed.replace("5 valid, 15 train", "15 train, 5 valid")
-        assert len(list((place.folder / "prepared").rglob("*.jpg"))) == 20
+        assert len(list((place.folder / "prepared").rglob("*.png"))) == 20
 
     def test_the_example_of_a_loss(self, place):
         printed = place.script("examples/loss.py", "--config", place.config, "--workdir", place.folder / "loss", *BARE)
