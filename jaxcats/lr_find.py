@@ -1,4 +1,4 @@
-"""`python -m jaxcats.lr_find --config FILE`: the range test of a phase; prints its table, writes lr_find.json and the figure."""
+"""`python -m jaxcats.lr_find --config FILE`: runs the range test of a phase, prints its table, writes lr_find.json and a figure."""
 
 import sys
 import time
@@ -10,14 +10,14 @@ from jaxcats.common.errors import RunError, UserError, nearest
 
 DESCRIPTION = (
     "Finds a learning rate: trains a copy of the network for a while under a rate that grows exponentially, and looks "
-    "where the loss falls. Nothing is kept of the training."
+    "where the loss falls. The trained copy is discarded."
 )
 OPTIONS = {
-    "phase": {"type": str, "help": "whose rate to find, from the initial weights (default: the first phase)"},
-    "seeds": {"type": int, "default": 1, "help": "so many heads at once, for a band (with precompute)"},
+    "phase": {"type": str, "help": "phase whose rate to find, from the initial weights (default: the first phase)"},
+    "seeds": {"type": int, "default": 1, "help": "number of fresh heads to test at once, for a band (with precompute)"},
     "start": {"type": float, "default": 1e-7, "help": "first learning rate"},
     "end": {"type": float, "default": 10.0, "help": "learning rate that the last iteration approaches"},
-    "iterations": {"type": int, "default": 100, "help": "batches in all"},
+    "iterations": {"type": int, "default": 100, "help": "number of batches"},
     "out": {"type": str, "help": "folder for lr_find.json and figures/lr_find.png (default: runs/lr_find-TIME)"},
 }
 
@@ -30,22 +30,21 @@ def main(argv: Sequence[str]) -> None:
     if name not in names:
         raise UserError(f"--phase {name}: not in the configuration.{nearest(name, names)} It has {', '.join(names)}.")
     silence_tensorflow()
-    from jaxcats.train import experiment
-    from jaxcats.train.experiment import describe
+    from jaxcats.train.experiment import describe, initial_params, plans, setup
     from jaxcats.train.features import precompute
     from jaxcats.train.lr_finder import check_range, find_lr, find_lr_band, write_lr_find
 
     span = {key: options[key] for key in ("start", "end", "iterations")}
     check_range(**span, seeds=options["seeds"])
-    setup = experiment.setup(config)
-    print(describe(setup))
-    plan = experiment.plans(setup)[names.index(name)]
-    params, stats, _ = experiment.initial_params(setup)
-    feats = precompute(setup, params, stats)[0]["train"] if plan.phase.precompute else None
+    experiment = setup(config)
+    print(describe(experiment))
+    plan = plans(experiment)[names.index(name)]
+    params, batch_stats, _ = initial_params(experiment)
+    features = precompute(experiment, params, batch_stats)[0]["train"] if plan.phase.precompute else None
     if options["seeds"] == 1:
-        result = find_lr(setup, plan, params, stats, feats, **span)
+        result = find_lr(experiment, plan, params, batch_stats, features, **span)
     else:
-        result = find_lr_band(setup, plan, params, stats, feats, seeds=options["seeds"], **span)
+        result = find_lr_band(experiment, plan, params, batch_stats, features, seeds=options["seeds"], **span)
     folder = Path(options["out"] or f"runs/lr_find-{time.strftime('%Y%m%d-%H%M%S')}")
     files = write_lr_find(folder, result)
     print(result.table())

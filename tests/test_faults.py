@@ -22,7 +22,7 @@ from jaxcats.data.images import Preprocess
 from jaxcats.data.index import scan
 from jaxcats.data.pipeline import evaluation_batches
 from jaxcats.train import __main__ as train_command
-from jaxcats.train.loop import Trainer
+from jaxcats.train import loop
 
 CONFIG = """
 model: {backbone: tiny, pretrained: false, head: linear}
@@ -259,21 +259,21 @@ def test_a_image_that_changes_after_it_was_indexed_is_named(pictures, change, wo
 @pytest.mark.parametrize("change", [replaced, Path.unlink])
 def test_no_feature_is_kept_under_the_content_of_another_image(place, monkeypatch, capfd, change):
     """Between the index and the first use; the same command again indexes the folder as it is."""
-    victim, whole = place / "photos" / "train" / "cats" / "cats.3.jpg", Trainer.run
+    victim, whole = place / "photos" / "train" / "cats" / "cats.3.jpg", loop.train_run
 
-    def late(self, *arguments):
+    def late(*arguments, **options):
         change(victim)
-        return whole(self, *arguments)
+        return whole(*arguments, **options)
 
     def command(name: str) -> int:
         words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / name]
         return run_command(train_command.main, [str(w) for w in words])
 
-    monkeypatch.setattr(Trainer, "run", late)
+    monkeypatch.setattr(loop, "train_run", late)
     assert command("run") == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert str(victim) in line
-    monkeypatch.setattr(Trainer, "run", whole)
+    monkeypatch.setattr(loop, "train_run", whole)
     assert command("run") == 0
     monkeypatch.setenv("JAXCATS_CACHE", str(place / "fresh"))
     assert command("other") == 0

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -21,7 +22,9 @@ from jaxcats.evaluate import __main__ as evaluate_command
 from jaxcats.train import __main__ as train_command
 from jaxcats.train import experiment, loop
 from jaxcats.train.checkpoint import Checkpoints
-from jaxcats.train.loop import Trainer
+from jaxcats.train.features import precompute
+from jaxcats.train.loop import Progress, TrainingLoop
+from jaxcats.train.run_folder import RunLog
 
 BASE = [
     "--report",
@@ -110,7 +113,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(pictures, tmp_pa
 
 
 def test_a_warm_run_reads_no_image_and_imports_no_tensorflow(pictures, tmp_path):
-    code = "import tiny, sys; from jaxcats import train; train.main(sys.argv[1:]); print('TF', 'tensorflow' in sys.modules)"
+    code = "import tiny, sys; from jaxcats.train.__main__ import main; main(sys.argv[1:]); print('TF', 'tensorflow' in sys.modules)"
     printed = []
     for name in ("cold", "warm"):
         argv = [*BASE, "--data.root", pictures, "--workdir", tmp_path / name]
@@ -148,17 +151,18 @@ def in_process(code, *argv, check=True):
 
 KILLED = """
 import os, signal, sys, tiny
-from jaxcats import fit, train
-at, read = int(sys.argv[1]), fit.Fitter.read
+from jaxcats.train.__main__ import main
+from jaxcats.train.loop import TrainingLoop
+at, log_step_metrics = int(sys.argv[1]), TrainingLoop.log_step_metrics
 
-def read_and_die(self, plan, progress, pending, lrs, bar):
-    read(self, plan, progress, pending, lrs, bar)
-    if progress.step >= at:
-        self.checkpoints._manager.wait_until_finished()  # so that there is a checkpoint to go on from
+def log_and_die(self, *arguments):
+    log_step_metrics(self, *arguments)
+    if self.progress.step >= at:
+        self.checkpoints.wait()  # so that there is a checkpoint to continue from
         os.kill(os.getpid(), signal.SIGKILL)
 
-fit.Fitter.read = read_and_die
-train.main(sys.argv[2:])
+TrainingLoop.log_step_metrics = log_and_die
+main(sys.argv[2:])
 """
 
 
@@ -224,23 +228,18 @@ def test_phases_freeze_what_they_say_and_use_their_rates(pictures, tmp_path):
     file = tmp_path / "two.yaml"
     file.write_text(TWO_PHASES)
     config = config_of("--config", file, "--data.root", pictures)
-    setup = experiment.setup(config)
-    start = experiment.initial_params(setup)[:2]
-    head_only, every = experiment.plans(setup)
+    prepared = experiment.setup(config)
+    start = experiment.initial_params(prepared)[:2]
+    head_only, every = experiment.plans(prepared)
     assert every.first_step == 12
     states = {}
     for plan in (head_only, every):
-        trainer = Trainer(setup, tmp_path / plan.name)
-        progress = trainer_progress(plan)
-        feats = None
-        if plan.phase.precompute:
-            from jaxcats.train.features import precompute
-
-            feats, _ = precompute(setup, *start)
-        from jaxcats.train.run_folder import RunLog
-
-        trainer.log = RunLog(tmp_path / plan.name)
-        states[plan.name] = trainer.run_phase(plan, progress, None, start, feats)
+        folder = tmp_path / plan.name
+        with closing(RunLog(folder)) as log, closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+            progress = Progress(plan=plan.index, epoch=plan.first_epoch, step=plan.first_step)
+            features = precompute(prepared, *start)[0] if plan.phase.precompute else None
+            training = TrainingLoop(prepared, progress, log=log, checkpoints=checkpoints)
+            states[plan.name] = training.run_phase(plan, start, features)
     after = states["head"]
     for a, b in zip(jax.tree.leaves(start[0]["backbone"]), jax.tree.leaves(after.params["backbone"]), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -254,12 +253,6 @@ def test_phases_freeze_what_they_say_and_use_their_rates(pictures, tmp_path):
     assert all(jax.tree.leaves(changed))
     rows = [r for r in log_of(tmp_path / "all") if "lr" in r]
     np.testing.assert_allclose([r["lr"] for r in rows], [[1e-3, 1e-2, 1e-1]] * 12, rtol=1e-6)
-
-
-def trainer_progress(plan):
-    from jaxcats.train.loop import Progress
-
-    return Progress(plan=plan.index, epoch=plan.first_epoch, step=plan.first_step)
 
 
 def test_best_is_judged_when_asked_for(pictures, tmp_path):

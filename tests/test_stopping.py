@@ -31,7 +31,10 @@ checkpoint: {every_epochs: 100}
 phases:
   all: {epochs: 40, lr: 1.0e-3, freeze: nothing, bn: train, augment: flip, batch_size: 8}
 """
-PROGRAM = "import sys, tiny; from jaxcats import train; from jaxcats.command import run_command; sys.exit(run_command(train.main, sys.argv[1:]))"
+PROGRAM = (
+    "import sys, tiny; from jaxcats.common.cli import run_command; from jaxcats.train.__main__ import main; "
+    "sys.exit(run_command(main, sys.argv[1:]))"
+)
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ def test_a_run_asked_to_end_saves_says_how_to_go_on_and_goes_on_to_the_bit(place
     said = first.communicate(timeout=100)[1]
     assert first.returncode == 128 + signum, said
     assert "which is saved." in said
-    assert f"To go on from the last checkpoint: python -m jaxcats.train --resume --workdir {place / 'run'}" in said
+    assert f"To continue from the last checkpoint: python -m jaxcats.train --resume --workdir {place / 'run'}" in said
     assert "Traceback" not in said
     again = start(place, "run", "--resume", *how)
     out, err = again.communicate(timeout=200)
@@ -154,7 +157,7 @@ def test_struck_in_a_step_or_an_evaluation_it_goes_on_to_the_bit(
     def command(name: str, *more: str) -> int:
         return run_command(train_command.main, [str(w) for w in (*words, "--workdir", place / name, *more)])
 
-    owner, name = (loop.Evaluator, "__call__") if strike == "evaluate" else (loop.Fitter, "read")
+    owner, name = (loop.Evaluator, "__call__") if strike == "evaluate" else (loop.TrainingLoop, "log_step_metrics")
     whole, calls = getattr(owner, name), []
 
     def struck(self, *arguments):
@@ -168,7 +171,7 @@ def test_struck_in_a_step_or_an_evaluation_it_goes_on_to_the_bit(
     assert command("run") == 128 + signum
     said = capsys.readouterr().err
     assert f"stopped as asked, at step {step}, which is saved." in said
-    assert f"To go on from the last checkpoint: python -m jaxcats.train --resume --workdir {place / 'run'}" in said
+    assert f"To continue from the last checkpoint: python -m jaxcats.train --resume --workdir {place / 'run'}" in said
     if strike == "evaluate":  # which is where it goes on, and is struck once more
         nth = len(calls) + 1
         assert command("run", "--resume") == 128 + signum

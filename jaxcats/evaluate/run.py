@@ -43,7 +43,7 @@ class Run:
             feats = backbone_features(
                 self.model, split, params=params, batch_stats=stats, cache_dir=cache, **how
             ).features
-        found = Evaluator(self.model, split, feats=feats, **how)(params, stats)
+        found = Evaluator(self.model, split, features=feats, **how)(params, stats)
         if not np.isfinite(found).all():
             raise RunError(
                 f"{self.folder}: the network's answers are not numbers; train again with a lower learning rate."
@@ -85,6 +85,7 @@ def load_run(run: Path, which: str | None = None) -> Run:
     """
     from jaxcats.train import experiment
     from jaxcats.train.checkpoint import Checkpoints
+    from jaxcats.train.run_folder import check_config
 
     if not (run / "config.yaml").is_file():
         raise UserError(
@@ -102,7 +103,7 @@ def load_run(run: Path, which: str | None = None) -> Run:
         raise UserError(
             f"{run}/config.yaml: has no phase '{meta['phase']}', which the checkpoint at step {step} is of."
         )
-    experiment.check_config(config, meta)
+    check_config(config, meta)
     phase = config.phases[meta["phase"]]
     model, preprocess = experiment.create_model(config, len(meta["classes"]), dtype=meta["dtype"])
     plan = experiment.PhasePlan(0, meta["phase"], phase, 0, 0, 1)

@@ -19,8 +19,8 @@ from jaxcats.train.loop import TrainingResult
 
 
 def finish_training(
-    setup: Experiment,
-    fitted: TrainingResult,
+    experiment: Experiment,
+    result: TrainingResult,
     *,
     workdir: Path,
     logits: np.ndarray,
@@ -31,38 +31,38 @@ def finish_training(
     """Writes predictions.csv, metrics.json, model/ and report.html, and prints where they are. Only the primary process calls it.
 
     Args:
-        setup: what was trained.
-        fitted: the result of the training.
+        experiment: what was trained.
+        result: the result of the training.
         workdir: the run folder.
         logits: float32 [N, C] of the validation images.
         facts: see train.__main__.run_facts.
         seconds: the time that each part has taken so far; "export" and "report" are added.
         started: time.perf_counter() at the start of the command.
     """
-    config, valid = setup.config, setup.index.splits["valid"]
+    config, valid = experiment.config, experiment.index.splits["valid"]
     if mesh.has_many_devices():
-        fitted = dataclasses.replace(
-            fitted, params=mesh.to_local(fitted.params), batch_stats=mesh.to_local(fitted.batch_stats)
+        result = dataclasses.replace(
+            result, params=mesh.to_local(result.params), batch_stats=mesh.to_local(result.batch_stats)
         )
         mesh.use_first_device_only()
     last = list(config.phases.values())[-1]
     run = Run(
         folder=workdir,
         config=config,
-        model=setup.model,
-        preprocess=setup.preprocess,
-        classes=setup.index.classes,
-        state=fitted,
+        model=experiment.model,
+        preprocess=experiment.preprocess,
+        classes=experiment.index.classes,
+        state=result,
         precomputed=last.precompute,
         augment=last.augment,
-        checkpoint={"use": config.checkpoint.use, "step": fitted.step, "state": fitted.identity}
+        checkpoint={"use": config.checkpoint.use, "step": result.step, "state": result.identity}
         | {"valid_used_for": BEST_EPOCH if config.checkpoint.use == "best" else []}
         | {name: facts[name] for name in ("own",) if name in facts},
         fingerprint=facts["fingerprint"],
     )
-    results: dict[str, Any] = {"features": fitted.counts, "bad_files": len(setup.index.bad)}
-    if setup.own.metrics:
-        results["own_metrics"] = setup.own.measure(logits, valid.labels)
+    results: dict[str, Any] = {"features": result.feature_counts, "bad_files": len(experiment.index.bad)}
+    if experiment.user_functions.metrics:
+        results["own_metrics"] = experiment.user_functions.measure(logits, valid.labels)
     results |= {"checkpoint": run.checkpoint, "seconds": _with_total(seconds, started)}
     chose = CHOSE if run.checkpoint["valid_used_for"] else ""
     metrics, calibration = write_results(
@@ -89,7 +89,7 @@ def finish_training(
         written.append("report.html")
     total = _with_total(seconds, started)
     write_json(workdir / "metrics.json", metrics | {"seconds": total})
-    print(time_summary(total, fitted.counts))
+    print(time_summary(total, result.feature_counts))
     print(f"Results: {workdir}/{', '.join(written)}; again: {command_line('evaluate')} --run {workdir}")
 
 

@@ -1,132 +1,86 @@
-"""What a Learner shows: its answers and their galleries, its learning rates and losses."""
+"""What a trained network says of the validation images: metrics, the lesson's galleries, figures, the report."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from jaxcats import plots
 from jaxcats.common import stats
-from jaxcats.common.config import check_tta
 from jaxcats.common.errors import UserError, nearest
-from jaxcats.evaluate import figures, metrics, ranking, tta
+from jaxcats.evaluate import figures, metrics, ranking
 from jaxcats.evaluate.calibration import Calibration
 from jaxcats.evaluate.figures import EvaluatedSplit
-from jaxcats.evaluate.run import BEST_EPOCH, Run
-from jaxcats.train import experiment
-from jaxcats.train.drivers import decoding
-from jaxcats.train.evaluator import Evaluator
-from jaxcats.train.features import backbone_features
-
-if TYPE_CHECKING:
-    from jaxcats.learner.data import ImageClassifierData
+from jaxcats.evaluate.run import Run
+from jaxcats.learner.data import ImageClassifierData
 
 
-class Answers:
-    """What a network says of the images: log-probabilities, which images to look at, and the figure that shows them."""
+class EvaluationMetrics(dict):
+    """The content of metrics.json; shows itself as the table that `train` prints."""
 
-    data: "ImageClassifierData"
-    model: Any
-    _setup: experiment.Experiment
-    _precompute: bool
-    _answers: dict[str, np.ndarray]
-    params: property
-    batch_stats: property
-    _computed: Callable[[], dict[str, np.ndarray]]
+    def __repr__(self) -> str:
+        return f"{stats.sentence(self['errors'], self['n'])}\n{metrics.table(self)}"
 
-    def logits(self, split: str = "valid") -> np.ndarray:
-        """Logits float32 [n, classes] of the train, valid or test images, in the order of the files."""
-        if split not in self._answers:
-            images = self.data.split(split)
-            feats = None
-            if self._precompute:
-                known = self._computed()
-                how = decoding(self._setup) | {"params": self.params, "batch_stats": self.batch_stats}
-                feats = known[split] if split in known else self._features_of(images, **how)
-            judge = Evaluator(self.model, images, feats=feats, **decoding(self._setup))
-            self._answers[split] = judge(self.params, self.batch_stats)
-        return self._answers[split]
 
-    def _features_of(self, images: Any, **how: Any) -> np.ndarray:
-        return backbone_features(self.model, images, cache_dir=self._setup.cache, **how).features
+class Interpretation:
+    """Answers of a network on the validation images, and what can be seen in them. A Learner makes it.
 
-    def predict(self, split: str = "valid") -> np.ndarray:
-        """Log-probabilities float64 [n, classes] of the valid (or train, or test) images, in the order of the files."""
-        return stats.log_softmax(self.logits(split))
+    Args:
+        run: the trained network.
+        data: the images.
+        logits: float32 [n, classes] of the validation images.
+    """
 
-    def TTA(  # noqa: N802 (fastai's name)
-        self, n: int = 4, *, weight: float | None = None, split: str = "valid", augment: str | None = None
-    ) -> np.ndarray:
-        """Log-probabilities like `predict`, averaged over the plain image and n changed ones.
+    def __init__(self, run: Run, data: ImageClassifierData, logits: np.ndarray):
+        self.run, self.data, self.logits = run, data, logits
+        self.log_probs = stats.log_softmax(logits)
 
-        Args:
-            n: changed versions of each image.
-            weight: of the plain answer; None: 1 / (n + 1).
-            split: valid, train or test.
-            augment: how they are changed; None: as training does (`data.augment`), or side_on where that is none.
-        """
-        check_tta(n, weight)
-        if n == 0:
-            return self.predict(split)
-        how = augment or tta.preset(self.data.augment)
-        changed = tta.augmented_probabilities(
-            self.model,
-            self.data.split(split),
-            self.params,
-            self.batch_stats,
-            how=how,
-            n=n,
-            seed=self.data.seed,
-            **decoding(self._setup),
-        )
-        return tta.combine(self.logits(split), changed, n=n, weight=weight)
+    # Which images to look at: rows of the validation split
 
     def errors(self, log_probs: np.ndarray | None = None) -> tuple[int, int]:
-        """(wrong answers, images) of the validation set; `jaxcats.sentence(*learn.errors())` puts it in words."""
-        log_probs = self.predict() if log_probs is None else log_probs
-        if len(log_probs) != len(self.data.val_y):
-            raise UserError(
-                f"errors: {len(log_probs):,} answers; there are {len(self.data.val_y):,} validation images."
-            )
-        return int((log_probs.argmax(1) != self.data.val_y).sum()), len(self.data.val_y)
+        """(wrong answers, images) of the validation split; `jaxcats.sentence(*learn.errors())` puts it in words."""
+        log_probs, labels = self.log_probs if log_probs is None else log_probs, self.data.val_y
+        if len(log_probs) != len(labels):
+            raise UserError(f"errors: {len(log_probs):,} predictions; there are {len(labels):,} validation images.")
+        return int((log_probs.argmax(1) != labels).sum()), len(labels)
 
     def rand_by_correct(self, is_correct: bool, *, n: int = 4, seed: int = 0) -> np.ndarray:
         """n random right (or wrong) answers; int [<= n]."""
-        return ranking.rand_by_correct(self.predict(), self.data.val_y, is_correct, n=n, seed=seed)
+        return ranking.rand_by_correct(self.log_probs, self.data.val_y, is_correct, n=n, seed=seed)
 
     def most_by_correct(self, name: str | int, is_correct: bool, *, n: int = 4) -> np.ndarray:
-        """Of the images of a class (by name or number): the surest right answers, or the most wrong; int [<= n]."""
-        return ranking.most_by_correct(self.predict(), self.data.val_y, self._class(name), is_correct, n=n)
+        """The most confident right answers for the images of a class (by name or number), or the most wrong; int [<= n]."""
+        label = self._class_number(name)
+        return ranking.most_by_correct(self.log_probs, self.data.val_y, label, is_correct, n=n)
 
     def most_uncertain(self, *, n: int = 4) -> np.ndarray:
-        """The answers with the least between the two likeliest classes (for two classes: nearest to one half); int [<= n]."""
-        return ranking.most_uncertain(self.predict(), n=n)
+        """The answers whose two likeliest classes are closest (for two classes: nearest to one half); int [<= n]."""
+        return ranking.most_uncertain(self.log_probs, n=n)
 
     def top_losses(self, *, n: int = 9) -> np.ndarray:
         """The images whose true class got the lowest probability; int [<= n]."""
-        return ranking.top_losses(self.predict(), self.data.val_y, n=n)
+        return ranking.top_losses(self.log_probs, self.data.val_y, n=n)
 
     def plot_val_with_title(self, indices: Sequence[int] | np.ndarray, title: str = "") -> plots.Figure:
         """Validation images titled as in the lesson: with two classes the probability of the second, else the answer's."""
-        probabilities, names, y = np.exp(self.predict()), self.data.classes, self.data.val_y
+        probabilities, classes, labels = np.exp(self.log_probs), self.data.classes, self.data.val_y
         rows, paths = [int(i) for i in indices], self.data.val_paths
         if not rows:
             return plots.gallery([], [], wrong=[], heading=f"{title}: none" if title else "none")
-        if len(names) == 2:
-            titles = [f"{names[1]}: {probabilities[i, 1]:.4g}" for i in rows]
-        else:
-            best = probabilities.argmax(1)
-            titles = [
-                f"{names[best[i]]}: {probabilities[i, best[i]]:.3g}"
-                + ("" if best[i] == y[i] else f" (is {names[y[i]]})")
-                for i in rows
-            ]
-        wrong = [bool(probabilities[i].argmax() != y[i]) for i in rows]
+        best = probabilities.argmax(1)
+        titles = []
+        for i in rows:
+            if len(classes) == 2:
+                titles.append(f"{classes[1]}: {probabilities[i, 1]:.4g}")
+                continue
+            actual = "" if best[i] == labels[i] else f" (is {classes[labels[i]]})"
+            titles.append(f"{classes[best[i]]}: {probabilities[i, best[i]]:.3g}{actual}")
+        wrong = [bool(best[i] != labels[i]) for i in rows]
         return plots.gallery([paths[i] for i in rows], titles, wrong=wrong, heading=title or None)
 
-    def _class(self, name: str | int) -> int:
+    def _class_number(self, name: str | int) -> int:
         classes = self.data.classes
         if isinstance(name, str) and name in classes:
             return classes.index(name)
@@ -135,70 +89,32 @@ class Answers:
         hint = nearest(str(name), classes)
         raise UserError(f"There is no class {name!r}.{hint} The classes are {', '.join(classes)}.")
 
+    # What `python -m jaxcats.evaluate` computes, draws and writes
 
-@dataclasses.dataclass
-class Sched:
-    """Learning rates and losses of the last fit (`rows`, `momentum`) or lr_find (`result`)."""
+    def metrics(self, *, max_error: float = 0.005) -> EvaluationMetrics:
+        """The content of metrics.json: per class, calibration out of fold, the threshold to abstain at for `max_error`."""
+        return self.metrics_and_calibration(max_error)[0]
 
-    result: Any = None
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    momentum: Any = None
-    first_step: int = 0
-
-    def plot_lr(self) -> plots.Figure:
-        """Learning rate by iteration; with a changing momentum, that too."""
-        if self.result is not None:
-            return plots.learning_rates(self.result.results[0].lrs)
-        return figures.plot_learning_rates(self._trained(), momentum=self.momentum)
-
-    def plot(self) -> plots.Figure:
-        """Loss by learning rate of the last lr_find."""
-        if self.result is None:
-            raise UserError("sched.plot() draws the loss by learning rate: run learn.lr_find() first.")
-        return self.result.plot()
-
-    def plot_loss(self) -> plots.Figure:
-        """Loss by step of the last fit, with the validation loss of each epoch."""
-        return figures.plot_losses(self._trained(), first_step=self.first_step)
-
-    def _trained(self) -> list[dict[str, Any]]:
-        if not self.rows:
-            raise UserError("There is nothing to plot yet: run learn.fit(...) or learn.lr_find() first.")
-        return self.rows
-
-
-class EvaluationNumbers(dict):
-    """The numbers of metrics.json; shows itself as the table that `train` prints."""
-
-    def __repr__(self) -> str:
-        return f"{stats.sentence(self['errors'], self['n'])}\n{metrics.table(self)}"
-
-
-class Judgement(Answers):
-    """The part of a Learner that judges its validation images as `python -m jaxcats.evaluate` does."""
-
-    config: property
-    _progress: Any
-    _kept_best: bool
-
-    def judge(self, *, max_error: float = 0.005) -> EvaluationNumbers:
-        """Every number of metrics.json: per class, calibration out of fold, the threshold to abstain at for `max_error`."""
-        return self._numbers_and_calibration(max_error)[0]
+    def metrics_and_calibration(self, max_error: float = 0.005) -> tuple[EvaluationMetrics, Calibration]:
+        """The same, with the temperature and threshold that were fitted on these images."""
+        labels, classes = self.data.val_y, self.data.classes
+        values, calibration = metrics.evaluation_metrics(self.logits, labels, classes, max_error=max_error)
+        return EvaluationMetrics(values), calibration
 
     def plot_confusion(self) -> plots.Figure:
-        """What is taken for what."""
-        return self._numbers("confusion")
+        """How often each class is mistaken for each other."""
+        return figures.of_numbers(self._evaluated_split())["confusion"]
 
     def plot_reliability(self) -> plots.Figure:
         """Whether the probabilities can be believed, before and after the temperature."""
-        return self._numbers("reliability")
+        return figures.of_numbers(self._evaluated_split())["reliability"]
 
     def plot_risk_coverage(self) -> plots.Figure:
         """Errors by the share of images answered."""
-        return self._numbers("risk_coverage")
+        return figures.of_numbers(self._evaluated_split())["risk_coverage"]
 
     def plot_heat_maps(self) -> plots.Figure:
-        """Grad-CAM of the highest losses and of the surest answers."""
+        """Grad-CAM of the highest losses and of the most confident answers."""
         return figures.heat_maps(self._evaluated_split())
 
     def plot_top_losses(self) -> plots.Figure:
@@ -209,44 +125,47 @@ class Judgement(Answers):
         """Writes the classifier that can be shipped; `jaxcats.load(folder)` and `python -m jaxcats.predict` use it."""
         from jaxcats.export.program import write_run
 
-        found, calibration = self._numbers_and_calibration()
-        write_run(self._run(Path(folder).parent), found, calibration, out=Path(folder))
-        return Path(folder)
+        return write_run(self.run, *self.metrics_and_calibration(), out=Path(folder))
 
     def report(self, folder: str | Path = "report") -> Path:
-        """Writes figures/ and report.html into a folder; the page's path."""
+        """Writes figures/ and report.html into a folder; returns the path of the page."""
         from jaxcats.evaluate.report import write_evaluation
 
-        judged, folder = self._evaluated_split(), Path(folder)
-        write_evaluation(folder, self._run(folder), judged.split, judged.logits, judged.found)
+        folder, split = Path(folder), self.data.split("valid")
+        run = dataclasses.replace(self.run, folder=folder)
+        write_evaluation(folder, run, split, self.logits, self.metrics())
         return folder / "report.html"
 
-    def _numbers_and_calibration(self, max_error: float = 0.005) -> tuple[EvaluationNumbers, Calibration]:
-        found, calibration = metrics.evaluation_metrics(
-            self.logits(), self.data.val_y, self.data.classes, max_error=max_error
-        )
-        return EvaluationNumbers(found), calibration
-
     def _evaluated_split(self) -> EvaluatedSplit:
-        return EvaluatedSplit(self._run(self.data.index.root), self.data.split("valid"), self.logits(), self.judge())
+        return EvaluatedSplit(self.run, self.data.split("valid"), self.logits, self.metrics())
 
-    def _numbers(self, name: str) -> plots.Figure:
-        return figures.of_numbers(self._evaluated_split())[name]
 
-    def _run(self, folder: Path) -> Run:
-        """What the commands call a run; `folder` is where it would have been trained."""
-        config: Any = self.config
-        last = list(config.phases.values())[-1]
-        used = BEST_EPOCH if self._kept_best else []
-        return Run(
-            folder=folder,
-            config=config,
-            model=self.model,
-            preprocess=self._setup.preprocess,
-            classes=self.data.classes,
-            state=self,
-            precomputed=self._precompute,
-            augment=last.augment,
-            checkpoint={"use": "last", "step": self._progress.step, "valid_used_for": used},
-            fingerprint=experiment.fingerprint(self._setup.index),
-        )
+@dataclasses.dataclass
+class Sched:
+    """Learning rates and losses of the last fit (`rows`, `momentum`) or of the last lr_find (`result`), to plot."""
+
+    result: Any = None
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    momentum: Any = None
+    first_step: int = 0
+
+    def plot_lr(self) -> plots.Figure:
+        """Learning rate by iteration, with the momentum where that is a schedule."""
+        if self.result is not None:
+            return plots.learning_rates(self.result.results[0].lrs)
+        return figures.plot_learning_rates(self._fit_rows(), momentum=self.momentum)
+
+    def plot(self) -> plots.Figure:
+        """Loss by learning rate of the last lr_find."""
+        if self.result is None:
+            raise UserError("sched.plot() draws the loss by learning rate: run learn.lr_find() first.")
+        return self.result.plot()
+
+    def plot_loss(self) -> plots.Figure:
+        """Loss by step of the last fit, with the validation loss of each epoch."""
+        return figures.plot_losses(self._fit_rows(), first_step=self.first_step)
+
+    def _fit_rows(self) -> list[dict[str, Any]]:
+        if not self.rows:
+            raise UserError("There is nothing to plot yet: run learn.fit(...) or learn.lr_find() first.")
+        return self.rows

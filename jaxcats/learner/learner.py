@@ -1,78 +1,47 @@
-"""What a call of a Learner asks for, as a Phase: learning rates as fastai writes them, options by name."""
+"""The notebook face: a Learner holds the state of a network and calls the functions that train, evaluate and draw."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxcats.common import stats as stats_module
-from jaxcats.common.config import Config, ModelConfig, Phase, sgdr_epochs, validate
+from jaxcats.common.config import Config, ModelConfig, Phase, check_tta, sgdr_epochs, validate
 from jaxcats.common.errors import UserError, nearest
 from jaxcats.common.io import in_notebook
+from jaxcats.common.stats import log_softmax, sentence
 from jaxcats.core.state import TrainState
+from jaxcats.evaluate import tta
+from jaxcats.evaluate.run import BEST_EPOCH, Run
 from jaxcats.learner.data import ImageClassifierData
-from jaxcats.learner.interpretation import Judgement, Sched
-from jaxcats.learner.saving import Keeper, load_state, save_state
-from jaxcats.train import experiment
+from jaxcats.learner.interpretation import Interpretation, Sched
+from jaxcats.learner.saving import FitMemory, load_state, save_state
+from jaxcats.train.drivers import decoding
 from jaxcats.train.epoch_table import NotebookTable, Table
-from jaxcats.train.features import precompute
-from jaxcats.train.loop import Fitter, Progress
+from jaxcats.train.evaluator import Evaluator
+from jaxcats.train.experiment import Experiment, PhasePlan, fingerprint, initial_params, plans, setup
+from jaxcats.train.features import backbone_features, precompute
+from jaxcats.train.loop import Progress, TrainingLoop
 from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr, find_lr_band
 from jaxcats.train.user_functions import UserFunctions
 
 LR = float | Sequence[float] | slice | Literal["auto"]
 
 
-def split_user_functions(options: Mapping[str, Any]) -> tuple[UserFunctions, dict[str, Any]]:
-    """(functions of the user's own, the other options) of a call: `augment` may be a function or a preset's name."""
-    own = {k: v for k, v in options.items() if k in ("loss_fn", "metrics") or (k == "augment" and callable(v))}
-    return UserFunctions(**own), {k: v for k, v in options.items() if k not in own}
+def _of_interpretation(method: Callable) -> Callable:
+    """A method of Interpretation as one of Learner, with its signature and docstring."""
+
+    @functools.wraps(method)
+    def call(self: "Learner", *args: Any, **options: Any) -> Any:
+        return method(self.interpretation, *args, **options)
+
+    return call
 
 
-def phase_of(fixed: Mapping[str, Any], options: Mapping[str, Any], now: Mapping[str, Any]) -> Phase:
-    """The Phase of a call; its values are checked later, with the whole configuration.
-
-    Args:
-        fixed: fields that the call itself decides.
-        options: fields that the user gave by name.
-        now: what holds otherwise; augment only where features aren't precomputed.
-
-    Raises:
-        UserError: an option that is not there, or that the call decides.
-    """
-    known = [f.name for f in dataclasses.fields(Phase) if f.name not in fixed]
-    for name in options:
-        if name in fixed:
-            raise UserError(f"{name}: this call sets it itself, to {fixed[name]!r}.")
-        if name not in known:
-            raise UserError(f"There is no option '{name}'.{nearest(name, known)} Options: {', '.join(known)}.")
-    chosen = {k: v.item() if isinstance(v, np.generic) else v for k, v in {**now, **options, **fixed}.items()}
-    if "lr" in chosen:
-        chosen["lr"] = spread(chosen["lr"])
-    if chosen["precompute"] and "augment" not in options:
-        chosen["augment"] = "none"
-    return Phase(**chosen)
-
-
-def spread(lr: LR) -> float | tuple[float, ...] | Literal["auto"]:
-    """A learning rate as a configuration has it; slice(a, b) is geometric from a to b, slice(b) is b/10, b/10, b."""
-    if isinstance(lr, slice):
-        if lr.stop is None or lr.step is not None:
-            raise UserError(f"lr: {lr} can't be used; expected slice(a, b) or slice(b).")
-        if lr.start is None:
-            return (lr.stop / 10, lr.stop / 10, lr.stop)
-        if not 0 < lr.start <= lr.stop:
-            raise UserError(f"lr: {lr} can't be used; expected 0 < a <= b.")
-        return tuple(float(x) for x in np.geomspace(lr.start, lr.stop, 3))
-    if isinstance(lr, (Sequence, np.ndarray)) and not isinstance(lr, str):
-        return tuple(float(x) for x in lr)
-    return float(lr) if isinstance(lr, (int, float, np.number)) else lr
-
-
-class Learner(Judgement):
-    """A classifier in the making. Make it with `Learner.pretrained`.
+class Learner:
+    """A classifier that is being trained. Create it with `Learner.pretrained`.
 
         data = ImageClassifierData.from_paths("data/dogscats", size=224)
         learn = Learner.pretrained("resnet34", data, precompute=True)
@@ -81,13 +50,14 @@ class Learner(Judgement):
     Attributes:
         data: the images; its `augment` and `batch_size` may be changed between fits.
         model: pure functions of params and batch_stats, see jaxcats.models.Model.
+        workdir: folder that `save` writes into.
         history: a dict per epoch of every fit so far.
         sched: learning rates and losses of the last fit or lr_find, to plot.
     """
 
     def __init__(
         self,
-        setup: experiment.Experiment,
+        experiment: Experiment,
         data: ImageClassifierData,
         params: Any,
         batch_stats: Any,
@@ -97,17 +67,18 @@ class Learner(Judgement):
     ):
         if bn not in ("frozen", "train"):
             raise UserError(f"bn: {bn!r} is not one of frozen, train.")
-        self.data, self.model, self.workdir = data, setup.model, workdir
-        self._params, self._batch_stats = params, batch_stats
+        self.data, self.model, self.workdir = data, experiment.model, workdir
         self.history: list[Mapping[str, Any]] = []
         self.sched = Sched()
-        self._setup, self._phases, self._progress = setup, dict[str, Phase](), Progress()
+        self._params, self._batch_stats = params, batch_stats
+        self._state: TrainState | None = None
+        self._experiment, self._phases, self._progress = experiment, dict[str, Phase](), Progress()
         self._freeze: Literal["backbone", "first", "nothing"] = "backbone"
         self._bn: Literal["frozen", "train"] = bn
-        self._precompute, self._state, self._kept_best = False, None, False
-        self._features: dict[str, np.ndarray] | None = None
-        self._answers: dict[str, np.ndarray] = {}
-        self._own: dict[str, dict[str, str]] = {}  # by fit: names of the user's functions
+        self._precompute = self._kept_best = False
+        self._user_functions: dict[str, dict[str, str]] = {}  # by fit: names of the user's functions
+        self._features: dict[str, np.ndarray] | None = None  # of the present backbone
+        self._logits: dict[str, np.ndarray] = {}  # of the present weights, by split
 
     @classmethod
     def pretrained(
@@ -146,15 +117,15 @@ class Learner(Judgement):
             model=ModelConfig(backbone, head, pretrained, None if weights is None else str(weights)),
             precision=precision,
         )
-        setup = experiment.setup(validate(config), data.index)
-        learn = cls(setup, data, *experiment.initial_params(setup)[:2], workdir=Path(workdir), bn=bn)
+        experiment = setup(validate(config), data.index)
+        learn = cls(experiment, data, *initial_params(experiment)[:2], workdir=Path(workdir), bn=bn)
         learn.precompute = precompute
         return learn
 
     def __repr__(self) -> str:
         m = self.model
         return (
-            f"Learner({m.name}, {m.head} head, {self._setup.preprocess.size} px, {m.dtype}; frozen: {self._freeze}; "
+            f"Learner({m.name}, {m.head} head, {self._experiment.preprocess.size} px, {m.dtype}; frozen: {self._freeze}; "
             f"precompute: {self._precompute}; {self._progress.epoch} epochs trained)"
         )
 
@@ -241,66 +212,164 @@ class Learner(Judgement):
             seeds: with precompute: so many fresh heads at once, for a band.
             **options: as of `fit`.
         """
-        plan, params, stats, feats = self._begin({}, options)
-        train = feats["train"] if feats else None
+        plan, weights, features = self._next_phase({}, options)
+        train = features["train"] if features else None
         span = {"start": start, "end": end, "iterations": iterations}
         if seeds == 1:
-            result = find_lr(self._setup, plan, params, stats, train, **span)
+            result = find_lr(self._experiment, plan, *weights, train, **span)
         else:
-            result = find_lr_band(self._setup, plan, params, stats, train, seeds=seeds, **span)
+            result = find_lr_band(self._experiment, plan, *weights, train, seeds=seeds, **span)
         self.sched = Sched(result=result)
         return result
 
-    def _begin(
+    def _next_phase(
         self, fixed: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> tuple[experiment.PhasePlan, Any, Any, dict[str, np.ndarray] | None]:
-        """The plan of the next phase, the weights it starts from, and features where it trains on them."""
-        now = {"batch_size": self.data.batch_size, "freeze": self._freeze, "bn": self._bn}
-        own, options = split_user_functions(options)
-        phase = phase_of(fixed, options, now | {"precompute": self._precompute, "augment": self.data.augment})
-        name = f"fit{len(self._phases) + 1}"
-        config = dataclasses.replace(self._setup.config, phases={**self._phases, name: phase})
+    ) -> tuple[PhasePlan, tuple[Any, Any], dict[str, np.ndarray] | None]:
+        """The plan of the next phase, the weights that it starts from, and features where it trains on them."""
+        user_functions, options = split_user_functions(options)
+        defaults = {
+            "batch_size": self.data.batch_size,
+            "freeze": self._freeze,
+            "bn": self._bn,
+            "precompute": self._precompute,
+            "augment": self.data.augment,
+        }
+        phase, name = phase_of(fixed, options, defaults), f"fit{len(self._phases) + 1}"
+        config = dataclasses.replace(self._experiment.config, phases={**self._phases, name: phase})
         alone = validate(dataclasses.replace(config, phases={name: phase}))
-        own.check(alone, classes=len(self.data.classes), size=self._setup.preprocess.size)
-        self._setup = dataclasses.replace(self._setup, config=validate(config), own=own)
-        plan = experiment.plans(self._setup)[-1]
-        plan = dataclasses.replace(plan, first_step=self._progress.step, first_epoch=self._progress.epoch)
-        return plan, self.params, self.batch_stats, self._computed() if phase.precompute else None
+        user_functions.check(alone, classes=len(self.data.classes), size=self._experiment.preprocess.size)
+        self._experiment = dataclasses.replace(self._experiment, config=validate(config), user_functions=user_functions)
+        plan = dataclasses.replace(
+            plans(self._experiment)[-1], first_step=self._progress.step, first_epoch=self._progress.epoch
+        )
+        return plan, (self.params, self.batch_stats), self._computed_features() if phase.precompute else None
 
     def _fit(self, lr: LR, fixed: Mapping[str, Any], options: Mapping[str, Any], *, keep: str) -> None:
         if keep not in ("last", "best"):
             raise UserError(f"keep: {keep!r} is not one of last, best.")
-        plan, params, stats, feats = self._begin({"lr": lr, **fixed}, options)
-        fitter = Fitter(self._setup, table=NotebookTable() if in_notebook() else Table())
-        keeper = Keeper(best=keep == "best")
-        fitter.log = fitter.checkpoints = keeper
-        progress = dataclasses.replace(self._progress)  # an interrupted fit leaves no trace
-        progress.begin(plan)
-        state = fitter.run_phase(plan, progress, None, (params, stats), feats)
+        plan, weights, features = self._next_phase({"lr": lr, **fixed}, options)
+        memory = FitMemory(keep_best=keep == "best")
+        progress = dataclasses.replace(self._progress)  # An interrupted fit leaves no trace.
+        progress.begin_phase(plan)
+        table = NotebookTable() if in_notebook() else Table()
+        loop = TrainingLoop(self._experiment, progress, log=memory, checkpoints=memory, table=table)
+        state = loop.run_phase(plan, weights, features)
         if keep == "best":
-            state = keeper.state
+            state, best = memory.state, memory.best_row
             if not in_notebook():
-                result = stats_module.sentence(keeper.row["errors"], keeper.row["n"])
-                print(f"Kept epoch {keeper.row['epoch']}, the best: {result}; chosen on these images, so it flatters.")
+                result = sentence(best["errors"], best["n"])
+                print(f"Kept epoch {best['epoch']}, the best: {result}; chosen on these images, so it flatters.")
+        config = dataclasses.replace(self._experiment.config, phases={plan.name: plan.phase})
         self._phases[plan.name] = plan.phase
-        self._own |= self._setup.own.names(dataclasses.replace(self._setup.config, phases={plan.name: plan.phase}))
-        self._progress, self.history = progress, [*self.history, *keeper.epochs]
+        self._user_functions |= self._experiment.user_functions.names(config)
+        self._progress, self.history = progress, [*self.history, *memory.epochs]
         self._kept_best = self._kept_best or keep == "best"
-        self.sched = Sched(rows=keeper.rows, momentum=experiment.momentum(plan), first_step=plan.first_step)
-        self._take(state, backbone_too=plan.phase.freeze != "backbone" or plan.phase.bn == "train")
+        self.sched = Sched(rows=memory.rows, momentum=plan.momentum(), first_step=plan.first_step)
+        self._take(state, new_backbone=plan.phase.freeze != "backbone" or plan.phase.bn == "train")
 
-    def _take(self, state: TrainState, *, backbone_too: bool) -> None:
+    def _take(self, state: TrainState, *, new_backbone: bool) -> None:
         self._state, self._params, self._batch_stats = state, state.params, state.batch_stats
-        self._answers = {}
-        if backbone_too:
+        self._logits = {}
+        if new_backbone:
             self._features = None
 
-    def _computed(self) -> dict[str, np.ndarray]:
+    def _computed_features(self) -> dict[str, np.ndarray]:
         if self._features is None:
-            self._features = precompute(self._setup, self.params, self.batch_stats)[0]
+            self._features = precompute(self._experiment, self.params, self.batch_stats)[0]
         return self._features
 
-    # What it is, and what learns
+    # Predictions and what can be seen in them
+
+    def logits(self, split: str = "valid") -> np.ndarray:
+        """Logits float32 [n, classes] of the train, valid or test images, in the order of the files."""
+        if split not in self._logits:
+            images, options = self.data.split(split), decoding(self._experiment)
+            features = self._computed_features().get(split) if self._precompute else None
+            if self._precompute and features is None:
+                weights = {"params": self.params, "batch_stats": self.batch_stats}
+                cached = backbone_features(self.model, images, cache_dir=self._experiment.cache, **weights, **options)
+                features = cached.features
+            evaluate = Evaluator(self.model, images, features=features, **options)
+            self._logits[split] = evaluate(self.params, self.batch_stats)
+        return self._logits[split]
+
+    def predict(self, split: str = "valid") -> np.ndarray:
+        """Log-probabilities float64 [n, classes] of the valid (or train, or test) images, in the order of the files."""
+        return log_softmax(self.logits(split))
+
+    def TTA(  # noqa: N802 (fastai's name)
+        self, n: int = 4, *, weight: float | None = None, split: str = "valid", augment: str | None = None
+    ) -> np.ndarray:
+        """Log-probabilities like `predict`, averaged over the plain image and n augmented versions.
+
+        Args:
+            n: augmented versions of each image.
+            weight: of the plain image; None: 1 / (n + 1).
+            split: valid, train or test.
+            augment: a preset; None: that of training (`data.augment`), or side_on where that is none.
+        """
+        check_tta(n, weight)
+        if n == 0:
+            return self.predict(split)
+        augmented = tta.augmented_probabilities(
+            self.model,
+            self.data.split(split),
+            self.params,
+            self.batch_stats,
+            how=augment or tta.preset(self.data.augment),
+            n=n,
+            seed=self.data.seed,
+            **decoding(self._experiment),
+        )
+        return tta.combine(self.logits(split), augmented, n=n, weight=weight)
+
+    @property
+    def interpretation(self) -> Interpretation:
+        """The predictions on the validation images, with their metrics, galleries and figures."""
+        return Interpretation(self._run(), self.data, self.logits())
+
+    errors = _of_interpretation(Interpretation.errors)
+    rand_by_correct = _of_interpretation(Interpretation.rand_by_correct)
+    most_by_correct = _of_interpretation(Interpretation.most_by_correct)
+    most_uncertain = _of_interpretation(Interpretation.most_uncertain)
+    top_losses = _of_interpretation(Interpretation.top_losses)
+    plot_val_with_title = _of_interpretation(Interpretation.plot_val_with_title)
+    plot_confusion = _of_interpretation(Interpretation.plot_confusion)
+    plot_reliability = _of_interpretation(Interpretation.plot_reliability)
+    plot_risk_coverage = _of_interpretation(Interpretation.plot_risk_coverage)
+    plot_heat_maps = _of_interpretation(Interpretation.plot_heat_maps)
+    plot_top_losses = _of_interpretation(Interpretation.plot_top_losses)
+    evaluate = _of_interpretation(Interpretation.metrics)
+    judge = evaluate  # the name before version 0.2
+    export = _of_interpretation(Interpretation.export)
+    report = _of_interpretation(Interpretation.report)
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._experiment.index)
+
+    def _run(self) -> Run:
+        """The network as the evaluate and export commands know it."""
+        config = self.config
+        last = list(config.phases.values())[-1]
+        return Run(
+            folder=self.workdir,
+            config=config,
+            model=self.model,
+            preprocess=self._experiment.preprocess,
+            classes=self.data.classes,
+            state=self,
+            precomputed=self._precompute,
+            augment=last.augment,
+            checkpoint={
+                "use": "last",
+                "step": self._progress.step,
+                "valid_used_for": BEST_EPOCH if self._kept_best else [],
+            },
+            fingerprint=self._fingerprint,
+        )
+
+    # The weights, and which of them are trained
 
     @property
     def params(self) -> Any:
@@ -309,7 +378,7 @@ class Learner(Judgement):
 
     @property
     def batch_stats(self) -> Any:
-        """The same two keys; running averages of BatchNorm."""
+        """{"backbone": ..., "head": ...}; running averages of BatchNorm."""
         return self._batch_stats
 
     @property
@@ -339,26 +408,77 @@ class Learner(Judgement):
         if self._freeze != "backbone":
             self._precompute = False
 
-    # Keeping it
+    # Saving
 
     @property
     def config(self) -> Config:
-        """What was done so far, as a configuration: `train` does the same from it, but for `keep="best"` and functions of your own."""
-        return dataclasses.replace(self._setup.config, phases=self._phases or {"fit1": Phase()})
+        """What was trained so far, as a configuration: `train` repeats it, except for `keep="best"` and user functions."""
+        return dataclasses.replace(self._experiment.config, phases=self._phases or {"fit1": Phase()})
 
     def save(self, name: str) -> Path:
         """Writes the state as a run folder `workdir/name`, which `load` and `python -m jaxcats.evaluate --run` read."""
-        setup = dataclasses.replace(self._setup, config=self.config)
-        notes = {"history": self.history, "kept_best": self._kept_best, "own": self._own}
+        experiment = dataclasses.replace(self._experiment, config=self.config)
+        notes = {"history": self.history, "kept_best": self._kept_best, "own": self._user_functions}
         weights = (self.params, self.batch_stats)
-        return save_state(self.workdir / name, setup, self._state, self._progress, weights, notes)
+        return save_state(self.workdir / name, experiment, self._state, self._progress, weights, notes)
 
     def load(self, name: str | Path) -> None:
-        """Takes up what `save(name)` wrote, or a finished run's folder (an absolute path).
+        """Loads what `save(name)` wrote, or the folder of a finished run (an absolute path).
 
         Raises:
-            UserError: it isn't there, isn't finished, or is of another network or other classes.
+            UserError: the folder does not exist, is not finished, or holds another network or other classes.
         """
-        state, self._progress, self._phases, notes = load_state(self.workdir / name, self._setup)
-        self.history, self._kept_best, self._own = list(notes["history"]), bool(notes["kept_best"]), notes["own"]
-        self._take(state, backbone_too=True)
+        state, self._progress, self._phases, notes = load_state(self.workdir / name, self._experiment)
+        self.history, self._kept_best, self._user_functions = (
+            list(notes["history"]),
+            bool(notes["kept_best"]),
+            notes["own"],
+        )
+        self._take(state, new_backbone=True)
+
+
+def split_user_functions(options: Mapping[str, Any]) -> tuple[UserFunctions, dict[str, Any]]:
+    """(user functions, other options) of a call: `augment` may be a function or the name of a preset."""
+    functions = {k: v for k, v in options.items() if k in ("loss_fn", "metrics") or (k == "augment" and callable(v))}
+    return UserFunctions(**functions), {k: v for k, v in options.items() if k not in functions}
+
+
+def phase_of(fixed: Mapping[str, Any], options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Phase:
+    """The Phase of a call; its values are checked later, with the whole configuration.
+
+    Args:
+        fixed: fields that the method sets.
+        options: fields that the user gave by name.
+        defaults: all other fields; its augment is used only where features are not precomputed.
+
+    Raises:
+        UserError: an option that does not exist, or that the method sets.
+    """
+    known = [f.name for f in dataclasses.fields(Phase) if f.name not in fixed]
+    for name in options:
+        if name in fixed:
+            raise UserError(f"{name}: this method sets it to {fixed[name]!r}.")
+        if name not in known:
+            raise UserError(f"There is no option '{name}'.{nearest(name, known)} Options: {', '.join(known)}.")
+    fields = {**defaults, **options, **fixed}
+    fields = {k: v.item() if isinstance(v, np.generic) else v for k, v in fields.items()}
+    if "lr" in fields:
+        fields["lr"] = spread(fields["lr"])
+    if fields["precompute"] and "augment" not in options:
+        fields["augment"] = "none"
+    return Phase(**fields)
+
+
+def spread(lr: LR) -> float | tuple[float, ...] | Literal["auto"]:
+    """A learning rate as in a configuration; slice(a, b) is geometric from a to b, slice(b) is b/10, b/10, b."""
+    if isinstance(lr, slice):
+        if lr.stop is None or lr.step is not None:
+            raise UserError(f"lr: {lr} can't be used; expected slice(a, b) or slice(b).")
+        if lr.start is None:
+            return (lr.stop / 10, lr.stop / 10, lr.stop)
+        if not 0 < lr.start <= lr.stop:
+            raise UserError(f"lr: {lr} can't be used; expected 0 < a <= b.")
+        return tuple(float(x) for x in np.geomspace(lr.start, lr.stop, 3))
+    if isinstance(lr, (Sequence, np.ndarray)) and not isinstance(lr, str):
+        return tuple(float(x) for x in lr)
+    return float(lr) if isinstance(lr, (int, float, np.number)) else lr

@@ -5,8 +5,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,130 +19,49 @@ from jaxcats.common.versions import versions
 from jaxcats.train.run_folder import has_checkpoint, open_run, shared, write_config
 
 if TYPE_CHECKING:
+    from jaxcats.train.experiment import Experiment
     from jaxcats.train.user_functions import UserFunctions
 
-
-DESCRIPTION = "Trains an image classifier on a folder of images and judges it on the validation images."
+DESCRIPTION = "Trains an image classifier on a folder of images and evaluates it on the validation images."
 OPTIONS = {
     "workdir": {"type": str, "help": "run folder (default: runs/NAME OF THE CONFIG-TIME)"},
-    "resume": {"action": "store_true", "help": "go on from the last checkpoint in --workdir; start if there is none"},
+    "resume": {
+        "action": "store_true",
+        "help": "continue from the last checkpoint in --workdir; start if there is none",
+    },
     "print_config": {"action": "store_true", "help": "print the resolved configuration and stop"},
 }
 
 
-def run_facts(setup: Any) -> dict[str, Any]:
-    """What is kept of a run beside its configuration: versions, images, backend, and functions of one's own."""
-    import jax
-
-    from jaxcats.train.experiment import fingerprint
-
-    names = setup.own.names(setup.config)
-    found = {"versions": versions(), "fingerprint": fingerprint(setup.index), "backend": jax.default_backend()}
-    return found | ({"own": names} if names else {})
-
-
-def write_run_facts(folder: Path, setup: Any, found: Any, *, resumed: bool) -> None:
-    """Writes what later commands read of the settings and images; `begun`: of a run that goes on, whose split stands."""
-    from jaxcats.data.quality import counts
-    from jaxcats.train.experiment import SPLIT
-
-    write_config(folder, setup.config)
-    write_json(folder / "bad_files.json", [vars(b) for b in setup.index.bad])
-    write_json(folder / "data.json", {"pictures": counts(setup.index), "findings": found})
-    manifest, split = setup.index.manifest, folder / SPLIT
-    if manifest and manifest.is_file() and not (resumed and split.exists()):
-        write_bytes(split, manifest.read_bytes())
-
-
-def train(
-    config: Config,
-    workdir: Path,
-    *,
-    started: float,
-    stopping: Stopping | None = None,
-    own: "UserFunctions | None" = None,
-) -> None:
-    """Runs everything that a Config says, into a run folder; see Trainer for `stopping`."""
-    from jaxcats.data.quality import findings, summary
-    from jaxcats.train import experiment
-    from jaxcats.train.drivers import decoding
-    from jaxcats.train.evaluator import Evaluator
-    from jaxcats.train.loop import Trainer
-
-    seconds = {"imports": time.perf_counter() - started}
-    at = time.perf_counter()
-    resumed = has_checkpoint(workdir)
-    setup = experiment.setup(config, own=own, run=workdir if resumed else None)
-    seconds["index"] = time.perf_counter() - at
-    facts = run_facts(setup)
-    writes, found = distributed.is_primary(), findings(setup.index)
-    print("\n".join([f"Run folder: {workdir}", experiment.describe(setup), *summary(found)]))
-
-    def initial() -> tuple[Any, Any]:
-        before = time.perf_counter()
-        params, stats, weights = distributed.all_or_none(lambda: experiment.initial_params(setup))
-        if writes:
-            write_json(workdir / "versions.json", facts | {"weights": weights})
-        seconds["weights"] = time.perf_counter() - before
-        return params, stats
-
-    stopping = stopping or Stopping()
-    stopping.check()
-    with Trainer(setup, workdir, facts=facts, stopping=stopping) as trainer:
-        fitted = trainer.run(initial, partial(write_run_facts, workdir, setup, found, resumed=resumed))
-    stopping.check()
-    at = time.perf_counter()
-    valid = setup.index.splits["valid"]
-    logits = Evaluator(setup.model, valid, feats=fitted.valid_features, **decoding(setup))(
-        fitted.params, fitted.batch_stats
-    )
-    seconds |= fitted.seconds | {"evaluate": time.perf_counter() - at}
-    if not writes:
-        return
-    # Evaluate and export stand to the right of this folder, so they are loaded by name, as a command is.
-    finish = importlib.import_module("jaxcats.export.finish")
-    finish.finish_training(setup, fitted, workdir=workdir, logits=logits, facts=facts, seconds=seconds, started=started)
-
-
-def command(
+def train_main(
     *,
     loss_fn: Callable | None = None,
     augment: Callable | None = None,
     metrics: Callable | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """`python -m jaxcats.train` as the main of a script of your own: with its functions, and the networks it registers.
+    """`python -m jaxcats.train` as the main of a script: with its functions, and the networks that it registers.
 
     Args:
         loss_fn: see jaxcats.train.user_functions.UserFunctions.
         augment: likewise.
         metrics: likewise.
-        argv: flags, as of the command; None: the script's.
+        argv: flags, as of the command; None: those of the script.
 
     Returns:
         The exit code.
     """
     from jaxcats.train.user_functions import UserFunctions
 
-    return run_command(partial(main, own=UserFunctions(loss_fn, augment, metrics)), argv)
+    functions = UserFunctions(loss_fn, augment, metrics)
+    return run_command(lambda words: main(words, user_functions=functions), argv)
 
 
-def main(argv: Sequence[str], *, own: "UserFunctions | None" = None) -> None:
-    """The command; `own` is of the script that it is the main of."""
+def main(argv: Sequence[str], *, user_functions: "UserFunctions | None" = None) -> None:
+    """The command; with `user_functions` it is the main of a script."""
     started = time.perf_counter()
-    words, workdir = list(argv), flag_value(argv, "workdir")
-    if "--resume" in words and "--help" not in words:
-        if not workdir:
-            raise UserError("--resume: needs --workdir, the run folder to go on with.")
-        if flag_value(words, "config") is None:
-            saved = Path(workdir) / "config.yaml"
-            if not saved.is_file():
-                raise UserError(
-                    f"--resume: {workdir} holds no run (no config.yaml). Name a run folder, or give a --config to start."
-                )
-            words += ["--config", str(saved)]
-    prog = "python -m jaxcats.train" if own is None else f"python {sys.argv[0]}"
-    config, options = parse(words, prog=prog, description=DESCRIPTION, options=OPTIONS)
+    prog = "python -m jaxcats.train" if user_functions is None else f"python {sys.argv[0]}"
+    config, options = parse(_with_saved_config(argv), prog=prog, description=DESCRIPTION, options=OPTIONS)
     if options["print_config"]:
         print(to_yaml(config), end="")
         return
@@ -152,14 +70,14 @@ def main(argv: Sequence[str], *, own: "UserFunctions | None" = None) -> None:
     try:
         with stopping.listen(several=distributed.is_requested(config.distributed)):
             folder = begin(config, options)
-            train(config, folder, started=started, stopping=stopping, own=own)
+            train(config, folder, started=started, stopping=stopping, user_functions=user_functions)
     except KeyboardInterrupt as stopped:
         if folder:
-            script = command_line("train") if own is None else shlex.join(["python", *sys.argv[:1]])
-            what = "To go on from the last checkpoint" if has_checkpoint(folder) else "To start again"
-            print(f"{what}: {script} --resume {shlex.join(['--workdir', str(folder)])}", file=sys.stderr)
+            script = command_line("train") if user_functions is None else shlex.join(["python", *sys.argv[:1]])
+            purpose = "To continue from the last checkpoint" if has_checkpoint(folder) else "To start again"
+            print(f"{purpose}: {script} --resume {shlex.join(['--workdir', str(folder)])}", file=sys.stderr)
         code = getattr(stopped, "code", 130)
-        if code == 130 and distributed.has_joined():  # Ctrl-C; SIGTERM has been agreed on with the others
+        if code == 130 and distributed.has_joined():  # The other processes know of a SIGTERM, but not of Ctrl-C here.
             distributed.exit_now(str(stopped) or "stopped by the keyboard.", code)
         raise
     finally:
@@ -167,22 +85,128 @@ def main(argv: Sequence[str], *, own: "UserFunctions | None" = None) -> None:
             unlock_folder(folder)
 
 
-def begin(config: Config, options: dict[str, Any]) -> Path:
+def _with_saved_config(argv: Sequence[str]) -> list[str]:
+    """The flags, with the configuration of the run folder where --resume is given without --config."""
+    words, workdir = list(argv), flag_value(argv, "workdir")
+    if "--resume" not in words or "--help" in words:
+        return words
+    if not workdir:
+        raise UserError("--resume: needs --workdir, the run folder to continue.")
+    if flag_value(words, "config") is not None:
+        return words
+    saved = Path(workdir) / "config.yaml"
+    if not saved.is_file():
+        raise UserError(
+            f"--resume: {workdir} holds no run (no config.yaml). Name a run folder, or give a --config to start."
+        )
+    return [*words, "--config", str(saved)]
+
+
+def begin(config: Config, options: Mapping[str, Any]) -> Path:
     """Joins other processes, if there are any, and opens the run folder."""
     distributed.start(config.distributed)
-    if distributed.is_multiprocess() and not options["workdir"]:
+    workdir, resume = options["workdir"], options["resume"]
+    if distributed.is_multiprocess() and not workdir:
         raise UserError("--workdir: name the run folder where several processes train; it must be the same for all.")
-    distributed.require_equal(
-        "The settings or the versions", json.dumps([shared(config), options["resume"], versions()["jax"]])
-    )
-    opened = distributed.on_primary(
-        lambda: open_run(config, options["config"], workdir=options["workdir"], resume=options["resume"])
-    )
+    settings = json.dumps([shared(config), resume, versions()["jax"]])
+    distributed.require_equal("The settings or the versions", settings)
+    opened = distributed.on_primary(lambda: open_run(config, options["config"], workdir=workdir, resume=resume))
     distributed.silence_stdout()
     from jaxcats.common.compile_cache import keep_freed_memory
 
     keep_freed_memory()
-    return opened or Path(options["workdir"])
+    return opened or Path(workdir)
+
+
+def train(
+    config: Config,
+    workdir: Path,
+    *,
+    started: float,
+    stopping: Stopping,
+    user_functions: "UserFunctions | None" = None,
+) -> None:
+    """Runs everything that a Config says into an open run folder.
+
+    Args:
+        config: what to do.
+        workdir: the run folder.
+        started: time.perf_counter() at the start of the command.
+        stopping: asked after each step whether to save and leave.
+        user_functions: loss, augmentation and metrics of the user.
+    """
+    from jaxcats.data.quality import findings, summary
+    from jaxcats.train.drivers import decoding
+    from jaxcats.train.evaluator import Evaluator
+    from jaxcats.train.experiment import describe, initial_params, setup
+    from jaxcats.train.loop import train_run
+
+    seconds, start = {"imports": time.perf_counter() - started}, time.perf_counter()
+    resumed = has_checkpoint(workdir)
+    experiment = setup(config, user_functions=user_functions, run=workdir if resumed else None)
+    seconds["index"] = time.perf_counter() - start
+    facts, problems = run_facts(experiment), findings(experiment.index)
+    print("\n".join([f"Run folder: {workdir}", describe(experiment), *summary(problems)]))
+
+    def initial_weights() -> tuple[Any, Any]:
+        start = time.perf_counter()
+        params, batch_stats, weights = distributed.all_or_none(lambda: initial_params(experiment))
+        if distributed.is_primary():
+            write_json(workdir / "versions.json", facts | {"weights": weights})
+        seconds["weights"] = time.perf_counter() - start
+        return params, batch_stats
+
+    stopping.check()
+    result = train_run(
+        experiment,
+        workdir,
+        initial_weights=initial_weights,
+        on_accepted=lambda: write_dataset_files(workdir, experiment, problems, resumed=resumed),
+        facts=facts,
+        stopping=stopping,
+    )
+    stopping.check()
+    start, valid = time.perf_counter(), experiment.index.splits["valid"]
+    evaluate = Evaluator(experiment.model, valid, features=result.valid_features, **decoding(experiment))
+    logits = evaluate(result.params, result.batch_stats)
+    seconds |= result.seconds | {"evaluate": time.perf_counter() - start}
+    if distributed.is_primary():
+        # Evaluate and export stand to the right of this folder, so they are loaded by name, as a command is.
+        finish = importlib.import_module("jaxcats.export.finish")
+        finish.finish_training(
+            experiment, result, workdir=workdir, logits=logits, facts=facts, seconds=seconds, started=started
+        )
+
+
+def run_facts(experiment: "Experiment") -> dict[str, Any]:
+    """What is saved of a run beside its configuration: versions, dataset, backend, and names of user functions."""
+    import jax
+
+    from jaxcats.train.experiment import fingerprint
+
+    facts = {
+        "versions": versions(),
+        "fingerprint": fingerprint(experiment.index),
+        "backend": jax.default_backend(),
+    }
+    if names := experiment.user_functions.names(experiment.config):
+        facts["own"] = names
+    return facts
+
+
+def write_dataset_files(
+    folder: Path, experiment: "Experiment", problems: list[dict[str, Any]], *, resumed: bool
+) -> None:
+    """Writes what later commands read of the settings and the images; a resumed run keeps its split."""
+    from jaxcats.data.quality import counts
+    from jaxcats.train.experiment import SPLIT_FILE
+
+    index, split = experiment.index, folder / SPLIT_FILE
+    write_config(folder, experiment.config)
+    write_json(folder / "bad_files.json", [vars(b) for b in index.bad])
+    write_json(folder / "data.json", {"pictures": counts(index), "findings": problems})
+    if index.manifest and index.manifest.is_file() and not (resumed and split.exists()):
+        write_bytes(split, index.manifest.read_bytes())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Checkpoints through Orbax: the latest and the best state, saved in the background, complete or absent.
 
-Only this module knows Orbax.
+Only this module imports Orbax.
 """
 
 import contextlib
@@ -26,31 +26,34 @@ from jaxcats.common.io import REPLACED_CHECKPOINT
 from jaxcats.core import mesh
 from jaxcats.core.state import copy, tree_hash
 
-# Orbax narrates every save at INFO and WARNING, and prints at ERROR what it raises as well.
+# Orbax logs every save at INFO and WARNING, and at ERROR what it raises as well.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-MAY_BE_WHOLE = ("PERMISSION_DENIED", os.strerror(errno.EACCES), os.strerror(errno.EPERM), os.strerror(errno.EIO))
+# In the message of an error: the files may be intact, so nobody is told to remove them.
+MAY_BE_INTACT = ("PERMISSION_DENIED", os.strerror(errno.EACCES), os.strerror(errno.EPERM), os.strerror(errno.EIO))
 
 
 def selection_metric(metrics: Mapping[str, float]) -> float:
-    """What `best` minimises: validation errors, ties broken by the lower loss (a loss of any size counts for less than one error)."""
+    """What `best` minimises: validation errors, then the loss (mapped to less than one error)."""
     loss = metrics["loss"]
     return metrics["errors"] + (loss / (1 + loss) if loss < float("inf") else 1.0)
 
 
 class Checkpoints:
-    """The checkpoints of one run, numbered by the global step.
+    """The checkpoints of one run, numbered by the global step: the latest, and the best of those with metrics.
 
-    Keeps the latest, and the best of those that have metrics.
+    Args:
+        folder: where they are.
+        read_only: for a reader beside a training; otherwise checkpoints that a killed process was removing are removed.
+
+    Raises:
+        UserError: the folder can't be opened or written, or a checkpoint is damaged.
     """
 
     def __init__(self, folder: str | Path, *, read_only: bool = False):
-        keep = [
-            policies.LatestN(1),
-            policies.BestN(get_metric_fn=lambda m: -selection_metric(m), n=1, keep_checkpoints_without_metrics=False),
-        ]
+        best = policies.BestN(get_metric_fn=lambda m: -selection_metric(m), n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
             best_fn=lambda m: -selection_metric(m),
             best_mode="max",
             create=not read_only,
@@ -59,10 +62,10 @@ class Checkpoints:
             enable_async_checkpointing=not read_only,
         )
         self.folder = Path(folder).absolute()
-        _hush_abandoned()
+        _silence_abandoned_operations()
         try:
             if not read_only:
-                on_primary(self._bring_back)
+                on_primary(self._restore_moved)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as e:
             raise unwritable(f"{self.folder}:", e) from None
@@ -71,50 +74,71 @@ class Checkpoints:
                 f"{self.folder}: can't be opened ({_reason(e)}). Remove the damaged checkpoint, or train again."
             ) from e
         self._best: dict[str, Any] | None = None  # {"step", "badness"} of the best so far
-        if not read_only and self.steps():  # a reader may be beside a run that removes some meanwhile
-            self._take_up()
+        if not read_only and self.steps():
+            self._continue()
 
     def save(self, state: Any, meta: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts saving a TrainState and JSON-able facts; returns when the arrays are copied, so the state may be donated."""
-        saved = copy(state)
-        judged = dict(metrics) if metrics else None
-        if judged and (
-            self._best is None or selection_metric(judged) <= self._best["badness"]
-        ):  # of equals the later, as Orbax
-            self._best = {"step": int(meta["step"]), "badness": selection_metric(judged)}
-        facts = {"meta": dict(meta), "metrics": judged, "best": self._best, "arrays": tree_hash(saved)}
-        sealed = ocp.args.JsonSave({"facts": facts, "sha256": _json_hash(facts)})
-        args = ocp.args.Composite(state=ocp.args.StandardSave(saved), meta=sealed)
-        step = int(meta["step"])
-        with self._saving():
-            if step in self._manager.all_steps():  # the evaluation after it was broken off, and has come again
-                self._manager.wait_until_finished()
-                if judged is None:
-                    return
-                self._replace(step, args=args, metrics=judged, force=True)
-            else:
-                self._manager.save(step, args=args, metrics=judged, force=True)
+        """Starts saving a TrainState with JSON facts; returns once the arrays are copied, so the state may be donated.
 
-    def _replace(self, step: int, **saving: Any) -> None:
-        """Orbax replaces none. The one that is there steps aside until the new one is whole; killed meanwhile, it comes back."""
+        Args:
+            state: TrainState.
+            meta: facts, with "step".
+            metrics: {"errors", "loss"} of the validation images, where it was evaluated.
+        """
+        state, step = copy(state), int(meta["step"])
+        metrics = dict(metrics) if metrics else None
+        if metrics and (
+            self._best is None or selection_metric(metrics) <= self._best["badness"]
+        ):  # Of equals the later.
+            self._best = {"step": step, "badness": selection_metric(metrics)}
+        facts = {"meta": dict(meta), "metrics": metrics, "best": self._best, "arrays": tree_hash(state)}
+        sealed = ocp.args.JsonSave({"facts": facts, "sha256": _json_hash(facts)})
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=sealed)
+        with self._saving():
+            if step not in self._manager.all_steps():
+                self._manager.save(step, args=args, metrics=metrics, force=True)
+                return
+            # The evaluation after this step was interrupted, and a resumed run has done it.
+            self._manager.wait_until_finished()
+            if metrics is not None:
+                self._replace(step, args=args, metrics=metrics, force=True)
+
+    def _replace(self, step: int, **options: Any) -> None:
+        """Saves a step again. Orbax never overwrites a checkpoint, so the old one is moved aside until the new one is complete."""
         on_primary(lambda: os.rename(self.folder / str(step), self.folder / f".{step}.replaced"))
         self._manager.reload()
         try:
-            self._manager.save(step, **saving)
+            self._manager.save(step, **options)
             self._manager.wait_until_finished()
         finally:
-            on_primary(self._bring_back)
+            on_primary(self._restore_moved)
             self._manager.reload()
 
-    def _bring_back(self) -> None:
-        """What stepped aside takes its place again, or goes where another has taken it."""
-        for aside in self.folder.glob(".*.replaced"):
-            if (name := REPLACED_CHECKPOINT.fullmatch(aside.name)) is None:
-                continue
-            if (self.folder / name[1]).exists():
-                shutil.rmtree(aside)
-            else:
-                os.rename(aside, self.folder / name[1])
+    def _restore_moved(self) -> None:
+        """If a save failed or was killed, moves the old checkpoint back; if it succeeded, deletes the old one."""
+        for moved in self.folder.glob(".*.replaced"):
+            if name := REPLACED_CHECKPOINT.fullmatch(moved.name):
+                place = self.folder / name[1]
+                if place.exists():
+                    shutil.rmtree(moved)
+                else:
+                    os.rename(moved, place)
+
+    def _continue(self) -> None:
+        """Continues from the checkpoints that are there: finds the best, and removes what a killed process was removing.
+
+        UserError where the metrics by which Orbax chooses the best are not those that were saved.
+        """
+        steps = self.steps()
+        self._best = self._best_so_far(steps)
+        keep = {steps[-1]} | ({self._best["step"]} if self._best else set())
+        superfluous = [p for p in self.folder.iterdir() if p.name.isdigit() and int(p.name) not in keep]
+        if superfluous:
+            on_primary(lambda: [shutil.rmtree(path) for path in superfluous])
+            self._manager.reload()
+        for step in keep:
+            if _json_hash(self._manager.metrics(step)) != _json_hash(self._facts(step)["metrics"]):
+                raise self._damaged(step, "its metrics are not those that were saved")
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -132,12 +156,19 @@ class Checkpoints:
             return best["step"] if best else steps[-1]
         if which not in map(str, steps):
             raise UserError(
-                f"--checkpoint {which}: not there; choose last, best or one of {', '.join(map(str, steps))}."
+                f"--checkpoint {which}: does not exist; choose last, best or one of {', '.join(map(str, steps))}."
             )
         return int(which)
 
+    def _best_so_far(self, steps: list[int]) -> dict[str, Any] | None:
+        facts = self._facts(steps[-1])
+        best, metrics = facts["best"], facts["metrics"]
+        if best and best["step"] not in steps:  # Somebody has removed it.
+            return {"step": steps[-1], "badness": selection_metric(metrics)} if metrics else None
+        return best
+
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON facts saved at `step`; verified by their hash."""
+        """The JSON facts saved at `step`, verified by their hash."""
         return self._facts(step)["meta"]
 
     def identity(self, step: int) -> str:
@@ -146,62 +177,46 @@ class Checkpoints:
 
     def _facts(self, step: int) -> dict[str, Any]:
         """{"meta", "metrics", "best": {"step", "badness"} so far, "arrays": hash of the state}, as they were saved."""
-        found = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
-        if not isinstance(found, dict) or _json_hash(found.get("facts")) != found.get("sha256"):
+        sealed = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        if not isinstance(sealed, dict) or _json_hash(sealed.get("facts")) != sealed.get("sha256"):
             raise self._damaged(step, "its facts are not those that were saved")
-        return found["facts"]
-
-    def _best_so_far(self, steps: list[int]) -> dict[str, Any] | None:
-        facts = self._facts(steps[-1])
-        best = facts["best"]
-        if best and best["step"] not in steps:  # somebody removed it
-            best = {"step": steps[-1], "badness": selection_metric(facts["metrics"])} if facts["metrics"] else None
-        return best
-
-    def _take_up(self) -> None:
-        """Goes on with what is there: the latest and the best. What a killed process was removing is removed.
-
-        UserError where the numbers by which Orbax chooses the best, and removes others, are not those saved.
-        """
-        steps = self.steps()
-        self._best = self._best_so_far(steps)
-        keep = {steps[-1]} | ({self._best["step"]} if self._best else set())
-        left = [p for p in self.folder.iterdir() if p.name.isdigit() and int(p.name) not in keep]
-        if left:
-            on_primary(lambda: [shutil.rmtree(path) for path in left])
-            self._manager.reload()
-        for step in keep:
-            if _json_hash(self._manager.metrics(step)) != _json_hash(self._facts(step)["metrics"]):
-                raise self._damaged(step, "its metrics are not those that were saved")
+        return sealed["facts"]
 
     def restore(self, step: int, target: Any) -> Any:
-        """The state saved at `step`, with the structure and shapes of `target`, on the first device, or whole on each of several; verified by its hash."""
-        # Without a placement Orbax wants the devices that saved it.
-        here = (
-            mesh.replicated() if mesh.has_many_devices() else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        )
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
-        state = self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
+        """The state saved at `step`, verified by its hash.
+
+        Args:
+            step: of the checkpoint.
+            target: tree of arrays or ShapeDtypeStructs with the structure and shapes of the state.
+
+        Returns:
+            The state on the first device, or replicated on all where there are several.
+        """
+        # Without a placement Orbax would ask for the devices that saved it.
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        sharding = mesh.replicated() if mesh.has_many_devices() else first
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), target)
+        state = self._read(step, state=ocp.args.StandardRestore(abstract))["state"]
         if tree_hash(state) != self._facts(step)["arrays"]:
             raise self._damaged(step, "its arrays are not those that were saved")
         return state
 
-    def _restore(self, step: int, **args: Any) -> Any:
+    def _read(self, step: int, **args: Any) -> Any:
+        place = self.folder / str(step)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except Exception as e:  # Orbax and tensorstore raise many kinds for a damaged file
+        except Exception as e:  # Orbax and tensorstore raise many kinds for a damaged file.
             if "tructure" in str(e) and "ismatch" in str(e):
                 raise UserError(
-                    f"{self.folder / str(step)}: saved from another network than config.yaml beside it says (backbone, head, "
-                    f"optimizer). Restore that config.yaml."
+                    f"{place}: was saved from another network than config.yaml beside it says (backbone, head, optimizer). "
+                    f"Restore that config.yaml."
                 ) from e
-            if not (self.folder / str(step)).exists():
+            if not place.exists():
                 raise UserError(
-                    f"{self.folder / str(step)}: this checkpoint has been removed meanwhile, by a training that goes on; give "
-                    f"the command again."
+                    f"{place}: a training that is running has removed this checkpoint; run the command again."
                 ) from e
-            if isinstance(e, MemoryError) or any(words in str(e) for words in MAY_BE_WHOLE):
-                raise UserError(f"{self.folder / str(step)}: this checkpoint can't be read ({_reason(e)}).") from e
+            if isinstance(e, MemoryError) or any(text in str(e) for text in MAY_BE_INTACT):
+                raise UserError(f"{place}: this checkpoint can't be read ({_reason(e)}).") from e
             raise self._damaged(step, _reason(e)) from e
 
     def _damaged(self, step: int, reason: str) -> UserError:
@@ -211,7 +226,7 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Waits for saves under way; RunError where one failed, of which nothing is left but the one before it."""
+        """Waits until every save is complete; RunError where one failed, which leaves only the checkpoint before it."""
         with self._saving():
             self._manager.wait_until_finished()
 
@@ -219,14 +234,14 @@ class Checkpoints:
     def _saving(self) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # Orbax and tensorstore have many kinds of their own
+        except Exception as e:  # Orbax and tensorstore raise many kinds of their own.
             reason = os.strerror(errno.ENOSPC) if is_full(e) else _reason(e)
             raise RunError(
-                f"{self.folder}: a checkpoint can't be saved ({reason}); the one before it, if any, is whole. {MAKE_ROOM}"
+                f"{self.folder}: a checkpoint can't be saved ({reason}); the one before it, if any, is complete. {MAKE_ROOM}"
             ) from None
 
     def close(self) -> None:
-        """Waits for saves under way and ends."""
+        """Waits until every save is complete, and ends."""
         try:
             self.wait()
         finally:
@@ -234,17 +249,17 @@ class Checkpoints:
 
 
 @functools.cache
-def _hush_abandoned() -> None:
-    """Once: when one of several reads or writes fails, tensorstore leaves the others, each of which complains on stderr."""
-    before = sys.unraisablehook
+def _silence_abandoned_operations() -> None:
+    """Silences complaints of tensorstore: when one of several operations fails, each that it abandons complains on stderr."""
+    previous = sys.unraisablehook
 
-    def hook(said: Any) -> None:
-        if "Event loop is closed" not in str(said.exc_value):
-            before(said)
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
 
     sys.unraisablehook = hook
-    theirs = ("orbax", "tensorstore")
-    logging.getLogger("asyncio").addFilter(lambda record: not any(name in record.getMessage() for name in theirs))
+    libraries = ("orbax", "tensorstore")
+    logging.getLogger("asyncio").addFilter(lambda record: not any(name in record.getMessage() for name in libraries))
 
 
 def _reason(error: Exception) -> str:
@@ -253,5 +268,5 @@ def _reason(error: Exception) -> str:
 
 
 def _json_hash(tree: Any) -> str:
-    """SHA-256 of what a tree is once it has been through JSON, whatever the order of its keys."""
+    """SHA-256 of a tree as JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(tree)), sort_keys=True).encode()).hexdigest()

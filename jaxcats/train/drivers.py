@@ -1,4 +1,8 @@
-"""What feeds a phase: features or images, as batches or resident on the device; the drivers; exact evaluation."""
+"""The drivers: how the training images, or their features, reach the train step.
+
+`make_driver` jits a train step and returns a function that runs it over an epoch: `scan` keeps all rows on the device
+and runs many steps in one program, `stream` decodes batches while the device works.
+"""
 
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -13,127 +17,141 @@ from jaxcats.core import mesh, scan
 from jaxcats.data import augment
 from jaxcats.data.images import Preprocess
 from jaxcats.data.index import Split
-from jaxcats.train.experiment import Experiment, PhasePlan, augmentation
+from jaxcats.train.experiment import Experiment, PhasePlan
 
 Batches = Iterator[dict[str, np.ndarray]]
+
+
+def make_driver(experiment: Experiment, plan: PhasePlan, train_step: Callable, features: np.ndarray | None) -> Callable:
+    """`(state, order, epoch) -> iterator of (state, metrics [k])`: runs a train step over the rows of an epoch.
+
+    Args:
+        experiment: what all phases share.
+        plan: the phase, which decides between scan and stream.
+        train_step: from `experiment.make_phase`; jitted here, and its state donated.
+        features: float32 [n, F] of the training images in a phase with precompute, else None.
+    """
+    options: dict[str, Any] = {"convolutions": features is None, "donate_argnums": 0, **mesh.replicated_outputs()}
+    if scans(plan.phase):
+        arrays = mesh.replicate(resident_arrays(experiment, plan, features))
+        scan_steps, chunk = jit(scan.make_scan(train_step), **options), experiment.config.chunk_steps
+        return lambda state, order, epoch: scan.scan_epoch(
+            scan_steps, state, arrays, order=order, chunk=chunk, place=mesh.place_order
+        )
+    batch_size, devices = min(plan.phase.batch_size, len(experiment.index.splits["train"])), jax.device_count()
+    if mesh.has_many_devices() and batch_size % devices:
+        raise UserError(
+            f"phases.{plan.name}.batch_size: a batch of {batch_size} does not divide among {devices} devices; "
+            f"make it a multiple of {devices}."
+        )
+    jitted = jit(train_step, **options)
+    arrays = None if features is None else resident_arrays(experiment, plan, features)
+
+    def batches(order: np.ndarray) -> Iterator[dict[str, Any]]:
+        rows = ({k: v[r] for k, v in arrays.items()} for r in order) if arrays else streamed(experiment, plan, order)
+        return (mesh.place_batch(batch, order.shape[1]) for batch in rows)
+
+    return lambda state, order, epoch: scan.stream_epoch(jitted, state, batches(order))
+
+
+def scans(phase: Phase) -> bool:
+    """Whether the driver of a phase scans over arrays on the device."""
+    return phase.driver == "scan" or (phase.driver == "auto" and phase.precompute)
+
+
+def resident_arrays(experiment: Experiment, plan: PhasePlan, features: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Arrays with a row per training image, for the scan: labels and masks with the features, or with the images."""
+    split = experiment.index.splits["train"]
+    n = len(split)
+    arrays = {"label": split.labels, "index": np.arange(n, dtype=np.int32), "mask": np.ones(n, bool)}
+    if features is not None:
+        return arrays | {"features": features}
+    preprocess = source_preprocess(experiment, plan)
+    images = np.zeros((n, preprocess.size, preprocess.size, 3), np.uint8)
+    options: dict[str, Any] = {**decoding(experiment), "preprocess": preprocess}
+    for batch in image_batches(split, **options):
+        pixels = np.asarray(mesh.gather_rows(batch["image"], len(batch["mask"])))
+        images[batch["index"][batch["mask"]]] = pixels[batch["mask"]]
+    return arrays | {"image": images}
+
+
+def streamed(
+    experiment: Experiment, plan: PhasePlan, order: np.ndarray
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """Training batches, decoded while the device works: one per row of `order`, int32 [steps, B]."""
+    from jaxcats.data.pipeline import training_batches
+
+    split, preprocess = experiment.index.splits["train"], source_preprocess(experiment, plan)
+    read = _local_batches if mesh.has_many_devices() else training_batches
+    return read(split, preprocess=preprocess, order=order, workers=experiment.config.data.workers)
+
+
+def source_preprocess(experiment: Experiment, plan: PhasePlan) -> Preprocess:
+    """How the training images of a phase are decoded, before its augmentation on the device."""
+    return augment.source_preprocess(experiment.preprocess, augment.PRESETS[plan.phase.augment])
+
+
+def decoding(experiment: Experiment) -> dict[str, Any]:
+    """The arguments of `image_batches` that an Experiment decides."""
+    config = experiment.config
+    return {"preprocess": experiment.preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
 
 
 def image_batches(
     split: Split, *, preprocess: Preprocess, batch_size: int, workers: int | None, rows: np.ndarray | None = None
 ) -> Batches:
-    """Evaluation batches of images; the first use of TensorFlow in the process."""
+    """Evaluation batches of a split, or of some of its rows; the last one is padded and masked.
+
+    With several devices the batch size is rounded up to a multiple of them, and each process decodes only its own part.
+    """
     from jaxcats.data.pipeline import evaluation_batches
 
-    if mesh.has_many_devices():
-        return shared_batches(split, preprocess=preprocess, batch_size=batch_size, workers=workers, rows=rows)
-    return evaluation_batches(split, preprocess=preprocess, batch_size=batch_size, indices=rows, workers=workers)
-
-
-def shared_batches(
-    split: Split, *, preprocess: Preprocess, batch_size: int, workers: int | None, rows: np.ndarray | None = None
-) -> Batches:
-    """The same batches, their size a multiple of the number of devices, with the images of this process's part alone."""
+    if not mesh.has_many_devices():
+        return evaluation_batches(split, preprocess=preprocess, batch_size=batch_size, indices=rows, workers=workers)
     rows = np.arange(len(split)) if rows is None else rows
     size = mesh.round_up_to_devices(batch_size)
     order = np.full(-(-len(rows) // size) * size, -1, np.int32)
     order[: len(rows)] = rows
-    return _with_own_images(split, order.reshape(-1, size), preprocess=preprocess, workers=workers)
+    return _local_batches(split, order=order.reshape(-1, size), preprocess=preprocess, workers=workers)
 
 
-def _with_own_images(
-    split: Split, order: np.ndarray, *, preprocess: Preprocess, workers: int | None
+def _local_batches(
+    split: Split, *, order: np.ndarray, preprocess: Preprocess, workers: int | None
 ) -> Generator[dict[str, np.ndarray], None, None]:
+    """Batches with the labels of all rows and the images of this process; -1 in `order` is padding."""
     from jaxcats.data.pipeline import training_batches
 
-    own = order[:, mesh.local_slice(order.shape[1])]
-    read = training_batches(split, preprocess=preprocess, order=own, workers=workers)
-    for all_rows, batch in zip(order, read, strict=True):
-        mask = all_rows >= 0
-        label = np.where(mask, split.labels[all_rows], 0).astype(np.int32)
-        yield {"image": batch["image"], "label": label, "mask": mask, "index": all_rows.copy()}
-
-
-def decoding(setup: Experiment) -> dict[str, Any]:
-    """The arguments of `image_batches` that a Setup decides."""
-    config = setup.config
-    return {"preprocess": setup.preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
-
-
-def _unmask(batch: dict[str, np.ndarray], out: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    return batch["index"][batch["mask"]], np.asarray(out)[batch["mask"]]
+    local = order[:, mesh.local_slice(order.shape[1])]
+    decoded = training_batches(split, preprocess=preprocess, order=local, workers=workers)
+    for rows, batch in zip(order, decoded, strict=True):
+        mask = rows >= 0
+        label = np.where(mask, split.labels[rows], 0).astype(np.int32)
+        yield {"image": batch["image"], "label": label, "mask": mask, "index": rows.copy()}
 
 
 def array_batches(arrays: dict[str, np.ndarray], batch_size: int) -> Batches:
     """Padded and masked evaluation batches of arrays that have a row per image."""
     n = len(arrays["label"])
     size = mesh.round_up_to_devices(min(batch_size, n))
-    for at in range(0, n, size):
-        rows = np.arange(at, at + size)
+    for start in range(0, n, size):
+        rows = np.arange(start, start + size)
         mask = rows < n
-        keep = np.where(mask, rows, 0)
-        yield {k: v[keep] for k, v in arrays.items()} | {"mask": mask, "index": keep.astype(np.int32)}
+        index = np.where(mask, rows, 0)
+        yield {k: v[index] for k, v in arrays.items()} | {"mask": mask, "index": index.astype(np.int32)}
 
 
-def source(setup: Experiment, plan: PhasePlan) -> Preprocess:
-    """What a phase's training images go through before its augmentation."""
-    return augment.source_preprocess(setup.preprocess, augmentation(plan.phase))
+def unmask(batch: dict[str, np.ndarray], values: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(rows of the split, their values) of a batch without its padding."""
+    return batch["index"][batch["mask"]], np.asarray(values)[batch["mask"]]
 
 
-def resident(setup: Experiment, plan: PhasePlan, feats: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Arrays with a row per training image, for the scan driver: features, or the images themselves."""
-    split = setup.index.splits["train"]
-    n = len(split)
-    arrays = {"label": split.labels, "index": np.arange(n, dtype=np.int32), "mask": np.ones(n, bool)}
-    if feats is not None:
-        return arrays | {"features": feats}
-    how: dict[str, Any] = decoding(setup) | {"preprocess": source(setup, plan)}
-    images = np.zeros((n, how["preprocess"].size, how["preprocess"].size, 3), np.uint8)
-    for batch in image_batches(split, **how):
-        image = np.asarray(mesh.gather_rows(batch["image"], len(batch["mask"])))
-        images[batch["index"][batch["mask"]]] = image[batch["mask"]]
-    return arrays | {"image": images}
-
-
-def streamed(setup: Experiment, plan: PhasePlan, order: np.ndarray) -> Generator[dict[str, np.ndarray], None, None]:
-    """Training batches of images, decoded on the fly: one per row of `order`."""
-    from jaxcats.data.pipeline import training_batches
-
-    split, workers = setup.index.splits["train"], setup.config.data.workers
-    if mesh.has_many_devices():
-        return _with_own_images(split, order, preprocess=source(setup, plan), workers=workers)
-    return training_batches(split, preprocess=source(setup, plan), order=order, workers=workers)
-
-
-def scans(phase: Phase) -> bool:
-    """Whether the phase's driver scans over arrays on the device."""
-    return phase.driver == "scan" or (phase.driver == "auto" and phase.precompute)
-
-
-def make_driver(setup: Experiment, plan: PhasePlan, step: Callable, feats: np.ndarray | None) -> Callable:
-    """`(state, order, epoch) -> iterator of (state, metrics [k])` for the phase's driver."""
-    if scans(plan.phase):
-        arrays = mesh.replicate(resident(setup, plan, feats))
-        scan_steps = jit(
-            scan.make_scan(step), convolutions=feats is None, donate_argnums=0, **mesh.replicated_outputs()
-        )
-        return lambda state, order, epoch: scan.scan_epoch(
-            scan_steps, state, arrays, order=order, chunk=setup.config.chunk_steps, place=mesh.place_order
-        )
-    batch = min(plan.phase.batch_size, len(setup.index.splits["train"]))
-    if mesh.has_many_devices() and batch % jax.device_count():
-        raise UserError(
-            f"phases.{plan.name}.batch_size: a batch of {batch} doesn't divide among {jax.device_count()} devices; "
-            f"make it a multiple of {jax.device_count()}."
-        )
-    jitted = jit(step, convolutions=feats is None, donate_argnums=0, **mesh.replicated_outputs())
-    rows = None if feats is None else resident(setup, plan, feats)
-
-    def batches(order: np.ndarray) -> Batches:
-        if rows is None:
-            return streamed(setup, plan, order)
-        return ({k: v[chosen] for k, v in rows.items()} for chosen in order)
-
-    def placed(order: np.ndarray) -> Iterator[dict[str, Any]]:
-        return (mesh.place_batch(batch, order.shape[1]) for batch in batches(order))
-
-    return lambda state, order, epoch: scan.stream_epoch(jitted, state, placed(order))
+def one_batch_late(batches: Batches, run: Callable[[dict[str, np.ndarray]], jax.Array]) -> Iterator[Any]:
+    """(rows, values) of `run(batch)` for each batch, read while the device computes the next one."""
+    pending = None
+    for batch in batches:
+        values = run(batch)
+        if pending:
+            yield unmask(*pending)
+        pending = batch, values
+    if pending:
+        yield unmask(*pending)

@@ -1,48 +1,59 @@
-"""The one place that runs phases: driver, evaluation, table, log, checkpoints; used by runs.py and learner.py."""
+"""The training loop: phases, epochs, the evaluation after each, the log and the checkpoints.
+
+`python -m jaxcats.train` calls `train_run`, which runs every phase of a run folder; a Learner calls `run_phase` of a
+TrainingLoop of its own. Both drive the pure train step of `experiment.make_phase` through `drivers.make_driver`.
+"""
 
 import contextlib
+import dataclasses
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from jaxcats.common import distributed
-from jaxcats.common import stats as stats_module
+from jaxcats.common import distributed, stats
 from jaxcats.common.config import flat
-from jaxcats.common.distributed import is_primary, on_primary
 from jaxcats.common.errors import RunError, UserError
 from jaxcats.common.io import progress_bar
 from jaxcats.common.signals import Stopped, Stopping
 from jaxcats.core import mesh
 from jaxcats.core.scan import epoch_order
-from jaxcats.core.state import copy
+from jaxcats.core.state import TrainState, copy
 from jaxcats.train.checkpoint import Checkpoints
 from jaxcats.train.drivers import decoding, make_driver
 from jaxcats.train.epoch_table import Table
 from jaxcats.train.evaluator import Evaluator
-from jaxcats.train.experiment import (
-    Experiment,
-    PhasePlan,
-    abstract_state,
-    check_config,
-    fingerprint,
-    make_phase,
-    plans,
-    schedules,
-)
+from jaxcats.train.experiment import Experiment, PhasePlan, abstract_state, fingerprint, make_phase, plans
 from jaxcats.train.features import precompute
-from jaxcats.train.lr_finder import find_lr, find_lr_band, write_lr_find
-from jaxcats.train.run_folder import NoLog, RunLog
+from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr, find_lr_band, write_lr_find
+from jaxcats.train.run_folder import NoLog, RunLog, check_config
 from jaxcats.train.user_functions import check_same_functions
 
-SMOOTHING = 0.98  # of the shown training loss, as fastai's
-SEEDS = 5  # heads that decide `lr: auto` where one test gives no answer
+SMOOTHING = 0.98  # of the training loss that is shown, as fastai's
+LR_FIND_SEEDS = 5  # fresh heads that decide `lr: auto` where one range test gives no answer
+
+Weights = tuple[Any, Any]  # params, batch_stats
+Features = dict[str, np.ndarray] | None  # float32 [n, F] by split, in a phase with precompute
+
+
+class Log(Protocol):
+    """Where the loop writes rows of metrics: RunLog, NoLog, or the memory of a Learner."""
+
+    def write(self, rows: list[dict[str, Any]]) -> None: ...
+
+
+class StateSaver(Protocol):
+    """Where the loop saves states: Checkpoints, or the memory of a Learner."""
+
+    def save(
+        self, state: TrainState, meta: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
+    ) -> None: ...
 
 
 @dataclass
@@ -52,10 +63,10 @@ class Progress:
     Attributes:
         plan: index of the phase.
         epoch: whole epochs done, over all phases.
-        epoch_step: steps done of the epoch under way.
+        epoch_step: steps done of the current epoch.
         step: steps done, over all phases.
-        smooth: average of the training loss since the phase began, not yet debiased.
-        smooth_steps: losses in it.
+        smooth: running average of the training loss in this phase, not yet debiased.
+        smooth_steps: losses in that average.
         lr: what lr_find chose for the phase, with `lr: auto`.
     """
 
@@ -67,237 +78,19 @@ class Progress:
     smooth_steps: int = 0
     lr: float | None = None
 
-    def begin(self, plan: PhasePlan) -> None:
-        """At the start of a phase."""
+    def begin_phase(self, plan: PhasePlan) -> None:
+        """Resets what belongs to a phase."""
         self.plan, self.smooth, self.smooth_steps, self.lr = plan.index, 0.0, 0, None
 
     def add_loss(self, loss: float) -> None:
+        """Takes the loss of a step into the average."""
         self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
         self.smooth_steps += 1
 
     @property
     def train_loss(self) -> float:
-        """Debiased average, as fastai shows it."""
-        return self.smooth / (1 - SMOOTHING**self.smooth_steps) if self.smooth_steps else float("nan")
-
-
-class Fitter:
-    """Runs phases; whoever uses it gives it a `log` and a place for `checkpoints`.
-
-    Attributes:
-        log: `write(rows)`, see RunLog.
-        checkpoints: `save(state, meta, metrics=)`, see Checkpoints.
-        seconds: by phase and part.
-        stopping: asked after each step whether to save and leave; None: never.
-    """
-
-    log: Any
-    checkpoints: Any
-    stopping: Stopping | None = None
-
-    def __init__(
-        self,
-        setup: Experiment,
-        *,
-        facts: Mapping[str, Any] | None = None,
-        say: Callable[[str], None] = print,
-        table: Table | None = None,
-    ):
-        """`facts` (versions and the like) are saved with each checkpoint; `say` prints; `table` shows the epochs."""
-        self.setup, self.facts, self.say = setup, facts or {}, say
-        self.table = table or Table(say)
-        self.fingerprint = fingerprint(setup.index)  # once: it reads every row of the index
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def clock(self, plan: PhasePlan | None, what: str) -> Iterator[None]:
-        """Adds the time of a `with` block to `seconds`."""
-        name, start = f"{plan.name}.{what}" if plan else what, time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def run_phase(self, plan: PhasePlan, progress: Progress, state: Any, start: tuple[Any, Any], feats: Any) -> Any:
-        """One phase, from where `progress` says; the state at its end."""
-        plan = self.resolve_lr(plan, progress, start, feats)
-        phase = plan.phase
-        last_epoch = plan.first_epoch + phase.epochs
-        step, create = make_phase(self.setup, plan)
-        state = create(*start) if state is None else state
-        if progress.epoch >= last_epoch:
-            return state
-        with self.clock(plan, "prepare"):
-            drive = make_driver(self.setup, plan, step, feats["train"] if feats else None)
-        evaluate = Evaluator(
-            self.setup.model,
-            self.setup.index.splits["valid"],
-            feats=feats["valid"] if feats else None,
-            **decoding(self.setup),
-        )
-        # Once a phase, and one where all layer groups learn alike: each is a program to trace and load.
-        lrs = [jax.jit(s) for s in schedules(plan)[: 1 if len(set(phase.lrs)) == 1 else None]]
-        # Donation deletes what the caller may still hold, so the driver gets a copy.
-        state = copy(mesh.replicate(state))
-        with self.stopping.patient() if self.stopping else contextlib.nullcontext():
-            state = self.run_epochs(plan, progress, state, (drive, evaluate, lrs))
-        self.table.end()
-        return state
-
-    def run_epochs(
-        self, plan: PhasePlan, progress: Progress, state: Any, parts: tuple[Callable, Callable, list]
-    ) -> Any:
-        """A phase's epochs, by (driver, evaluation, schedules); the state at their end."""
-        (drive, evaluate, lrs), phase = parts, plan.phase
-        n = len(self.setup.index.splits["train"])
-        while progress.epoch < plan.first_epoch + phase.epochs:
-            order = epoch_order(n, batch_size=phase.batch_size, seed=self.setup.config.seed, epoch=progress.epoch)
-            before = time.perf_counter()
-            images = (len(order) - progress.epoch_step) * order.shape[1]
-            with self.clock(plan, "train"):
-                state = self.run_epoch(plan, progress, state, drive, order, lrs)
-            seconds = time.perf_counter() - before
-            try:
-                with (
-                    self.clock(plan, "evaluate"),
-                    self.stopping.at_once() if self.stopping else contextlib.nullcontext(),
-                ):
-                    logits = evaluate(state.params, state.batch_stats)
-            except Stopped as stopped:  # resumed, it begins with this evaluation
-                if stopped.signum == signal.SIGINT and distributed.is_multiprocess():
-                    raise  # the other processes know nothing of it, and a checkpoint needs them all
-                self.save(plan, progress, state)
-                raise Stopped.saved(stopped.signum, progress.step) from None
-            self.end_epoch(plan, progress, state, logits, seconds, images / seconds)
-            if self.stopping and self.stopping.signum is not None:
-                raise self.stopping.leave(progress.step)
-        return state
-
-    def resolve_lr(self, plan: PhasePlan, progress: Progress, start: tuple[Any, Any], feats: Any) -> PhasePlan:
-        """The plan with a number for `lr: auto`: the valley of a range test, or RunError when that can't be trusted."""
-        if plan.phase.lr != "auto":
-            return plan
-        if progress.lr is None:
-            with self.clock(plan, "lr_find"):
-                result = find_lr(self.setup, plan, *start, feats["train"] if feats else None)
-                # One noisy curve may mislead where several fresh heads don't; for a head that is trained they say nothing.
-                if result.refusal and feats and progress.step == 0:
-                    result = find_lr_band(self.setup, plan, *start, feats["train"], seeds=SEEDS)
-            self.keep_lr_find(plan, result)
-            if result.refusal:
-                raise RunError(
-                    f"phase '{plan.name}': lr_find gives no rate ({result.refusal}). Set phases.{plan.name}.lr to a number."
-                )
-            progress.lr = float(result.suggestion())
-            self.say(f"{plan.name}: learning rate {progress.lr:.3g}, by lr_find ({result.why})")
-        return plan.with_lr(progress.lr)
-
-    def keep_lr_find(self, plan: PhasePlan, result: Any) -> None:
-        """For subclasses that keep lr_find's result."""
-
-    def run_epoch(
-        self, plan: PhasePlan, progress: Progress, state: Any, drive: Callable, order: np.ndarray, lrs: list
-    ) -> Any:
-        """The rest of an epoch; saves in the middle where the configuration says so."""
-        every = self.setup.config.checkpoint.every_steps
-        size = order.shape[1]
-        pending = None
-        desc, total = f"{plan.name} {progress.epoch}", len(order) * size
-        with progress_bar(total=total, initial=progress.epoch_step * size, desc=desc) as bar:
-            for new, sums in drive(state, order[progress.epoch_step :], progress.epoch):
-                state = new
-                if pending:
-                    self.read(plan, progress, pending, lrs, bar)
-                done = len(sums["n"])
-                pending = (progress.step, sums)
-                last, progress.step = progress.step, progress.step + done
-                progress.epoch_step += done
-                due = every and progress.step // every > last // every
-                stop = self.stopping is not None and self.stopping.asked()
-                if (due or stop) and progress.epoch_step < len(order):
-                    self.read(plan, progress, pending, lrs, bar)
-                    pending = None
-                    self.save(plan, progress, state)
-                    if self.stopping and stop:
-                        raise self.stopping.leave(progress.step)
-            if pending:
-                self.read(plan, progress, pending, lrs, bar)
-        return state
-
-    def read(self, plan: PhasePlan, progress: Progress, pending: tuple[int, Any], lrs: list, bar: Any) -> None:
-        """Metrics of steps already dispatched: the log, the bar, and the end of a run whose loss is not a number."""
-        at, sums = pending[0], jax.device_get(pending[1])
-        losses = (sums["loss"] / sums["n"]).astype(float)
-        bad = np.flatnonzero(~np.isfinite(losses))
-        if len(bad):
-            raise RunError(
-                f"phase '{plan.name}': the loss is {losses[bad[0]]} at step {at + bad[0] + 1} (steps {at + 1} to "
-                f"{at + len(losses)} were run together). {_try(plan)}, or precision: float32."
-            )
-        rows = []
-        for i, loss in enumerate(losses.tolist()):
-            progress.add_loss(loss)
-            rates = [float(s(at + i - plan.first_step)) for s in lrs]
-            rows.append({"step": at + i + 1, "loss": loss, "lr": rates[-1] if len(set(rates)) == 1 else rates})
-        self.log.write(rows)
-        bar.update(int(sums["n"].sum()))
-        bar.set_postfix_str(f"loss {progress.train_loss:.4f}")
-
-    def end_epoch(
-        self, plan: PhasePlan, progress: Progress, state: Any, logits: np.ndarray, seconds: float, rate: float
-    ) -> None:
-        """Validation numbers into table, log and checkpoint."""
-        found = stats_module.summary(logits, self.setup.index.splits["valid"].labels)
-        if not math.isfinite(found["log_loss"]):
-            raise RunError(
-                f"phase '{plan.name}': the validation loss after epoch {progress.epoch} is not a number. {_try(plan)}."
-            )
-        row = {
-            "step": progress.step,
-            "phase": plan.name,
-            "epoch": progress.epoch,
-            "train_loss": progress.train_loss,
-            "valid_loss": found["log_loss"],
-            "errors": found["errors"],
-            "n": found["n"],
-            "accuracy": found["accuracy"],
-            "interval": found["interval"],
-            "seconds": seconds,
-            "images_per_second": rate,
-        }
-        if own := self.setup.own.measure(logits, self.setup.index.splits["valid"].labels):
-            row["metrics"] = own
-        self.table.add(row)
-        self.log.write([row])
-        progress.epoch, progress.epoch_step = progress.epoch + 1, 0
-        judged = {"errors": float(found["errors"]), "loss": found["log_loss"]}
-        done = progress.epoch - plan.first_epoch
-        stop = self.stopping is not None and self.stopping.signum is not None
-        if stop or done % self.setup.config.checkpoint.every_epochs == 0 or done == plan.phase.epochs:
-            with self.clock(plan, "checkpoint"):
-                self.save(plan, progress, state, judged)
-
-    def save(self, plan: PhasePlan, progress: Progress, state: Any, judged: dict[str, float] | None = None) -> None:
-        """Starts a checkpoint; RunError instead of one whose weights are not numbers."""
-        leaves = jax.tree.leaves((state.params, state.batch_stats))
-        if not all(np.isfinite(x).all() for x in jax.device_get(leaves)):
-            raise RunError(
-                f"phase '{plan.name}': the weights are no longer numbers at step {progress.step}. {_try(plan)}."
-            )
-        meta = {
-            **self.facts,
-            "step": progress.step,
-            "epoch": progress.epoch,
-            "phase": plan.name,
-            "progress": vars(progress).copy(),
-            "classes": list(self.setup.index.classes),
-            "config": flat(self.setup.config),
-            "dtype": self.setup.model.dtype,
-            "fingerprint": self.fingerprint,
-        }
-        self.checkpoints.save(state, meta, metrics=judged)
-
-
-def _try(plan: PhasePlan) -> str:
-    return f"Try a lower learning rate (phases.{plan.name}.lr is {plan.phase.lr})"
+        """The debiased average, as fastai shows it."""
+        return self.smooth / (1 - SMOOTHING**self.smooth_steps) if self.smooth_steps else math.nan
 
 
 @dataclass(frozen=True)
@@ -305,13 +98,13 @@ class TrainingResult:
     """What training leaves.
 
     Attributes:
-        params: of the checkpoint that the configuration wants judged.
+        params: of the checkpoint that the configuration chooses (last or best).
         batch_stats: likewise.
-        step: its step.
-        identity: its hash; see Checkpoints.
-        valid_features: of the validation images, where they were computed with this very backbone; else None.
+        step: the step of that checkpoint.
+        identity: the hash of its state; see Checkpoints.
+        valid_features: of the validation images, where this very backbone computed them; else None.
         seconds: by phase and part.
-        counts: features {"reused", "computed"} of the last precompute.
+        feature_counts: {"reused", "computed"} of the last precompute.
     """
 
     params: Any
@@ -320,106 +113,320 @@ class TrainingResult:
     identity: str
     valid_features: np.ndarray | None
     seconds: dict[str, float]
-    counts: dict[str, int]
+    feature_counts: dict[str, int]
 
 
-def resume_point(setup: Experiment, checkpoints: Checkpoints) -> tuple[Progress, Any] | None:
-    """(Progress, TrainState) of the latest checkpoint, or None; UserError when the images have changed since."""
+def train_run(
+    experiment: Experiment,
+    workdir: Path,
+    *,
+    initial_weights: Callable[[], Weights],
+    on_accepted: Callable[[], None] = lambda: None,
+    facts: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+    stopping: Stopping | None = None,
+) -> TrainingResult:
+    """Runs all phases in a run folder, from its latest checkpoint if there is one.
+
+    Args:
+        experiment: what to train.
+        workdir: the run folder.
+        initial_weights: gives the weights that a new run starts from.
+        on_accepted: called by the primary process once it is clear that the run can start or resume.
+        facts: saved with each checkpoint (versions and the like).
+        say: prints a line.
+        stopping: asked after each step whether to save and leave.
+
+    Raises:
+        UserError: the images, settings, functions or precision of a resumed run have changed.
+        RunError: the loss is no longer a number, or a checkpoint can't be saved.
+        Stopped: after SIGTERM or Ctrl-C, once the state is saved.
+    """
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints")))
+        resumed = resume_point(experiment, checkpoints)
+        distributed.on_primary(on_accepted)
+        progress, state = resumed or (Progress(), None)
+        log: Log = NoLog()
+        if distributed.is_primary():
+            # A state saved within an epoch, or before the evaluation at its end, has that evaluation to come.
+            step, evaluated = progress.step if resumed else None, progress.epoch_step == 0
+            log = stack.enter_context(contextlib.closing(RunLog(workdir, resume_step=step, evaluated=evaluated)))
+        all_plans = plans(experiment)
+        if resumed:
+            where = f"step {progress.step:,} (epoch {progress.epoch})"
+            done = progress.epoch == all_plans[-1].end_epoch
+            say(f"Finished already, at {where}; evaluating again." if done else f"Resuming at {where}.")
+        weights = (state.params, state.batch_stats) if state else mesh.replicate(initial_weights())
+        loop = TrainingLoop(
+            experiment,
+            progress,
+            log=log,
+            checkpoints=checkpoints,
+            facts=facts,
+            say=say,
+            stopping=stopping,
+            keep_lr_find=lambda plan, result: (
+                distributed.is_primary() and write_lr_find(workdir, result, name=f"lr_find_{plan.name}")
+            ),
+        )
+        features, counts = None, {}
+        for plan in all_plans[progress.plan :]:
+            if plan.index != progress.plan:
+                progress.begin_phase(plan)
+                state = None
+            features = None
+            if plan.phase.precompute:
+                with loop.clock(f"{plan.name}.features"):
+                    features, counts = precompute(experiment, *weights)
+            state = loop.run_phase(plan, weights, features, state=state)
+            weights = state.params, state.batch_stats
+        with loop.clock("checkpoint_wait"):
+            checkpoints.wait()
+        valid = features["valid"] if features else None
+        step = checkpoints.pick(experiment.config.checkpoint.use)
+        if step != progress.step:
+            plan = all_plans[checkpoints.meta(step)["progress"]["plan"]]
+            best = checkpoints.restore(step, abstract_state(experiment.model, plan))
+            weights = best.params, best.batch_stats
+            valid = valid if plan.index == progress.plan else None
+        params, batch_stats = weights
+        return TrainingResult(params, batch_stats, step, checkpoints.identity(step), valid, loop.seconds, counts)
+
+
+def resume_point(experiment: Experiment, checkpoints: Checkpoints) -> tuple[Progress, TrainState] | None:
+    """(Progress, TrainState) of the latest checkpoint, or None; UserError where the run can't be resumed as it was started."""
     steps = checkpoints.steps()
     if not steps:
         return None
+    config, dtype = experiment.config, experiment.model.dtype
     meta = checkpoints.meta(steps[-1])
-    check_config(setup.config, meta)
-    check_same_functions(setup.own.names(setup.config), meta.get("own", {}))
-    if meta["fingerprint"] != fingerprint(setup.index):
+    check_config(config, meta)
+    check_same_functions(experiment.user_functions.names(config), meta.get("own", {}))
+    if meta["fingerprint"] != fingerprint(experiment.index):
         raise UserError(
-            f"{setup.config.data.root}: the images have changed since this run was started; a resumed run would "
-            f"not be the same. Restore the folder, or train into a new --workdir."
+            f"{config.data.root}: the images have changed since this run was started, so a resumed run would not be the "
+            f"same. Restore the folder, or train into a new --workdir."
         )
-    if meta["dtype"] != setup.model.dtype:
+    if meta["dtype"] != dtype:
         raise UserError(
-            f"precision: this run was computed in {meta['dtype']}, this machine would go on in {setup.model.dtype}; add "
-            f"--precision {meta['dtype']} to a new run, or resume on the kind of device it began on."
+            f"precision: this run was computed in {meta['dtype']}, and this machine would continue in {dtype}; add "
+            f"--precision {meta['dtype']} to a new run, or resume on the kind of device that it was started on."
         )
     progress = Progress(**meta["progress"])
-    target = abstract_state(setup.model, plans(setup)[progress.plan])
-    return progress, checkpoints.restore(steps[-1], target)
+    return progress, checkpoints.restore(steps[-1], abstract_state(experiment.model, plans(experiment)[progress.plan]))
 
 
-class Trainer(Fitter):
-    """Runs the phases of one run folder."""
+class TrainingLoop:
+    """Runs phases one after the other.
+
+    Attributes:
+        progress: where the run is; changes as it goes on.
+        seconds: time spent, by phase and part.
+    """
 
     def __init__(
         self,
-        setup: Experiment,
-        workdir: Path,
+        experiment: Experiment,
+        progress: Progress,
         *,
+        log: Log,
+        checkpoints: StateSaver,
         facts: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = print,
+        table: Table | None = None,
         stopping: Stopping | None = None,
+        keep_lr_find: Callable[[PhasePlan, LRFindResult | LRFindBand], Any] = lambda plan, result: None,
     ):
-        """`facts` (versions and the like) are saved with each checkpoint; `say` prints; `stopping` is asked after each step."""
-        super().__init__(setup, facts=facts, say=say)
-        self.workdir, self.stopping = workdir, stopping
-        self.checkpoints = Checkpoints(workdir / "checkpoints")
+        """`facts` are saved with each checkpoint; `say` prints a line; `table` shows the epochs; `keep_lr_find` keeps a range test."""
+        self.experiment, self.progress = experiment, progress
+        self.log, self.checkpoints, self.facts, self.keep_lr_find = log, checkpoints, facts or {}, keep_lr_find
+        self.say, self.table, self.stopping = say, table or Table(say), stopping or Stopping()
+        self.fingerprint = fingerprint(experiment.index)  # computed once, because it reads every row of the index
+        self.seconds: dict[str, float] = {}
 
-    def run(
-        self, initial: Callable[[], tuple[Any, Any]], accepted: Callable[[], None] = lambda: None
-    ) -> TrainingResult:
-        """All phases, from the latest checkpoint where there is one, else from `initial()` = (params, batch_stats).
+    @contextlib.contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Adds the time of a `with` block to `seconds`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-        `accepted` is called, by the first process, once it is clear that the run in the folder can be gone on with.
+    def run_phase(
+        self, plan: PhasePlan, weights: Weights, features: Features, *, state: TrainState | None = None
+    ) -> TrainState:
+        """Runs a phase from where `progress` is, and returns the state at its end.
+
+        Args:
+            plan: the phase.
+            weights: (params, batch_stats) that the phase starts from.
+            features: of the training and validation images, with precompute.
+            state: of a resumed phase; None: the phase begins.
         """
-        point = resume_point(self.setup, self.checkpoints)
-        on_primary(accepted)
-        progress, state = point or (Progress(), None)
-        resume_step = progress.step if point else None
-        # What was saved within an epoch, or before the evaluation at its end, has that to come.
-        evaluated = progress.epoch_step == 0
-        self.log = RunLog(self.workdir, resume_step=resume_step, evaluated=evaluated) if is_primary() else NoLog()
-        last = plans(self.setup)[-1]
-        finished = progress.epoch == last.first_epoch + last.phase.epochs
-        if point:
-            where = f"step {progress.step:,} (epoch {progress.epoch})"
-            self.say(f"Finished already, at {where}; evaluating again." if finished else f"Resuming at {where}.")
-        params, stats = (state.params, state.batch_stats) if state else mesh.replicate(initial())
-        feats, counts = None, {}
-        for plan in plans(self.setup)[progress.plan :]:
-            if plan.index != progress.plan:
-                progress.begin(plan)
-                state = None
-            feats = None
-            if plan.phase.precompute:
-                with self.clock(plan, "features"):
-                    feats, counts = precompute(self.setup, params, stats)
-            state = self.run_phase(plan, progress, state, (params, stats), feats)
-            params, stats = state.params, state.batch_stats
-        valid = feats["valid"] if feats else None
-        with self.clock(None, "checkpoint_wait"):
-            self.checkpoints.wait()
-        step = self.checkpoints.pick(self.setup.config.checkpoint.use)
-        if step != progress.step:
-            meta = self.checkpoints.meta(step)
-            plan = plans(self.setup)[meta["progress"]["plan"]]
-            best = self.checkpoints.restore(step, abstract_state(self.setup.model, plan))
-            params, stats, valid = best.params, best.batch_stats, valid if plan.index == progress.plan else None
-        return TrainingResult(params, stats, step, self.checkpoints.identity(step), valid, self.seconds, counts)
+        plan = self.resolve_lr(plan, weights, features)
+        train_step, create_state = make_phase(self.experiment, plan)
+        state = create_state(*weights) if state is None else state
+        if self.progress.epoch >= plan.end_epoch:
+            return state
+        train_features, valid_features = (features["train"], features["valid"]) if features else (None, None)
+        with self.clock(f"{plan.name}.prepare"):
+            drive = make_driver(self.experiment, plan, train_step, train_features)
+        valid = self.experiment.index.splits["valid"]
+        evaluate = Evaluator(self.experiment.model, valid, features=valid_features, **decoding(self.experiment))
+        # One program where all layer groups learn alike, since each is traced and compiled.
+        schedules = [jax.jit(s) for s in plan.lr_schedules()[: 1 if len(set(plan.phase.lrs)) == 1 else None]]
+        # The driver donates the state, and the caller may still hold its arrays.
+        running: TrainState = copy(mesh.replicate(state))
+        with self.stopping.patient():
+            while self.progress.epoch < plan.end_epoch:
+                start, first_step = time.perf_counter(), self.progress.epoch_step
+                with self.clock(f"{plan.name}.train"):
+                    running = self.run_epoch(plan, running, drive, schedules)
+                seconds, steps = time.perf_counter() - start, plan.steps_per_epoch - first_step
+                logits = self.evaluate_epoch(plan, running, evaluate)
+                batch_size = min(plan.phase.batch_size, len(self.experiment.index.splits["train"]))
+                self.end_epoch(plan, running, logits, seconds=seconds, rate=steps * batch_size / seconds)
+        self.table.end()
+        return running
 
-    def keep_lr_find(self, plan: PhasePlan, result: Any) -> None:
-        """Keeps lr_find's result in the run folder."""
-        if is_primary():
-            write_lr_find(self.workdir, result, name=f"lr_find_{plan.name}")
+    def resolve_lr(self, plan: PhasePlan, weights: Weights, features: Features) -> PhasePlan:
+        """The plan with a number for `lr: auto`: the valley of a range test, or RunError where that can't be trusted."""
+        if plan.phase.lr != "auto":
+            return plan
+        progress, train_features = self.progress, features["train"] if features else None
+        if progress.lr is None:
+            with self.clock(f"{plan.name}.lr_find"):
+                result = find_lr(self.experiment, plan, *weights, train_features)
+                # One noisy curve may mislead where several fresh heads do not. They say nothing of a trained head.
+                if result.refusal and features and progress.step == 0:
+                    result = find_lr_band(self.experiment, plan, *weights, train_features, seeds=LR_FIND_SEEDS)
+            self.keep_lr_find(plan, result)
+            if result.refusal:
+                raise RunError(
+                    f"phase '{plan.name}': lr_find suggests no rate ({result.refusal}). Set phases.{plan.name}.lr to a number."
+                )
+            progress.lr = float(result.suggestion())
+            self.say(f"{plan.name}: learning rate {progress.lr:.3g}, by lr_find ({result.why})")
+        return plan.with_lr(progress.lr)
 
-    def close(self) -> None:
-        """Waits for saves under way and closes the log."""
+    def run_epoch(self, plan: PhasePlan, state: TrainState, drive: Callable, schedules: list[Callable]) -> TrainState:
+        """Runs the rest of an epoch; saves within it where the configuration or a signal asks for it."""
+        progress, config = self.progress, self.experiment.config
+        n, every = len(self.experiment.index.splits["train"]), config.checkpoint.every_steps
+        order = epoch_order(n, batch_size=plan.phase.batch_size, seed=config.seed, epoch=progress.epoch)
+        steps, batch_size = order.shape
+        pending = None  # (first step, metrics) that the device may still compute: they are read one chunk later
+        name, done = f"{plan.name} {progress.epoch}", progress.epoch_step * batch_size
+        with progress_bar(total=steps * batch_size, initial=done, desc=name) as bar:
+            for new_state, sums in drive(state, order[progress.epoch_step :], progress.epoch):
+                state = new_state
+                if pending:
+                    self.log_step_metrics(plan, *pending, schedules, bar)
+                pending = (progress.step, sums)
+                before, new_steps = progress.step, len(sums["n"])
+                progress.step += new_steps
+                progress.epoch_step += new_steps
+                due = every and progress.step // every > before // every
+                stop = self.stopping.asked()
+                if (due or stop) and progress.epoch_step < steps:
+                    self.log_step_metrics(plan, *pending, schedules, bar)
+                    pending = None
+                    self.save(plan, state)
+                    if stop:
+                        raise self.stopping.leave(progress.step)
+            if pending:
+                self.log_step_metrics(plan, *pending, schedules, bar)
+        return state
+
+    def log_step_metrics(
+        self, plan: PhasePlan, first_step: int, sums: Mapping[str, jax.Array], schedules: list[Callable], bar: Any
+    ) -> None:
+        """Writes the metrics of steps to the log and the progress bar; RunError where a loss is not a number."""
+        values = jax.device_get(sums)
+        losses = (values["loss"] / values["n"]).astype(float)
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if len(bad):
+            raise RunError(
+                f"phase '{plan.name}': the loss is {losses[bad[0]]} at step {first_step + bad[0] + 1} (steps "
+                f"{first_step + 1} to {first_step + len(losses)} were run together). {_lower_lr(plan)}, or precision: float32."
+            )
+        rows = []
+        for step, loss in enumerate(losses.tolist(), start=first_step):
+            self.progress.add_loss(loss)
+            lrs = [float(schedule(step - plan.first_step)) for schedule in schedules]
+            rows.append({"step": step + 1, "loss": loss, "lr": lrs[-1] if len(set(lrs)) == 1 else lrs})
+        self.log.write(rows)
+        bar.update(int(values["n"].sum()))
+        bar.set_postfix_str(f"loss {self.progress.train_loss:.4f}")
+
+    def evaluate_epoch(self, plan: PhasePlan, state: TrainState, evaluate: Callable) -> np.ndarray:
+        """Logits of the validation images. A signal breaks it off: the state is saved, and a resumed run begins with it."""
         try:
-            self.checkpoints.close()
-        finally:
-            if hasattr(self, "log"):
-                self.log.close()
+            with self.clock(f"{plan.name}.evaluate"), self.stopping.at_once():
+                return evaluate(state.params, state.batch_stats)
+        except Stopped as stopped:
+            if stopped.signum == signal.SIGINT and distributed.is_multiprocess():
+                raise  # The other processes know nothing of it, and a checkpoint needs them all.
+            self.save(plan, state)
+            raise Stopped.saved(stopped.signum, self.progress.step) from None
 
-    def __enter__(self) -> "Trainer":
-        return self
+    def end_epoch(self, plan: PhasePlan, state: TrainState, logits: np.ndarray, *, seconds: float, rate: float) -> None:
+        """Brings the validation metrics into table, log and checkpoint; leaves where a signal has asked for it."""
+        progress, labels = self.progress, self.experiment.index.splits["valid"].labels
+        metrics = stats.summary(logits, labels)
+        if not math.isfinite(metrics["log_loss"]):
+            raise RunError(
+                f"phase '{plan.name}': the validation loss after epoch {progress.epoch} is not a number. {_lower_lr(plan)}."
+            )
+        row = {
+            "step": progress.step,
+            "phase": plan.name,
+            "epoch": progress.epoch,
+            "train_loss": progress.train_loss,
+            "valid_loss": metrics["log_loss"],
+            "errors": metrics["errors"],
+            "n": metrics["n"],
+            "accuracy": metrics["accuracy"],
+            "interval": metrics["interval"],
+            "seconds": seconds,
+            "images_per_second": rate,
+        }
+        if user_metrics := self.experiment.user_functions.measure(logits, labels):
+            row["metrics"] = user_metrics
+        self.table.add(row)
+        self.log.write([row])
+        progress.epoch, progress.epoch_step = progress.epoch + 1, 0
+        done, every = progress.epoch - plan.first_epoch, self.experiment.config.checkpoint.every_epochs
+        if done % every == 0 or progress.epoch == plan.end_epoch or self.stopping.signum is not None:
+            with self.clock(f"{plan.name}.checkpoint"):
+                self.save(plan, state, {"errors": float(metrics["errors"]), "loss": metrics["log_loss"]})
+            if self.stopping.signum is not None:
+                raise self.stopping.leave(progress.step)
 
-    def __exit__(self, *exc: Any) -> None:
-        self.close()
+    def save(self, plan: PhasePlan, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+        """Starts a checkpoint; RunError instead of one whose weights are not numbers."""
+        weights = jax.device_get(jax.tree.leaves((state.params, state.batch_stats)))
+        if not all(np.isfinite(x).all() for x in weights):
+            raise RunError(
+                f"phase '{plan.name}': the weights are no longer numbers at step {self.progress.step}. {_lower_lr(plan)}."
+            )
+        facts = checkpoint_facts(self.experiment, self.progress, plan.name, self.fingerprint)
+        self.checkpoints.save(state, {**self.facts, **facts}, metrics=metrics)
+
+
+def checkpoint_facts(experiment: Experiment, progress: Progress, phase: str, images: str) -> dict[str, Any]:
+    """The JSON facts that a checkpoint is saved with; `images` is the fingerprint of the dataset."""
+    return {
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "phase": phase,
+        "progress": dataclasses.asdict(progress),
+        "classes": list(experiment.index.classes),
+        "config": flat(experiment.config),
+        "dtype": experiment.model.dtype,
+        "fingerprint": images,
+    }
+
+
+def _lower_lr(plan: PhasePlan) -> str:
+    return f"Try a lower learning rate (phases.{plan.name}.lr is {plan.phase.lr})"

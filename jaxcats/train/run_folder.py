@@ -1,4 +1,7 @@
-"""Which settings a run may change when it goes on."""
+"""The run folder: opening it, what a resumed run may change, and the log that training writes into it.
+
+config.yaml  versions.json  data.json  metrics.jsonl  tensorboard/  checkpoints/
+"""
 
 import dataclasses
 import json
@@ -14,9 +17,9 @@ from jaxcats.common.config import Config, DistributedConfig, Phase, flat, to_yam
 from jaxcats.common.errors import UserError, unwritable
 from jaxcats.common.io import REPLACED_CHECKPOINT, lock_folder, remove_stale_temporaries, write_text
 
-# These may change between a run and its resumption: they don't change what is computed.
+# Settings that a resumed run may change, because they do not change what is computed.
 RESUMABLE = {
-    "data.root",  # the images themselves are compared
+    "data.root",  # The images themselves are compared.
     "data.manifest",
     "data.workers",
     "data.rehash",
@@ -33,40 +36,29 @@ RESUMABLE = {
     "report",
 }
 
-# And these may differ between processes that train together: they say where things are.
-OWN = {"data.root", "data.manifest", "data.workers", "data.rehash", "cache_dir"}
+# Settings that may differ between processes that train together, because they only say where things are.
+PER_PROCESS = {"data.root", "data.manifest", "data.workers", "data.rehash", "cache_dir"}
 
 
-def shared(config: Config) -> dict[str, Any]:
-    """The settings that must be the same in all processes that train together."""
-    return {k: v for k, v in flat(config).items() if k not in OWN and not k.startswith("distributed.")}
-
-
-def training_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two `flat` Configs in fields that decide the result: 'key: old -> new' each."""
-    names = [list(dict.fromkeys(k.split(".")[1] for k in side if k.startswith("phases."))) for side in (old, new)]
-    found = [] if names[0] == names[1] else [f"phases: {', '.join(names[0])} -> {', '.join(names[1])}"]
-    for key in dict.fromkeys([*old, *new]):
-        before, after = (side.get(key, _default(key)) for side in (old, new))
-        if key not in RESUMABLE and before != after:
-            found.append(f"{key}: {before!r} -> {after!r}")
-    return found
-
-
-def _default(key: str) -> Any:
-    """What a field is where a record, of an older version perhaps, doesn't have it."""
-    section, _, name = key.rpartition(".")
-    if section.startswith("phases."):
-        return getattr(Phase(), name, None)
-    return flat(Config()).get(key)
+# --- opening ---
 
 
 def open_run(config: Config, name: str | None, *, workdir: str | None, resume: bool) -> Path:
-    """The run folder with its config.yaml; UserError when it holds another run, or one that differs where it matters."""
+    """Creates or resumes a run folder, locks it for this process, and returns it.
+
+    Args:
+        config: of the run; written to config.yaml unless the run has a checkpoint.
+        name: of the configuration file, after which a new folder in runs/ is called.
+        workdir: the folder; None for a new one.
+        resume: whether a run that is in it may be continued.
+
+    Raises:
+        UserError: the folder holds something else, another run, or a run with other settings.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(workdir) if workdir else Path("runs") / f"{Path(name).stem if name else 'train'}-{stamp}"
     saved = folder / "config.yaml"
-    # A process killed at its very start may have left hidden files only.
+    # A process that was killed at its very start may have left hidden files only.
     if folder.is_dir() and not saved.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise UserError(f"--workdir {folder}: not empty, and not a run folder. Name a new folder.")
     try:
@@ -74,20 +66,17 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
         lock_folder(folder)
     except OSError as e:
         raise unwritable(f"--workdir {folder}:", e) from None
-    # Until there is a checkpoint nothing is lost by starting over, with mended settings too.
-    resumed = has_checkpoint(folder)
+    resumed = has_checkpoint(folder)  # Without a checkpoint nothing is lost by starting over, even with other settings.
     if resumed and not resume:
         raise UserError(
-            f"--workdir {folder}: there is a run in it already. Add --resume to go on with it, or name another folder."
+            f"--workdir {folder}: holds a run already. Add --resume to continue it, or name another folder."
         )
-    if resumed:
-        changed = training_changes(flat(from_file(saved)), flat(config))
-        if changed:
-            raise UserError(
-                f"--resume: the run in {folder} was started with other settings ({'; '.join(changed)}). "
-                f"Resume without them, or use another --workdir."
-            )
-    for place in (folder, folder / "figures"):  # a process may have been killed while it wrote
+    if resumed and (changes := training_changes(flat(from_file(saved)), flat(config))):
+        raise UserError(
+            f"--resume: the run in {folder} was started with other settings ({'; '.join(changes)}). "
+            f"Resume without them, or use another --workdir."
+        )
+    for place in (folder, folder / "figures"):
         remove_stale_temporaries(place, older=-math.inf)
     if not resumed:
         write_config(folder, config)
@@ -95,7 +84,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Writes what a later command on this run reads; of a run that is resumed once its images are known to be the same."""
+    """Writes config.yaml, which later commands on this run read."""
     try:
         write_text(folder / "config.yaml", to_yaml(dataclasses.replace(config, distributed=DistributedConfig())))
     except OSError as e:
@@ -103,123 +92,151 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether there is something to go on from."""
+    """Whether a run folder holds a checkpoint to resume from."""
     checkpoints = folder / "checkpoints"
     return checkpoints.is_dir() and any(
         p.name.isdigit() or REPLACED_CHECKPOINT.fullmatch(p.name) for p in checkpoints.iterdir()
     )
 
 
+# --- which settings must be the same ---
+
+
+def shared(config: Config) -> dict[str, Any]:
+    """The settings that must be the same in all processes that train together."""
+    return {k: v for k, v in flat(config).items() if k not in PER_PROCESS and not k.startswith("distributed.")}
+
+
+def training_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The differences of two `flat` Configs in settings that decide the result, each as 'key: old -> new'."""
+    phases = [list(dict.fromkeys(k.split(".")[1] for k in c if k.startswith("phases."))) for c in (old, new)]
+    changes = [] if phases[0] == phases[1] else [f"phases: {', '.join(phases[0])} -> {', '.join(phases[1])}"]
+    for key in dict.fromkeys([*old, *new]):
+        before, after = (c.get(key, _default(key)) for c in (old, new))
+        if key not in RESUMABLE and before != after:
+            changes.append(f"{key}: {before!r} -> {after!r}")
+    return changes
+
+
+def check_config(config: Config, meta: Mapping[str, Any]) -> None:
+    """Raises UserError where a Config would train otherwise than the one that a checkpoint with facts `meta` was saved under."""
+    if changes := training_changes(meta["config"], flat(config)):
+        raise UserError(
+            f"config.yaml: differs from the one that the checkpoint at step {meta['step']} was trained with "
+            f"({'; '.join(changes)}). Restore it, or train into another --workdir."
+        )
+
+
+def _default(key: str) -> Any:
+    """The default of a setting that an older version did not have."""
+    section, _, name = key.rpartition(".")
+    return getattr(Phase(), name, None) if section.startswith("phases.") else flat(Config()).get(key)
+
+
+# --- the log ---
+
+
 class RunLog:
-    """Rows of metrics, one JSON object a line, mirrored to TensorBoard; each row has "step".
+    """Rows of metrics, one JSON object per line of metrics.jsonl, also written to TensorBoard; each row has "step".
 
     Args:
         folder: the run folder.
-        resume_step: rows of later steps are dropped (they will be written again), or None for a new log.
-        evaluated: whether the evaluation at that step, if one is due, won't come again.
+        resume_step: the step that training resumes from: rows of later steps are dropped, because they will be written
+            again; None for a new log.
+        evaluated: whether the evaluation at `resume_step` is in the log to stay; otherwise it will be written again.
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None = None, evaluated: bool = True):
         path = folder / "metrics.jsonl"
-        kept = self.rows(path, resume_step) if resume_step is not None else []
-        kept = [row for row in kept if evaluated or row["step"] < (resume_step or 0) or "valid_loss" not in row]
-        write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
-        self._file = path.open("a", encoding="utf-8")
-        purge = 0 if resume_step is None else resume_step + 1
-        self._folder, self._board = folder, _Board(folder / "tensorboard", purge_step=purge)
+        rows = [] if resume_step is None else self.rows(path, resume_step)
+        rows = [row for row in rows if evaluated or row["step"] < (resume_step or 0) or "valid_loss" not in row]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._folder, self._file = folder, path.open("a", encoding="utf-8")
+        self._board = _TensorBoard(folder / "tensorboard", purge_step=0 if resume_step is None else resume_step + 1)
 
     @staticmethod
-    def rows(path: Path, last_step: float = float("inf")) -> list[dict[str, Any]]:
-        """The rows up to a step; damaged lines, and a last one cut short by a killed process, are passed over."""
-        found = []
-        if path.exists():
-            for line in path.read_bytes().split(b"\n"):
-                try:
-                    row = json.loads(line.decode("utf-8"))
-                except (ValueError, RecursionError):  # no text, no JSON, or a value too large or too deep
-                    continue
-                step = row.get("step") if isinstance(row, dict) else None
-                if isinstance(step, int) and step <= last_step:
-                    found.append(row)
-        return found
+    def rows(path: Path, last_step: float = math.inf) -> list[dict[str, Any]]:
+        """The rows up to a step. Damaged lines are skipped, such as a last one that a killed process left unfinished."""
+        rows = []
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError):  # no text, no JSON, or a value that is too large or too deep
+                continue
+            step = row.get("step") if isinstance(row, dict) else None
+            if isinstance(step, int) and step <= last_step:
+                rows.append(row)
+        return rows
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Appends rows, flushed; RunError when the disk is full."""
+        """Appends rows and flushes them; RunError when the disk is full."""
         try:
-            self._file.write("".join(json.dumps(r) + "\n" for r in rows))
+            self._file.write("".join(json.dumps(row) + "\n" for row in rows))
             self._file.flush()
-            self._mirror(rows)
+            for row in rows:
+                for name, value in scalars(row).items():
+                    self._board.add_scalar(name, value, row["step"])
         except OSError as e:
             raise unwritable(f"{self._folder}: the log", e) from None
-
-    def _mirror(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            own = {f"metrics/{name}": value for name, value in row.get("metrics", {}).items()}
-            for name, value in (row | own).items():
-                several = isinstance(value, list)
-                for i, number in enumerate(value if several else [value]):
-                    if name != "step" and isinstance(number, (int, float)):
-                        self._board.add_scalar(f"{name}/{i}" if several else name, number, row["step"])
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes both files."""
         try:
-            with self._file, self._board:
-                pass
+            with self._file:
+                self._board.close()
         except OSError as e:
             raise unwritable(f"{self._folder}: the log", e) from None
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row by name: "lr/0" for an element of a list, "metrics/NAME" for a user's metric."""
+    numbers = {}
+    for name, value in {**row, **{f"metrics/{k}": v for k, v in row.get("metrics", {}).items()}}.items():
+        parts = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
+        numbers |= {k: x for k, x in parts.items() if k != "step" and isinstance(x, (int, float))}
+    return numbers
 
 
 class NoLog:
-    """What a process writes that is not the first of several: nothing."""
+    """The log of a process that is not the primary one: it writes nothing."""
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Nothing."""
+        """Writes nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
-class _Board:
-    """TensorBoard's event file. Not tensorboardX's SummaryWriter: that one writes in a thread, whose failures can't be caught.
+class _TensorBoard:
+    """A TensorBoard event file; events from `purge_step` on in earlier files are to be ignored.
 
-    Args:
-        folder: made where missing.
-        purge_step: rows of an earlier file from this step on are to be forgotten.
+    It does not use tensorboardX's SummaryWriter, which writes in a thread: when the disk is full, that thread dies and the
+    training waits for ever for room in its queue.
     """
 
     def __init__(self, folder: Path, *, purge_step: int):
-        self._files, self._events, self._summary = _tensorboard()
+        no_torch = "torch" not in sys.modules
+        if no_torch:  # tensorboardX would spend a second on importing it; without it tensorboardX works as well.
+            sys.modules["torch"] = None  # type: ignore[assignment]
+        try:
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+        finally:
+            if no_torch:
+                del sys.modules["torch"]
+        self._event, self._scalar = Event, summary.scalar
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = self._files.EventsWriter(str(folder / "events"))
-        start = self._events.SessionLog(status=self._events.SessionLog.START)
-        self._writer.write_event(self._events.Event(step=purge_step, session_log=start))
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._writer.write_event(self._event(step=purge_step, session_log=start))
         self._flushed = time.monotonic()
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        """One number; on disk ten seconds later at most."""
-        summary = self._summary.scalar(name, value)
-        self._writer.write_event(self._events.Event(step=step, wall_time=time.time(), summary=summary))
+        """Writes one number; it is on disk ten seconds later at most."""
+        self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value)))
         if time.monotonic() - self._flushed > 10:
             self._writer.flush()
             self._flushed = time.monotonic()
 
-    def __enter__(self) -> "_Board":
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
+    def close(self) -> None:
         self._writer.close()
-
-
-def _tensorboard() -> tuple[Any, Any, Any]:
-    """tensorboardX's modules for files, events and summaries, without the second and more that it spends on PyTorch wherever that is installed."""
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # its import fails; tensorboardX does without
-    try:
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return event_file_writer, event_pb2, summary
