@@ -145,7 +145,7 @@ def test_auto_is_refused_where_lr_find_is(separable, tmp_path, capsys):
     argv = [*BASE, "--data.root", separable, "--workdir", tmp_path / "run", "--phases.head.lr", "auto"]
     assert command(train_command.main, *argv) == 1
     err = capsys.readouterr().err
-    assert "lr_find gives no rate" in err
+    assert "lr_find suggests no rate" in err
     assert "Set phases.head.lr to a number" in err
     assert err.count("\n") == 1
 

@@ -1,6 +1,6 @@
-"""Devices: one mesh with a `data` axis over all devices of all processes, and how arrays lie on it.
+"""One mesh with a `data` axis over all devices of all processes, and how arrays are laid out on it.
 
-With a single device nothing here changes an array or a program.
+With a single device, nothing here changes an array or a program.
 """
 
 from collections.abc import Callable
@@ -13,40 +13,38 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "data"
-
-
-_alone = False
+_first_device_only = False
 
 
 def has_many_devices() -> bool:
-    """Whether there is more than one device to share the work among."""
-    return not _alone and jax.device_count() > 1
+    """Whether the work is shared among more than one device."""
+    return not _first_device_only and jax.device_count() > 1
 
 
 def use_first_device_only() -> None:
-    """From here on this process works by itself, on its first device: the others have nothing left to do."""
-    global _alone
-    _alone = True
+    """Makes this process compute alone, on its first device, once the other processes have finished."""
+    global _first_device_only
+    _first_device_only = True
 
 
 def to_local(tree: Any) -> Any:
-    """Replicated global arrays as arrays of this process's own first device."""
+    """Replicated global arrays as arrays on the first device of this process."""
     return jax.device_put(jax.tree.map(np.asarray, tree), jax.local_devices()[0])
 
 
 @cache
 def mesh() -> Mesh:
-    """All devices of all processes, each process's next to each other, along the axis `data`."""
+    """All devices of all processes along the axis `data`, those of one process next to each other."""
     return Mesh(np.array(sorted(jax.devices(), key=lambda d: (d.process_index, d.id))), (AXIS,))
 
 
 def replicated() -> NamedSharding:
-    """The whole array on every device."""
+    """The sharding that keeps the whole array on every device."""
     return NamedSharding(mesh(), P())
 
 
 def by_row(axis: int = 0) -> NamedSharding:
-    """An equal part of the array's rows (along `axis`) on each device."""
+    """The sharding that keeps an equal part of the rows (along `axis`) on each device."""
     return NamedSharding(mesh(), P(*[None] * axis, AXIS))
 
 
@@ -56,52 +54,50 @@ def round_up_to_devices(batch: int) -> int:
 
 
 def local_slice(batch: int) -> slice:
-    """The rows of a batch (a multiple of the number of devices) that lie on this process's devices."""
+    """The rows of a batch (a multiple of the number of devices) that belong to the devices of this process."""
     each = batch // jax.process_count()
     return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
 
 
 def replicate(tree: Any, sharding: NamedSharding | None = None) -> Any:
-    """Host arrays, the same in every process, as global arrays: whole on every device, or laid out as `sharding` says."""
-    how = sharding or replicated()
+    """Host arrays that are the same in every process as global arrays: replicated, or with another `sharding`."""
     if not has_many_devices():
-        return jax.device_put(tree)  # nothing is moved that is there
+        return jax.device_put(tree)  # leaves arrays alone that are on the device already
+    target = sharding or replicated()
 
     def put(x: Any) -> jax.Array:
-        if isinstance(x, jax.Array) and x.sharding == how:
+        if isinstance(x, jax.Array) and x.sharding == target:
             return x
         host = np.asarray(x)
-        return jax.make_array_from_callback(host.shape, how, lambda part: host[part])
+        return jax.make_array_from_callback(host.shape, target, lambda index: host[index])
 
     return jax.tree.map(put, tree)
 
 
-def place_images(own: np.ndarray, rows: int) -> Any:
-    """An array of `rows` rows laid out by row, of which this process has its `own_part` (or all, which is cut)."""
+def place_rows(array: np.ndarray, rows: int) -> Any:
+    """A global array of `rows` rows, sharded by row; `array` holds all of them, or the `local_slice` of this process."""
     if not has_many_devices():
-        return own
-    if len(own) == rows and jax.process_count() > 1:
-        own = own[local_slice(rows)]
-    return jax.make_array_from_process_local_data(by_row(), own, (rows, *own.shape[1:]))
+        return array
+    if len(array) == rows and jax.process_count() > 1:
+        array = array[local_slice(rows)]
+    return jax.make_array_from_process_local_data(by_row(), array, (rows, *array.shape[1:]))
 
 
 def place_batch(batch: dict[str, np.ndarray], rows: int) -> dict[str, Any]:
-    """Every array of a batch of `rows` images likewise."""
-    return {k: place_images(v, rows) for k, v in batch.items()}
+    """`place_rows` for every array of a batch of `rows` images."""
+    return {k: place_rows(v, rows) for k, v in batch.items()}
 
 
 def place_order(order: np.ndarray) -> Any:
-    """Row numbers [steps, B]: each device looks up its own part of every step's, where B divides among the devices."""
+    """Row numbers int32 [steps, B], sharded so that each device gathers its own part of every batch, where B divides."""
     if not has_many_devices():
         return order
     return replicate(order, by_row(1) if order.shape[1] % jax.device_count() == 0 else replicated())
 
 
-def gather_rows(own: np.ndarray, rows: int) -> Any:
-    """All `rows` rows of an array of which each process has its `own_part`."""
-    if not has_many_devices():
-        return own
-    return _gather()(place_images(own, rows))
+def gather_rows(array: np.ndarray, rows: int) -> Any:
+    """All `rows` rows, in every process, of an array of which each process holds its `local_slice`."""
+    return _gather()(place_rows(array, rows)) if has_many_devices() else array
 
 
 @cache
@@ -110,12 +106,12 @@ def _gather() -> Callable:
 
 
 def replicated_outputs() -> dict[str, Any]:
-    """Options of `jit` whose results every device, and so every process, is to have whole."""
+    """Options for `jit` that replicate the results on every device, and so in every process."""
     return {"out_shardings": replicated()} if has_many_devices() else {}
 
 
 def per_device(fun: Callable) -> Callable:
-    """`fun(params, batch_stats, images)`, whose rows know nothing of each other, run by every device on its own rows."""
+    """`fun(params, batch_stats, images)`, run by every device on its own rows; the rows must not depend on each other."""
     if not has_many_devices():
         return fun
     return jax.shard_map(fun, mesh=mesh(), in_specs=(P(), P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)

@@ -1,4 +1,4 @@
-"""The optimizer of a phase: learning rates per layer group, weight decay where it belongs, and what is frozen."""
+"""The optimizer of a phase: a learning rate for each layer group, weight decay, clipping, and which leaves are frozen."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -25,7 +25,7 @@ def scale_by_group(schedules: Sequence[Schedule], groups: Any) -> optax.Gradient
 
     def update(updates, state, params=None):
         lrs = [jnp.asarray(s(state.count), jnp.float32) for s in schedules]
-        # None (a frozen leaf) is no leaf of `updates`, so the groups are looked up by path.
+        # A frozen leaf is None and so no leaf of `updates`: the groups are looked up by path.
         by_path = dict(jax.tree_util.tree_leaves_with_path(groups))
         scaled = jax.tree_util.tree_map_with_path(lambda path, u: -lrs[by_path[path]] * u, updates)
         return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
@@ -34,7 +34,7 @@ def scale_by_group(schedules: Sequence[Schedule], groups: Any) -> optax.Gradient
 
 
 def decays(params: Any) -> Any:
-    """Tree of bools: True for weights of rank two and more; biases and BatchNorm are vectors and never decay."""
+    """Tree of bools: True for leaves of rank two or more; biases and BatchNorm parameters are vectors and never decay."""
     return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
 
 
@@ -55,7 +55,7 @@ def make_tx(
         groups: tree of ints like params: the layer group of each leaf.
         momentum: of sgd, or b1 of adam and adamw; a number, or a schedule.
         weight_decay: added to the gradient (sgd, adam) as torch.optim does, or to the update (adamw).
-        clip: gradients whose norm over all learning leaves is greater are scaled down to it; 0: never.
+        clip: greatest norm of the gradient over all trainable leaves; 0: no limit.
     """
     decay = [optax.add_decayed_weights(weight_decay, mask=decays)] if weight_decay else []
     core = _momentum(kind, momentum)

@@ -1,4 +1,4 @@
-"""Epochs and the range test as XLA programs: the step scanned over an index array that gathers from arrays on the device."""
+"""Epochs and the range test as XLA programs: `lax.scan` of the train step over rows gathered from arrays on the device."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -11,9 +11,9 @@ import numpy as np
 
 
 def epoch_order(n: int, *, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Which rows each step of an epoch sees: int32 [steps, B], a full permutation without its remainder.
+    """The rows of each step of an epoch: int32 [steps, B], a permutation of all n rows without its remainder.
 
-    A pure function of its arguments; B = min(batch_size, n).
+    It is a pure function of its arguments; B = min(batch_size, n).
     """
     batch = min(batch_size, n)
     rows = np.random.default_rng([seed, epoch]).permutation(n).astype(np.int32)
@@ -51,10 +51,10 @@ def scan_epoch(
         scan_steps: `jax.jit(make_scan(step), donate_argnums=0)`.
         state: not usable afterwards.
         arrays: see `make_scan`.
-        order: int32 [steps, B], the epoch's remaining steps. For the same bits after a resumption they must start at a
-            multiple of `chunk`: programs of other lengths may round otherwise.
+        order: int32 [steps, B], the remaining steps of the epoch. For the same bits after resuming they must start at a
+            multiple of `chunk`, because a program of another length may round differently.
         chunk: steps per program.
-        place: lays a chunk's order out on the devices.
+        place: lays the order of a chunk out on the devices.
 
     Yields:
         (state, metrics with a leading axis of the chunk's steps) after each chunk.
@@ -71,21 +71,21 @@ def stream_epoch(step: Callable, state: Any, batches: Iterator[dict[str, np.ndar
         yield state, jax.tree.map(lambda x: x[None], metrics)
 
 
-BETA = 0.98  # of the range test's average, as fastai's
-DIVERGED = 4  # times the best average so far: the range test stops
+BETA = 0.98  # decay of the average loss in the range test, as in fastai
+DIVERGED = 4  # The range test stops when the average is this many times its best.
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["state", "average", "best", "count", "reason"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class RangeTest:
-    """Where a range test is.
+    """The state of a range test.
 
     Attributes:
-        state: the TrainState, as the next iteration finds it.
+        state: the TrainState before the next iteration.
         average: float32 scalar, running average of the loss, not yet debiased.
-        best: float32 scalar, least debiased average so far.
-        count: int32 scalar, iterations run.
-        reason: int32 scalar; 0 while it runs, 1 when the loss has diverged, 2 when it is no longer a number.
+        best: float32 scalar, lowest debiased average so far.
+        count: int32 scalar, iterations run so far.
+        reason: int32 scalar; 0 while it runs, 1 once the loss has diverged, 2 once it is not a number.
     """
 
     state: Any
@@ -104,12 +104,12 @@ def begin_range_test(state: Any) -> RangeTest:
 def make_range_test(step: Callable, *, iterations: int) -> Callable:
     """A pure function `(test, arrays, order [K, B]) -> (test, (losses [K], averages [K]))`: K iterations of lr_find.
 
-    After a loss that is not a number, a debiased average above four times the best, or `iterations` in all, nothing
-    changes any more and the remaining losses are NaN; outside vmap those iterations cost nothing.
+    It ends after a loss that is not a number, a debiased average above four times its best, or `iterations` in all: then the
+    state no longer changes and the remaining losses are NaN. Outside vmap those iterations cost nothing.
 
     Args:
         step: from `make_train_step`, with a tx whose learning rate grows exponentially (schedules.exponential).
-        iterations: how many are wanted in all; chunks may overshoot.
+        iterations: number of iterations in all; the last chunk may be longer.
 
     Source: L. N. Smith, arXiv:1506.01186; the average and the end are fastai's.
     """

@@ -1,4 +1,4 @@
-"""Learning rate, or momentum, by step: functions of an int32 step counted from 0 at the start of the phase."""
+"""Schedules of learning rate and momentum: functions of an int32 step, counted from 0 at the start of the phase."""
 
 import math
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def sgdr(peak: float, lengths: Sequence[int], *, warm: bool = True) -> Schedule:
     Args:
         peak: rate at the start of every cycle.
         lengths: steps of each cycle.
-        warm: the first twentieth of the first cycle runs at peak / 100; the cosine's clock runs on meanwhile.
+        warm: the first twentieth of the first cycle runs at peak / 100, while the cosine goes on.
     """
     wave = optax.join_schedules([cosine(peak, n) for n in lengths], list(accumulate(lengths))[:-1])
     quiet = math.ceil(lengths[0] / 20) if warm else 0
@@ -54,12 +54,12 @@ def one_cycle(peak: float, steps: int, *, warmup: float = 0.25, div: float = 25.
 
 
 def one_cycle_momentum(momenta: tuple[float, float, float], steps: int, *, warmup: float = 0.25) -> Schedule:
-    """Momentum against the rate's tide: by cosine from the first to the second value while the rate rises, then to the last."""
+    """The momentum of `one_cycle`: by cosine from the first to the second value while the rate rises, then to the third."""
     return _there_and_back(*momenta, steps, warmup)
 
 
 def _there_and_back(start: float, middle: float, end: float, steps: int, share: float) -> Schedule:
-    """By cosine from `start` to `middle` over the share of the steps, then to `end`; the turn may lie between two steps."""
+    """By cosine from `start` to `middle` over a share of the steps, then to `end`; the turn may fall between two steps."""
 
     def wave(a: float, b: float, x: jax.Array) -> jax.Array:
         return a + (b - a) * (1 - jnp.cos(jnp.pi * jnp.clip(x, 0, 1))) / 2

@@ -1,6 +1,6 @@
-"""The one idea: pure steps `(state, batch) -> (state, metrics)`, made by factories of explicit arguments.
+"""Pure train and evaluation steps, made by factories with explicit arguments.
 
-Nothing here jits; the drivers do. A batch holds "label" int32 [B], "mask" bool [B], "index" int32 [B], and either
+A train step is `(state, batch) -> (state, metrics)`. Nothing here jits; the drivers do. A batch holds "label" int32 [B], "mask" bool [B], "index" int32 [B], and either
 "image" uint8 [B, H, W, 3] or "features" float32 [B, F].
 """
 
@@ -23,7 +23,7 @@ def normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[jax.
     shift = jnp.asarray([-m / s for m, s in zip(mean, std, strict=True)], jnp.float32)
 
     def normalised(images: jax.Array) -> jax.Array:
-        if images.shape[-1] != len(mean):  # one channel would be broadcast to three without a word
+        if images.shape[-1] != len(mean):  # Otherwise one channel would silently be broadcast to three.
             raise ValueError(f"images have shape {images.shape}; expected {len(mean)} channels, as the mean has")
         return images.astype(jnp.float32) * scale + shift
 
@@ -77,11 +77,11 @@ def make_train_step(
         trainable: tree of bools like params. Leaves with False get no gradient, no update and no optimizer state.
         preprocess: images, 0 to 255 -> the network's input.
         augment: `(images uint8, epoch, index [B]) -> images`, before `preprocess`.
-        key: base of the step's randomness; dropout uses `fold_in(key, step)`, and the part's number with `accumulate`.
+        key: base of all randomness; dropout uses `fold_in(key, step)`, folded with the number of the part in `accumulate`.
         epoch_of: step -> epoch, both int32 scalars; for `augment`.
         bn_train: whether the backbone's BatchNorms use and update statistics of the batch.
-        accumulate: the batch goes through the network in so many equal parts, one after the other, and their gradients are
-            added up: less memory, the same update, but for BatchNorms on batch statistics, which see a part at a time.
+        accumulate: number of equal parts in which the batch goes through the network, one after the other; their gradients
+            are added up. It saves memory and gives the same update, except for BatchNorms on batch statistics.
 
     Returns:
         `(state, batch) -> (state, {"loss", "correct", "n"})`; the metrics are sums over the batch, from before the update.
@@ -118,7 +118,7 @@ def make_train_step(
 
 
 def _accumulated(gradients: Callable, stats: Any, chosen: Any, batch: Batch, key: jax.Array, parts: int):
-    """What `gradients` of the whole batch gives, from `parts` equal parts in turn."""
+    """The gradients and metrics of the whole batch, from `parts` equal parts one after the other."""
     split = {k: v.reshape(parts, -1, *v.shape[1:]) for k, v in batch.items()}
 
     def body(carry, part):
@@ -138,7 +138,7 @@ def make_eval_step(
     loss_fn: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
     preprocess: Callable[[jax.Array], jax.Array],
 ) -> Callable[[Any, Any, Batch], tuple[jax.Array, Metrics]]:
-    """A pure evaluation step `(params, batch_stats, batch) -> (logits [B, C], sums)`; masked rows count for nothing."""
+    """A pure evaluation step `(params, batch_stats, batch) -> (logits [B, C], sums)`; masked rows do not count."""
 
     def eval_step(params, batch_stats, batch: Batch) -> tuple[jax.Array, Metrics]:
         logits, _ = apply_fn(params, batch_stats, _inputs(batch, preprocess), train=False)

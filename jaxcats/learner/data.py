@@ -1,4 +1,4 @@
-"""The notebook's images: `ImageClassifierData`."""
+"""The images of a notebook: `ImageClassifierData`."""
 
 import dataclasses
 import os
@@ -26,15 +26,15 @@ SIZE = 224  # of the shown images, until a network says otherwise
 
 @dataclass(eq=False)
 class ImageClassifierData:
-    """A folder of images: train/ and valid/ with a folder per class, and perhaps one without labels to predict on.
+    """A dataset: training and validation images with labels, and perhaps images without labels to predict on.
 
     Make it with `ImageClassifierData.from_paths`.
 
     Attributes:
-        index: what was found in the folder.
+        index: the images of the folder, their labels and splits.
         settings: the `data` section of a configuration.
         batch_size: images per training step.
-        augment: what training does to its images when features aren't precomputed: none, flip, crop, side_on, top_down.
+        augment: preset for training images when features are not precomputed: none, flip, crop, side_on, top_down.
         seed: of everything random.
         test: images without labels, if there are any.
     """
@@ -67,7 +67,7 @@ class ImageClassifierData:
         seed: int = 0,
         workers: int | None = None,
     ) -> "ImageClassifierData":
-        """Looks at every image under a folder, once; the files stay as they are.
+        """Reads and checks every image under a folder once; the files are never changed.
 
         Args:
             path: holds train/ and valid/ (or val/, validation/) with a folder per class; or class folders, with
@@ -75,23 +75,23 @@ class ImageClassifierData:
             size: side of the square that the network sees, in pixels; None: what its weights were trained with.
             batch_size: images per training step.
             augment: none, flip, crop, side_on (photos taken from the side) or top_down (from above).
-            test: folder in `path` of images without labels; passed over where there is none.
+            test: folder in `path` of images without labels; ignored if it does not exist.
             labels: folders; parent: the folder that an image lies in, at any depth; a regular expression with
                 (?P<label>...) on the path; or a .csv, .tsv or .parquet file.
-            columns: names of that file's columns "path", "label" and "split", where they are others.
-            group: images that stay together when they are set aside: a regular expression with (?P<group>...) on the
+            columns: other names for the columns "path", "label" and "split" of that file.
+            group: which images stay in one split together: a regular expression with (?P<group>...) on the
                 path, or a column of that file.
-            valid_fraction: share of each class set aside when neither a valid/ folder nor that file says it.
-            test_fraction: share set aside for `learn.predict("test")`, where there is no other test folder.
-            split_seed: of what is set aside.
-            manifest: file that records what is set aside, and is read when it exists; None: in the cache folder.
-            on_bad_file: skip: what can't be used is left out and counted; fail: it is an error.
+            valid_fraction: share of each class for validation when neither a valid/ folder nor that file gives a split.
+            test_fraction: share of each class for `learn.predict("test")`, when there is no test folder.
+            split_seed: of the random split.
+            manifest: file that records the random split, and is read when it exists; None: in the cache folder.
+            on_bad_file: skip: unusable files are left out and counted; fail: they are an error.
             policy: lesson: shorter side to size, centre crop; weights: as the network's weights were measured.
             seed: of everything random.
             workers: decoding threads; None: one per core.
 
         Raises:
-            UserError: the folder can't be trained on; says what was looked for.
+            UserError: the folder cannot be trained on; the message says what was looked for.
         """
         _check_preset(augment)
         d = DataConfig(
@@ -111,8 +111,7 @@ class ImageClassifierData:
         index = index_images(Config(data=d, seed=seed), cache_folder())
         if test in index.classes:
             raise UserError(
-                f"{path}: {test} lies beside the class folders and counts as a class; move it elsewhere, or say test=None "
-                f"if it is one."
+                f"{path}: {test} is beside the class folders and counts as a class; move it, or give test=None if it is one."
             )
         folder = Path(os.path.expanduser(path)) / test if test else None
         there = folder is not None and folder.is_dir() and list_images(folder, folder)

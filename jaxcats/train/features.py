@@ -83,7 +83,7 @@ def backbone_features(
         batches = image_batches(split, preprocess=preprocess, batch_size=batch_size, workers=workers, rows=rows)
         with progress_bar(total=len(rows), desc="features") as bar:
             for indices, values in one_batch_late(
-                batches, lambda batch: run(*weights, mesh.place_images(batch["image"], len(batch["mask"])))
+                batches, lambda batch: run(*weights, mesh.place_rows(batch["image"], len(batch["mask"])))
             ):
                 yield indices, values
                 bar.update(len(indices))

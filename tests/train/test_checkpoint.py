@@ -367,7 +367,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_not_called_damaged(store):
     reader = store.again(read_only=True)
     store.save(state_of(5), meta_of(5))
     store.wait()
-    with pytest.raises(UserError, match="removed meanwhile"):
+    with pytest.raises(UserError, match="has removed this checkpoint"):
         reader.restore(3, state_of(0))
 
 
@@ -387,7 +387,7 @@ def test_broken_off_while_one_is_replaced_it_is_still_there(store, monkeypatch, 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_bring_back", lambda: None)
+        patch.setattr(store, "_restore_moved", lambda: None)
         patch.setattr(owner, strike, killed)
         with pytest.raises(KeyboardInterrupt):
             store.save(state_of(5), meta_of(5), metrics=judged(1))

@@ -26,7 +26,7 @@ LESSON = rows((0.0496, 0.0261, 2), (0.0398, 0.0292, 1), (0.0337, 0.0293, 2))  # 
 
 
 def test_overfitting_is_a_validation_loss_that_has_turned_up_while_the_training_loss_falls():
-    assert "lowest after epoch 0 (0.0261) and is 0.0293 now" in overfitting(LESSON)
+    assert "lowest after epoch 0 (0.0261) and is now 0.0293" in overfitting(LESSON)
 
 
 @pytest.mark.parametrize(

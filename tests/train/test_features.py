@@ -109,7 +109,10 @@ def empty(path):
 def another_width(path):
     """A sound shard under its right name that holds something else."""
     path.unlink()
-    features._write(path.parent, hashes("a", "b", "c"), np.zeros((3, WIDTH + 1), np.float32))
+    rows = np.zeros((3, WIDTH + 1), np.float32)
+    shards = features._Shards(path.parent, {}, hashes("a", "b", "c"), rows)
+    shards.add(np.arange(3))
+    shards.save()
 
 
 def forged(**tensors):
