@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny  # noqa: F401
+from lr_records import band_of, result_of
 from PIL import Image
 
 from jaxcats import lr_find
@@ -13,7 +14,6 @@ from jaxcats.common.cli import run_command
 from jaxcats.evaluate import __main__ as evaluate_command
 from jaxcats.train import __main__ as train_command
 from jaxcats.train import lr_finder
-from jaxcats.train.lr_finder import LRFindBand, LRFindResult
 
 BASE = [
     "--report",
@@ -56,7 +56,7 @@ def answering(monkeypatch):
 
     def found(*args, **kwargs):
         measured.append(really(*args, **kwargs))
-        return LRFindResult.from_dict(curves["late divergence"])
+        return result_of(curves["late divergence"])
 
     monkeypatch.setattr("jaxcats.train.loop.find_lr", found)
     return measured
@@ -67,7 +67,7 @@ def test_the_command_prints_its_table_and_writes_its_files(separable, tmp_path, 
     code = command(lr_find.main, *BASE, "--data.root", separable, "--out", out)
     said = capsys.readouterr()
     record = json.loads((out / "lr_find.json").read_text())
-    result = LRFindResult.from_dict(record)
+    result = result_of(record)
     assert result.table() in said.out
     assert (out / "figures" / "lr_find.png").read_bytes()[:4] == b"\x89PNG"
     assert code == (1 if result.refusal else 0)
@@ -95,7 +95,7 @@ def test_several_seeds_give_a_band(separable, tmp_path, capsys):
     ]
     assert command(lr_find.main, *argv) in (0, 1)
     assert "under 3 seeds" in capsys.readouterr().out
-    band = LRFindBand.from_dict(json.loads((out / "lr_find.json").read_text()))
+    band = band_of(json.loads((out / "lr_find.json").read_text()))
     first = [r.losses[0] for r in band.results]
     assert len(set(first)) == 3  # heads and orders of their own
     np.testing.assert_allclose(band.results[0].lrs[:5], 1e-5 * 1e5 ** (np.arange(5) / 50), rtol=1e-4)

@@ -24,7 +24,7 @@ from jaxcats.train.evaluator import Evaluator
 from jaxcats.train.experiment import Experiment, PhasePlan, fingerprint, initial_params, plans, setup
 from jaxcats.train.features import backbone_features, precompute
 from jaxcats.train.loop import Progress, TrainingLoop
-from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr, find_lr_band
+from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr
 from jaxcats.train.user_functions import UserFunctions
 
 LR = float | Sequence[float] | slice | Literal["auto"]
@@ -209,16 +209,13 @@ class Learner:
             start: first rate.
             end: what the last approaches.
             iterations: batches.
-            seeds: with precompute: so many fresh heads at once, for a band.
+            seeds: with precompute, the number of fresh heads to test at once, for a band.
             **options: as of `fit`.
         """
         plan, weights, features = self._next_phase({}, options)
         train = features["train"] if features else None
-        span = {"start": start, "end": end, "iterations": iterations}
-        if seeds == 1:
-            result = find_lr(self._experiment, plan, *weights, train, **span)
-        else:
-            result = find_lr_band(self._experiment, plan, *weights, train, seeds=seeds, **span)
+        span = {"start": start, "end": end, "iterations": iterations, "seeds": seeds}
+        result = find_lr(self._experiment, plan, weights, train, **span)
         self.sched = Sched(result=result)
         return result
 

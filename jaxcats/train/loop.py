@@ -31,7 +31,7 @@ from jaxcats.train.epoch_table import Table
 from jaxcats.train.evaluator import Evaluator
 from jaxcats.train.experiment import Experiment, PhasePlan, abstract_state, fingerprint, make_phase, plans
 from jaxcats.train.features import precompute
-from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr, find_lr_band, write_lr_find
+from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr, write_lr_find
 from jaxcats.train.run_folder import NoLog, RunLog, check_config
 from jaxcats.train.user_functions import check_same_functions
 
@@ -296,10 +296,10 @@ class TrainingLoop:
         progress, train_features = self.progress, features["train"] if features else None
         if progress.lr is None:
             with self.clock(f"{plan.name}.lr_find"):
-                result = find_lr(self.experiment, plan, *weights, train_features)
+                result = find_lr(self.experiment, plan, weights, train_features)
                 # One noisy curve may mislead where several fresh heads do not. They say nothing of a trained head.
                 if result.refusal and features and progress.step == 0:
-                    result = find_lr_band(self.experiment, plan, *weights, train_features, seeds=LR_FIND_SEEDS)
+                    result = find_lr(self.experiment, plan, weights, train_features, seeds=LR_FIND_SEEDS)
             self.keep_lr_find(plan, result)
             if result.refusal:
                 raise RunError(

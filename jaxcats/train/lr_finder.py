@@ -1,6 +1,6 @@
 """lr_find: the learning rate range test of a phase, its curve, its suggestions, and why there may be none.
 
-`find_lr` runs the test from given weights, `find_lr_band` for several fresh heads at once. The test is Smith's (WACV 2017);
+`find_lr` runs the test from given weights, or for several fresh heads at once. The test is Smith's (WACV 2017);
 the smoothing, the points and the four rules are those of fastai 2.8 (fastai.callback.schedule), number for number, in
 float32 as there (tests/golden/lr_find.json). The reasons not to trust them are ours.
 """
@@ -45,37 +45,72 @@ WINDOW, STANDARD_ERRORS, SHARE = 10, 4.0, 0.01  # see `changes`
 def find_lr(
     experiment: Experiment,
     plan: PhasePlan,
-    params: Any,
-    batch_stats: Any,
+    weights: tuple[Any, Any],
     features: np.ndarray | None,
     *,
     start: float = START,
     end: float = END,
     iterations: int = ITERATIONS,
-) -> "LRFindResult":
+    seeds: int = 1,
+) -> "LRFindResult | LRFindBand":
     """Trains a copy for a while under a learning rate that grows from `start` to `end`, and records the losses.
 
     Args:
         experiment: what all phases share.
         plan: the phase to find a rate for. Three rates keep their ratios; the reported one is that of the last group.
-        params: where it starts; unchanged afterwards, bit for bit.
-        batch_stats: likewise.
+        weights: (params, batch_stats) where it starts; unchanged afterwards, bit for bit.
         features: float32 [n, F] of the training images, with precompute.
         start: first learning rate.
         end: the rate after the last iteration would be this: `start (end / start)^(i / iterations)`.
         iterations: number of batches; the dataset is repeated where it has fewer.
+        seeds: more than one: this number of fresh heads, each with its own initialisation, order and dropout, in one
+            program; it needs features.
 
     Raises:
-        UserError: rates or iterations that make no range.
+        UserError: rates, iterations or seeds that are impossible.
     """
-    check_range(start, end, iterations)
+    check_range(start, end, iterations, seeds)
+    if features is None and seeds > 1:
+        raise UserError("seeds: several at once need cached features; set precompute: true, or use seeds 1.")
     if features is not None:  # The step does not need the backbone, and without it there is less to carry.
-        params, batch_stats = head_only(params), head_only(batch_stats)
+        weights = ({"backbone": {}, "head": weights[0]["head"]}, {"backbone": {}, "head": weights[1]["head"]})
     rates = group_rates(plan, start, end, iterations)
-    train_step, create_state = make_phase(experiment, plan, rates=rates, params=params)
-    run = jit(scan.make_range_test(train_step, iterations=iterations), convolutions=features is None)
-    test = scan.begin_range_test(create_state(params, batch_stats))
-    order = cycled_order(experiment, plan, iterations, seed=experiment.config.seed)
+    lrs = np.asarray(jax.vmap(rates[-1])(np.arange(iterations)), np.float64)
+    first = experiment.config.seed
+    orders = [cycled_order(experiment, plan, iterations, seed=seed) for seed in range(first, first + seeds)]
+    if seeds == 1:
+        return _run_test(experiment, plan, weights, features, rates=rates, lrs=lrs, order=orders[0])
+
+    def run_seed(seed: jax.Array, arrays: dict[str, jax.Array], order: jax.Array):
+        key = jax.random.key(seed)
+        init_key = jax.random.split(jax.random.fold_in(key, stable_number("init")))[1]
+        heads = experiment.model.init_head(init_key)
+        train_step, create_state = make_phase(experiment, plan, key=key, rates=rates, params=weights[0])
+        state = create_state(*(tree | {"head": head} for tree, head in zip(weights, heads, strict=True)))
+        run = scan.make_range_test(train_step, iterations=iterations)
+        test, (losses, averages) = run(scan.begin_range_test(state), arrays, order)
+        return losses, averages, test.count, test.reason
+
+    run_seeds = jax.jit(jax.vmap(run_seed, in_axes=(0, None, 0)))
+    arrays = resident_arrays(experiment, plan, features)
+    outputs = jax.device_get(run_seeds(np.arange(first, first + seeds), arrays, np.stack(orders)))
+    return LRFindBand(tuple(LRFindResult.of_test(lrs, *parts) for parts in zip(*outputs, strict=True)))
+
+
+def _run_test(
+    experiment: Experiment,
+    plan: PhasePlan,
+    weights: tuple[Any, Any],
+    features: np.ndarray | None,
+    *,
+    rates: list[Schedule],
+    lrs: np.ndarray,
+    order: np.ndarray,
+) -> "LRFindResult":
+    """One range test from given weights, a chunk at a time."""
+    train_step, create_state = make_phase(experiment, plan, rates=rates, params=weights[0])
+    run = jit(scan.make_range_test(train_step, iterations=len(lrs)), convolutions=features is None)
+    test = scan.begin_range_test(create_state(*weights))
     losses, averages = [], []
     for arrays, rows in chunks(experiment, plan, order, features):
         test, (loss, average) = run(test, arrays, rows)
@@ -83,48 +118,7 @@ def find_lr(
         averages.append(np.asarray(average))
         if int(test.reason):
             break
-    lrs = rates_at(rates[-1], iterations)
     return LRFindResult.of_test(lrs, np.concatenate(losses), np.concatenate(averages), test.count, test.reason)
-
-
-def find_lr_band(
-    experiment: Experiment,
-    plan: PhasePlan,
-    params: Any,
-    batch_stats: Any,
-    features: np.ndarray | None,
-    *,
-    seeds: int,
-    start: float = START,
-    end: float = END,
-    iterations: int = ITERATIONS,
-) -> "LRFindBand":
-    """`find_lr` for `seeds` fresh heads, each with its own initialisation, order and dropout, in one program.
-
-    Arguments and errors as of `find_lr`; `features` is needed. A test that has ended waits for the others.
-    """
-    check_range(start, end, iterations, seeds)
-    if features is None:
-        raise UserError("seeds: several at once need cached features; set precompute: true, or use seeds 1.")
-    params, batch_stats = head_only(params), head_only(batch_stats)
-    rates = group_rates(plan, start, end, iterations)
-    first = experiment.config.seed
-    orders = np.stack([cycled_order(experiment, plan, iterations, seed=first + k) for k in range(seeds)])
-
-    def run_seed(seed: jax.Array, arrays: dict[str, jax.Array], order: jax.Array):
-        key = jax.random.key(seed)
-        init_key = jax.random.split(jax.random.fold_in(key, stable_number("init")))[1]
-        head, head_stats = experiment.model.init_head(init_key)
-        train_step, create_state = make_phase(experiment, plan, key=key, rates=rates, params=params)
-        test = scan.begin_range_test(create_state(params | {"head": head}, batch_stats | {"head": head_stats}))
-        test, (losses, averages) = scan.make_range_test(train_step, iterations=iterations)(test, arrays, order)
-        return losses, averages, test.count, test.reason
-
-    run = jax.jit(jax.vmap(run_seed, in_axes=(0, None, 0)))
-    arrays = resident_arrays(experiment, plan, features)
-    outputs = jax.device_get(run(np.arange(first, first + seeds), arrays, orders))
-    lrs = rates_at(rates[-1], iterations)
-    return LRFindBand(tuple(LRFindResult.of_test(lrs, *parts) for parts in zip(*outputs, strict=True)))
 
 
 def check_range(start: float, end: float, iterations: int, seeds: int = 1) -> None:
@@ -136,11 +130,6 @@ def check_range(start: float, end: float, iterations: int, seeds: int = 1) -> No
         raise UserError(f"lr_find: the rates {start} to {end} can't be used; expected 0 < start < end.")
 
 
-def head_only(tree: dict[str, Any]) -> dict[str, Any]:
-    """Params or batch_stats without those of the backbone."""
-    return {"backbone": {}, "head": tree["head"]}
-
-
 def group_rates(plan: PhasePlan, start: float, end: float, iterations: int) -> list[Schedule]:
     """An exponential rate for each layer group, in the ratios of the phase; `start` to `end` is that of the last group."""
     lrs = (1.0, 1.0, 1.0) if plan.phase.lr == "auto" else plan.phase.lrs
@@ -150,11 +139,6 @@ def group_rates(plan: PhasePlan, start: float, end: float, iterations: int) -> l
             f"lr_find: the rate of the last layer group is 0 in {lrs}; give it one, so that one can be found."
         )
     return [exponential(start * lr / last, end * lr / last, iterations) if lr else constant(0.0) for lr in lrs]
-
-
-def rates_at(schedule: Schedule, iterations: int) -> np.ndarray:
-    """The learning rate of each iteration, float64 [iterations]."""
-    return np.asarray(jax.vmap(schedule)(np.arange(iterations)), np.float64)
 
 
 def cycled_order(experiment: Experiment, plan: PhasePlan, iterations: int, *, seed: int) -> np.ndarray:
@@ -392,15 +376,6 @@ class LRFindResult(_Suggestions):
         record = {"iterations": self.iterations, "stopped": self.stopped, "why": self.why, **super().to_dict()}
         return record | {name: list(map(_to_json, getattr(self, name))) for name in ("lrs", "losses", "smoothed")}
 
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> "LRFindResult":
-        """What `to_dict` wrote, after JSON or not."""
-        arrays = (
-            np.array([np.nan if x is None else float(x) for x in record[name]])
-            for name in ("lrs", "losses", "smoothed")
-        )
-        return cls(*arrays, iterations=int(record["iterations"]), stopped=str(record["stopped"]))
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LRFindBand(_Suggestions):
@@ -439,11 +414,6 @@ class LRFindBand(_Suggestions):
         """As plain JSON: the summary, and the result of each seed."""
         ranges = {name: list(self._range(name)) for name in self.suggestions}
         return {**super().to_dict(), "ranges": ranges, "seeds": [r.to_dict() for r in self.results]}
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> "LRFindBand":
-        """What `to_dict` wrote, after JSON or not."""
-        return cls(tuple(LRFindResult.from_dict(r) for r in record["seeds"]))
 
 
 def _medians(results: tuple[LRFindResult, ...]) -> dict[str, float]:

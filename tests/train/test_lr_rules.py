@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lr_records import band_of, result_of
 
 from jaxcats.common.errors import UserError
 from jaxcats.common.stats import smooth
@@ -23,7 +24,7 @@ ANSWERED = sorted(set(CURVES) - set(REFUSED))
 
 
 def curve(name: str) -> LRFindResult:
-    return LRFindResult.from_dict(CURVES[name])
+    return result_of(CURVES[name])
 
 
 def made(losses, *, iterations=None, stopped="end") -> LRFindResult:
@@ -189,7 +190,7 @@ def test_an_unknown_method_names_the_four():
 def test_json_and_back(name):
     result = curve(name)
     text = json.dumps(result.to_dict(), allow_nan=False)
-    back = LRFindResult.from_dict(json.loads(text))
+    back = result_of(json.loads(text))
     for array in ("lrs", "losses", "smoothed"):
         np.testing.assert_array_equal(getattr(back, array), getattr(result, array))
     assert (back.iterations, back.stopped, back.why) == (result.iterations, result.stopped, result.why)
@@ -237,7 +238,7 @@ def test_a_band_is_the_median_of_its_seeds():
     assert band.range("valley") == (min(answers), max(answers))
     assert f"under 6 seeds, of which {len(answers)} give an answer" in repr(band)
     assert "seed 5: no descent" in repr(band)
-    back = LRFindBand.from_dict(json.loads(json.dumps(band.to_dict(), allow_nan=False)))
+    back = band_of(json.loads(json.dumps(band.to_dict(), allow_nan=False)))
     assert back.suggestions == band.suggestions
     assert len(back.results) == 6
 
