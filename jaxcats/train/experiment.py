@@ -151,22 +151,10 @@ def create_model(config: Config, num_classes: int, *, dtype: str | None = None) 
 
 def index_images(config: Config, cache: Path, run: Path | None = None) -> FolderIndex:
     """The images that a Config names, with the split of a run folder where one is given."""
-    d = config.data
-    return scan(
-        d.root,
-        labels=d.labels,
-        columns=vars(d.columns),
-        group=d.group,
-        valid_fraction=d.valid_fraction,
-        test_fraction=d.test_fraction,
-        seed=d.split_seed,
-        on_bad_file=d.on_bad_file,
-        cache_dir=cache,
-        manifest=d.manifest,
-        kept_manifest=run / SPLIT_FILE if run else None,
-        rehash=d.rehash,
-        workers=d.workers,
-    )
+    d, run_split = config.data, run / SPLIT_FILE if run else None
+    names = ("labels", "group", "valid_fraction", "test_fraction", "on_bad_file", "manifest", "rehash", "workers")
+    settings: dict[str, Any] = {name: getattr(d, name) for name in names} | {"columns": vars(d.columns)}
+    return scan(d.root, seed=d.split_seed, cache_dir=cache, kept_manifest=run_split, **settings)
 
 
 def fingerprint(index: FolderIndex) -> str:

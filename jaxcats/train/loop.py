@@ -378,19 +378,9 @@ class TrainingLoop:
             raise RunError(
                 f"phase '{plan.name}': the validation loss after epoch {progress.epoch} is not a number. {_lower_lr(plan)}."
             )
-        row = {
-            "step": progress.step,
-            "phase": plan.name,
-            "epoch": progress.epoch,
-            "train_loss": progress.train_loss,
-            "valid_loss": metrics["log_loss"],
-            "errors": metrics["errors"],
-            "n": metrics["n"],
-            "accuracy": metrics["accuracy"],
-            "interval": metrics["interval"],
-            "seconds": seconds,
-            "images_per_second": rate,
-        }
+        row = {"step": progress.step, "phase": plan.name, "epoch": progress.epoch, "train_loss": progress.train_loss}
+        row |= {"valid_loss": metrics["log_loss"]} | {k: metrics[k] for k in ("errors", "n", "accuracy", "interval")}
+        row |= {"seconds": seconds, "images_per_second": rate}
         if user_metrics := self.experiment.user_functions.measure(logits, labels):
             row["metrics"] = user_metrics
         self.table.add(row)
