@@ -83,7 +83,7 @@ def train_and_evaluate(whole: Experiment, feats: np.ndarray, start, *, held: np.
     for epoch in range(plan.phase.epochs):
         order = epoch_order(len(parts["train"]), batch_size=plan.phase.batch_size, seed=one.config.seed, epoch=epoch)
         state = deque(drive(state, order, epoch), maxlen=1)[0][0]
-    evaluate = Evaluator(one.model, index.splits["valid"], feats=feats[parts["valid"]], **decoding(one))
+    evaluate = Evaluator(one.model, index.splits["valid"], features=feats[parts["valid"]], **decoding(one))
     return evaluate(state.params, state.batch_stats)
 
 

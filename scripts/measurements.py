@@ -252,7 +252,7 @@ def run_head(a: argparse.Namespace) -> dict[str, Any]:
     plan, valid = experiment.plans(exp)[0], exp.index.splits["valid"]
     step, create = experiment.make_phase(exp, plan)
     drive = drivers.make_driver(exp, plan, step, feats["train"])
-    evaluate = evaluator.Evaluator(exp.model, valid, feats=feats["valid"], **drivers.decoding(exp))
+    evaluate = evaluator.Evaluator(exp.model, valid, features=feats["valid"], **drivers.decoding(exp))
     begin, seconds, n = create(params, stats), [], len(feats["train"])
     trained = EPOCHS * plan.steps_per_epoch * min(a.batch, n)
     for _ in range(a.rounds + 1):
@@ -289,7 +289,7 @@ def run_lr_find(a: argparse.Namespace) -> dict[str, Any]:
     calls = []
     for _ in range(a.rounds + 1):
         start = time.perf_counter()
-        stopped = lr_finder.find_lr(exp, plan, params, stats, feats["train"]).stopped
+        stopped = lr_finder.find_lr(exp, plan, (params, stats), feats["train"]).stopped
         calls.append(time.perf_counter() - start)
     params, stats = lr_finder.head_only(params), lr_finder.head_only(stats)
     rates = lr_finder.group_rates(plan, lr_finder.START, lr_finder.END, lr_finder.ITERATIONS)

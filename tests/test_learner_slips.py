@@ -93,7 +93,7 @@ def test_a_test_folder_is_no_class_and_may_be_empty(pictures, tmp_path):
     classes = tmp_path / "classes"
     for name in ("a", "b", "test1"):
         shutil.copytree(pictures / "train" / "cats", classes / name)
-    with pytest.raises(jc.UserError, match="test1 lies beside the class folders"):
+    with pytest.raises(jc.UserError, match="test1 is beside the class folders"):
         jc.ImageClassifierData.from_paths(classes, valid_fraction=0.2)
     assert len(jc.ImageClassifierData.from_paths(classes, valid_fraction=0.2, test=None).classes) == 3
 
