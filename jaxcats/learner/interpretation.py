@@ -14,7 +14,7 @@ from jaxcats.common.errors import UserError, nearest
 from jaxcats.evaluate import figures, metrics, ranking, tta
 from jaxcats.evaluate.calibration import Calibration
 from jaxcats.evaluate.figures import EvaluatedSplit
-from jaxcats.evaluate.run import BEST_EPOCH, Run
+from jaxcats.evaluate.run import Run
 from jaxcats.train import experiment
 from jaxcats.train.drivers import decoding
 from jaxcats.train.evaluator import Evaluator
@@ -35,6 +35,7 @@ class Answers:
     params: property
     batch_stats: property
     _computed: Callable[[], dict[str, np.ndarray]]
+    _run: Callable[[Path], Run]
 
     def logits(self, split: str = "valid") -> np.ndarray:
         """Logits float32 [n, classes] of the train, valid or test images, in the order of the files."""
@@ -70,18 +71,9 @@ class Answers:
         check_tta(n, weight)
         if n == 0:
             return self.predict(split)
-        how = augment or tta.preset(self.data.augment)
-        changed = tta.augmented_probabilities(
-            self.model,
-            self.data.split(split),
-            self.params,
-            self.batch_stats,
-            how=how,
-            n=n,
-            seed=self.data.seed,
-            **decoding(self._setup),
-        )
-        return tta.combine(self.logits(split), changed, n=n, weight=weight)
+        run, preset = self._run(Path()), augment or tta.tta_preset(self.data.augment)
+        images, logits = self.data.split(split), self.logits(split)
+        return tta.evaluate_with_tta(run, images, logits, n=n, weight=weight, preset=preset)[0]
 
     def errors(self, log_probs: np.ndarray | None = None) -> tuple[int, int]:
         """(wrong answers, images) of the validation set; `jaxcats.sentence(*learn.errors())` puts it in words."""
@@ -217,8 +209,8 @@ class Judgement(Answers):
         """Writes figures/ and report.html into a folder; the page's path."""
         from jaxcats.evaluate.report import write_evaluation
 
-        judged, folder = self._evaluated_split(), Path(folder)
-        write_evaluation(folder, self._run(folder), judged.split, judged.logits, judged.found)
+        folder = Path(folder)
+        write_evaluation(folder, self._evaluated_split(folder))
         return folder / "report.html"
 
     def _numbers_and_calibration(self, max_error: float = 0.005) -> tuple[EvaluationNumbers, Calibration]:
@@ -227,26 +219,27 @@ class Judgement(Answers):
         )
         return EvaluationNumbers(found), calibration
 
-    def _evaluated_split(self) -> EvaluatedSplit:
-        return EvaluatedSplit(self._run(self.data.index.root), self.data.split("valid"), self.logits(), self.judge())
+    def _evaluated_split(self, folder: Path | None = None) -> EvaluatedSplit:
+        run = self._run(self.data.index.root if folder is None else folder)
+        return EvaluatedSplit(run, self.data.split("valid"), self.logits(), self.judge())
 
     def _numbers(self, name: str) -> plots.Figure:
-        return figures.of_numbers(self._evaluated_split())[name]
+        return figures.metric_figures(self._evaluated_split())[name]
 
     def _run(self, folder: Path) -> Run:
         """What the commands call a run; `folder` is where it would have been trained."""
         config: Any = self.config
-        last = list(config.phases.values())[-1]
-        used = BEST_EPOCH if self._kept_best else []
         return Run(
             folder=folder,
             config=config,
             model=self.model,
             preprocess=self._setup.preprocess,
             classes=self.data.classes,
-            state=self,
-            precomputed=self._precompute,
-            augment=last.augment,
-            checkpoint={"use": "last", "step": self._progress.step, "valid_used_for": used},
+            params=self.params,
+            batch_stats=self.batch_stats,
+            phase=list(config.phases.values())[-1],
             fingerprint=experiment.fingerprint(self._setup.index),
+            use="last",
+            step=self._progress.step,
+            best_epoch=self._kept_best,
         )
