@@ -186,7 +186,7 @@ def main(argv: Sequence[str]) -> int:
         if file := options.json:
             write_json(Path(file), report)
         if file := options.html:
-            from jaxcats.evaluate.report import write_diagnosis
+            from jaxcats.evaluate.pages import write_diagnosis
 
             write_diagnosis(Path(file), report)
     except OSError as e:

@@ -101,9 +101,10 @@ def evaluation_figures(
     correct = logits.argmax(1) == labels
     counts = np.bincount(c * labels + logits.argmax(1), minlength=c * c).reshape(c, c)
     before = np.exp(stats.log_softmax(logits).max(1))
-    after = np.exp(calibration.out_of_fold(logits, labels)[0].max(1))
+    after = np.exp(calibration.cross_fit(logits, labels)[0].max(1))
     threshold = calibration.choose_threshold(after, correct, max_error=max_error)
-    chosen = calibration.answered(after, correct, threshold)
+    answered = calibration.Calibration(threshold=threshold).is_answered(after)
+    chosen = calibration.abstain_metrics(answered, correct)
     rows = [
         {"class": name, "n": int(row.sum()), "recall": row[i] / row.sum() if row.sum() else None}
         | {"recall_interval": stats.wilson_interval(int(row[i]), int(row.sum()))}

@@ -35,9 +35,10 @@ def main() -> None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=args.root))
     whole = setup(config)
     params, batch_stats, _ = initial_params(whole)
-    state, train = SimpleNamespace(params=params, batch_stats=batch_stats), whole.index.splits["train"]
-    classes, n = whole.index.classes, len(train)
-    run = SimpleNamespace(config=config, model=whole.model, preprocess=whole.preprocess, classes=classes, state=state)
+    train, classes = whole.index.splits["train"], whole.index.classes
+    n = len(train)
+    run = SimpleNamespace(config=config, model=whole.model, preprocess=whole.preprocess, classes=classes)
+    run.params, run.batch_stats = params, batch_stats
     print(
         f"no label flipped: {len(suspect_paths(run, train, folds=args.folds))} of {n:,} listed (features are computed now)"
     )

@@ -12,7 +12,7 @@ import pytest
 
 from jaxcats.common.errors import UserError
 from jaxcats.compare import main
-from jaxcats.evaluate.comparison import Answer, compare_predictions, mcnemar_exact, paired_interval
+from jaxcats.evaluate.comparison import Prediction, compare_predictions, mcnemar_exact, paired_interval
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 1), (0, 5), (6, 0), (3, 3), (2, 9), (10, 25), (400, 460)])
@@ -76,7 +76,8 @@ def predictions(file, rows, *, classes=("cats", "dogs"), extra=()):
 def answers(wrong, n=100):
     """n images of cats, those of `wrong` taken for dogs."""
     return {
-        f"valid/{i}.jpg": Answer("cats", "dogs" if i in wrong else "cats", 0.2 if i in wrong else 0.9) for i in range(n)
+        f"valid/{i}.jpg": Prediction("cats", "dogs" if i in wrong else "cats", 0.2 if i in wrong else 0.9)
+        for i in range(n)
     }
 
 
@@ -104,7 +105,7 @@ def test_the_verdict_names_the_better_one_or_none(a, b, verdict):
 
 
 def test_another_wrong_class_is_no_change_of_sides():
-    a, b = ({"x": Answer("ant", guess, 0.1)} for guess in ("bee", "cow"))
+    a, b = ({"x": Prediction("ant", guess, 0.1)} for guess in ("bee", "cow"))
     found = compare_predictions(a, b)
     assert (found.both_wrong, found.changed) == (1, [])
 

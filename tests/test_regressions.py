@@ -162,7 +162,7 @@ import sys
 from pathlib import Path
 import jax
 from test_regressions import small_state
-from jaxcats.storage.checkpoint import Checkpoints
+from jaxcats.train.checkpoint import Checkpoints
 
 assert len(jax.devices()) == 2
 state = jax.device_put(small_state(), jax.devices()[1])
@@ -333,10 +333,13 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_its_precision(pictures, tmp
     settings = BACKBONE_LEARNS | {"precision": "bfloat16", "phases.head.freeze": "nothing"}
     assert fit(pictures, workdir, settings) == 0
     run = run_module.load_run(workdir)
-    leaves = jax.tree.leaves((run.state.params, run.state.batch_stats, run.state.opt_state))
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    plan = experiment.PhasePlan(0, "head", run.phase, 0, 0, 1)
+    state = checkpoints.restore(run.step, experiment.abstract_state(run.model, plan))
+    leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state))
     assert {x.dtype for x in leaves if x.ndim} == {np.dtype("float32")}
     assert len([x for x in leaves if x.ndim]) == 2 * 3 + 2 + 2 * 2 + 2 * 3 + 2  # params, averages, momentum
-    split = run_module.own_images(run).splits["valid"]
+    split = run_module.training_index(run).splits["valid"]
     single = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="float32"))
     assert not np.array_equal(run.logits(split), single.logits(split))  # or this test would see nothing
     before, bits = metrics_of(workdir), (workdir / "predictions.csv").read_bytes()

@@ -1,4 +1,4 @@
-"""Which images of a data set deserve a second look, and that nobody is judged by a head that has seen it."""
+"""Which images of a dataset deserve a second look, and that no image is predicted by a head that has seen it."""
 
 import csv
 import dataclasses
@@ -25,7 +25,7 @@ PHASE = Phase(precompute=True, epochs=5, lr=0.1, batch_size=8)
 
 
 def on_features(head: str = "linear", seed: int = 0) -> Experiment:
-    """A Setup for arrays, without images."""
+    """An Experiment for arrays, without images."""
     model = models.create("tiny", 2, head=head)
     return Experiment(Config(seed=seed), None, model, model.preprocess, Path())
 
@@ -70,7 +70,7 @@ def test_no_step_sees_its_own_fold():
     assert orders.shape == (3, 4, min(np.sum(fold != k) for k in range(3)) // 8, 8)
     for k, epochs in enumerate(orders):
         assert (fold[epochs] != k).all()
-        assert all(len(set(rows.ravel().tolist())) == rows.size for rows in epochs)  # nobody twice in an epoch
+        assert all(len(set(rows.ravel().tolist())) == rows.size for rows in epochs)  # no row twice in an epoch
     assert fold_orders(fold, batch_size=1000, epochs=1, seed=0).shape[2] == 1  # one batch of what there is
 
 
@@ -101,7 +101,7 @@ def test_a_held_out_image_leaves_no_trace():
     feats, labels = blobs(50, 8)
     fold = stratified_folds(labels[:40], names(40), folds=4, seed=0)
     before = label_errors_module.cross_validated_logits(whole, PHASE, feats, labels[:40], fold=fold)
-    held = np.append(fold == 1, np.ones(10, bool))  # fold 1 and the ten images that are only judged
+    held = np.append(fold == 1, np.ones(10, bool))  # fold 1 and the ten images that are only predicted
     changed = np.where(held[:, None], feats * -3 + 1, feats)
     after = label_errors_module.cross_validated_logits(
         whole, PHASE, changed, np.where(held, 1 - labels, labels)[:40], fold=fold
@@ -110,7 +110,7 @@ def test_a_held_out_image_leaves_no_trace():
     assert not np.array_equal(before[0][~held], after[0][~held])
 
 
-def test_each_image_is_judged_by_the_heads_that_never_saw_it():
+def test_each_image_is_predicted_by_the_heads_that_never_saw_it():
     probs = np.array([[[0.9, 0.1], [0.8, 0.2], [0.6, 0.4]], [[0.3, 0.7], [0.5, 0.5], [0.2, 0.8]]])
     logits = np.log(probs) + np.array([5.0, -7.0])[:, None, None]
     found = np.exp(label_errors_module.out_of_fold(logits, np.array([0, 1, -1])))
@@ -171,7 +171,8 @@ def run(tmp_path):
         model=whole.model,
         preprocess=whole.preprocess,
         classes=whole.index.classes,
-        state=SimpleNamespace(params=params, batch_stats=batch_stats),
+        params=params,
+        batch_stats=batch_stats,
         index=whole.index,
     )
 
@@ -219,16 +220,16 @@ def test_a_backbone_that_knows_the_labels_is_not_asked(run, monkeypatch):
         return SimpleNamespace(features=np.random.default_rng(0).normal(size=(len(split), 8)).astype(np.float32))
 
     monkeypatch.setattr(label_errors_module, "backbone_features", watched)
-    pretrained = jax.tree.map(np.zeros_like, run.state.params)
-    monkeypatch.setattr(label_errors_module, "initial_params", lambda setup: (pretrained, run.state.batch_stats, {}))
+    pretrained = jax.tree.map(np.zeros_like, run.params)
+    monkeypatch.setattr(label_errors_module, "initial_params", lambda setup: (pretrained, run.batch_stats, {}))
     run.config = dataclasses.replace(run.config, model=ModelConfig("tiny", "linear", pretrained=True))
     label_errors_module.find_suspects(run, run.index.splits)
     run.config = dataclasses.replace(run.config, phases=run.config.phases | {"all": Phase(freeze="first")})
     label_errors_module.find_suspects(run, run.index.splits)
-    jax.tree.map(np.testing.assert_array_equal, used[0], run.state.params)
+    jax.tree.map(np.testing.assert_array_equal, used[0], run.params)
     assert used[1] is pretrained
     run.config = dataclasses.replace(run.config, model=ModelConfig("tiny", "linear", pretrained=False))
-    with pytest.raises(UserError, match="learned from these very labels"):
+    with pytest.raises(UserError, match="learned from these labels"):
         label_errors_module.find_suspects(run, run.index.splits)
 
 
@@ -240,7 +241,9 @@ def test_impossible_folds_are_refused(run, folds):
 
 def test_heads_that_diverge_say_so(run, monkeypatch):
     monkeypatch.setattr(
-        label_errors_module, "_features", lambda setup, run, split: np.full((len(split), 8), np.nan, np.float32)
+        label_errors_module,
+        "unlabelled_features",
+        lambda setup, run, split: np.full((len(split), 8), np.nan, np.float32),
     )
     with pytest.raises(RunError, match="diverged"):
         label_errors_module.find_suspects(run, run.index.splits)
@@ -252,10 +255,8 @@ def test_real_photos_that_are_wrong_are_listed(photos, tmp_path):
     config = Config(data=DataConfig(str(photos)), model=ModelConfig("efficientnet_lite0"))
     whole = setup(config)
     params, batch_stats, _ = initial_params(whole)
-    state = SimpleNamespace(params=params, batch_stats=batch_stats)
-    run = SimpleNamespace(
-        config=config, model=whole.model, preprocess=whole.preprocess, classes=whole.index.classes, state=state
-    )
+    run = SimpleNamespace(config=config, model=whole.model, preprocess=whole.preprocess, classes=whole.index.classes)
+    run.params, run.batch_stats = params, batch_stats
     found = {Path(s.path).stem: s.reason for s in label_errors_module.find_suspects(run, whole.index.splits)}
     assert len(found) <= 0.06 * 3000
     assert found["cat.4085"].startswith("label")

@@ -3,196 +3,180 @@
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from jaxcats.common import stats
 from jaxcats.common.cli import Parser, run_command
 from jaxcats.common.config import check_tta
 from jaxcats.common.errors import UserError
 from jaxcats.common.io import remove_stale_temporaries
-from jaxcats.data.index import skipped
-from jaxcats.evaluate.predictions import (
-    CHOSE,
-    labelled,
-    read_calibration,
-    read_metrics,
-    write_predictions,
-    write_results,
-)
-from jaxcats.evaluate.run import Run, count_seen_images, evaluate_with_tta, load_run, other_images, own_images
+from jaxcats.evaluate import predictions
+from jaxcats.evaluate.calibration import Calibration
+
+if TYPE_CHECKING:
+    from jaxcats.data.index import BadFile, Split
+    from jaxcats.evaluate.run import Run
 
 DESCRIPTION = (
-    "Judges a trained run: every image counts once. Writes predictions.csv, metrics.json, figures and report.html. "
-    "With --split train it looks for wrong labels among the run's own images instead."
+    "Evaluates a trained run, every image once, and writes predictions.csv, metrics.json, figures and report.html."
 )
-OPTIONS: dict[str, dict[str, Any]] = {
-    "run": {"required": True, "help": "run folder that train wrote"},
-    "data": {
-        "help": "another folder: class folders, or images without labels (default: the run's validation images)",
-    },
-    "split": {
-        "choices": ["valid", "test", "train"],
-        "default": "valid",
-        "help": "test: judge the run's test images, which nothing else looks at; train: rank likely label errors of the "
-        "run's images, in suspects.csv and a gallery",
-    },
-    "checkpoint": {"help": "last, best or a step (default: what the run's config says)"},
-    "unlabelled": {"action": "store_true", "help": "the folders in --data are no classes: predictions only"},
-    "max_error": {
-        "type": float,
-        "help": "error wanted among the answers given, which decides when to abstain (default: the run's, 0.005)",
-    },
-    "tta": {
-        "type": int,
-        "default": 0,
-        "help": "also judge so many randomly changed versions of each image, and average (test-time augmentation)",
-    },
-    "tta_weight": {"type": float, "help": "share of the plain image's answer in that (default: 1 / (tta + 1))"},
-    "out": {"help": "where the results go (default: the run folder, or a folder in its evaluations/ with --data)"},
-    "report": {
-        "choices": ["yes", "no"],
-        "help": "figures/ and report.html (default: what the run's config says)",
-    },
-}
-
-
-def read_options(argv: Sequence[str]) -> Any:
-    """The command's flags, checked against each other."""
-    parser = Parser(prog="python -m jaxcats.evaluate", description=DESCRIPTION)
-    for name, kwargs in OPTIONS.items():
-        parser.add_argument(f"--{name}", **kwargs)
-    options = parser.parse_args(argv)
-    check_tta(options.tta, options.tta_weight)
-    if options.max_error is not None and not 0 < options.max_error < 1:
-        raise UserError(f"--max_error {options.max_error}: can't be used; expected 0 < x < 1.")
-    if options.split == "train" and (options.data or options.unlabelled or options.tta):
-        raise UserError("--split train: looks at the run's own images; leave --data, --unlabelled and --tta out.")
-    if options.split == "test" and (options.data or options.unlabelled):
-        raise UserError("--split test: judges the run's own test images; leave --data and --unlabelled out.")
-    return options
-
-
-def results_folder(run: Path, data: str | None, split: str, out: str | None) -> Path:
-    """Where an evaluation goes: `out`; else the run folder, or a folder in it named after the other data or the test split."""
-    if out:
-        return Path(out)
-    name = "_".join(Path(os.path.expanduser(data)).absolute().parts[-2:]) if data else "test" if split == "test" else ""
-    return run / "evaluations" / name if name else run
-
-
-def images_of(run: Run, options: Any) -> tuple[Any, Sequence[Any]]:
-    """The split to judge, and the files left out."""
-    if options.data:
-        return other_images(run, options.data, unlabelled=options.unlabelled)
-    index = own_images(run)
-    if options.split == "test" and index.test is None:
-        raise UserError(
-            f"--split test: {run.config.data.root} has no test images; they come from test/ with the class folders of "
-            f"train/, from data.test_fraction, or from a table's split column."
-        )
-    if options.split == "test":
-        print("Test images: neither training nor a choice has seen them. The more often you look, the less that holds.")
-    name = "test" if options.split == "test" else "valid"
-    images = index.test if name == "test" else index.splits["valid"]
-    return images, [b for b in index.bad if b.split in (name, "")]
-
-
-def look_for_suspects(run: Run, folder: Path) -> None:
-    """`--split train`: suspects.csv and its gallery, and a word on them."""
-    from jaxcats.evaluate.label_errors import find_suspects, write_suspects
-
-    splits = own_images(run).splits
-    suspects = find_suspects(run, splits)
-    files = write_suspects(folder, suspects, splits["train"].root)
-    n = sum(len(split) for split in splits.values())
-    print(f"{len(suspects):,} of {n:,} images are worth a look, the likeliest mistakes first.")
-    print(f"Written: {', '.join(map(str, files))}")
-
-
-def earlier(folder: Path, run: Run, tta: bool) -> dict[str, Any]:
-    """What an earlier evaluation in the folder measured and this one keeps; its TTA answers go when they are not made again."""
-    before = read_metrics(folder)
-    if "tta" in before and not tta:
-        (folder / "predictions_tta.csv").unlink(missing_ok=True)  # perhaps of other weights
-    return {k: before[k] for k in ("seconds", "features") if k in before} if folder == run.folder else {}
+SPLIT = "test: the run's test images, which nothing else uses; train: rank likely label errors of the run's own images"
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
     started = time.perf_counter()
     options = read_options(argv)
+    from jaxcats.evaluate.run import count_seen_images, load_run  # JAX takes seconds to import; --help needs none of it
+
     run = load_run(Path(options.run), options.checkpoint)
     loaded = time.perf_counter()
-    folder = results_folder(run.folder, options.data, options.split, options.out)
-    for place in () if options.out else (folder, folder / "figures"):
-        remove_stale_temporaries(place)
+    folder = results_folder(run.folder, options)
     if options.split == "train":
-        look_for_suspects(run, folder)
-        return
-    split, bad = images_of(run, options)
-    other = bool(options.data) or options.split == "test"  # than those that training was judged on
-    for line in skipped(bad):
-        print(line)
-    seen = count_seen_images(run, split) if other else {}
+        return list_label_errors(run, folder)
+    split, bad_files = images_to_evaluate(run, options)
+    is_validation = not options.data and options.split == "valid"
+    seen = {} if is_validation else count_seen_images(run, split)
     for name, count in seen.items():
         print(f"Among these images {count:,} of the run's own {name} images were found: the result flatters.")
     indexed = time.perf_counter()
     logits = run.logits(split)
-    n = options.tta
-    averaged, how = evaluate_with_tta(run, split, logits, n=n, weight=options.tta_weight) if n else (None, {})
+    facts = keep_earlier(folder, run, options.tta)
+    tta = write_tta(folder, run, split, logits, options) if options.tta else {}
     done = time.perf_counter()
     seconds = {"load": loaded - started, "index": indexed - loaded, "evaluate": done - indexed, "total": done - started}
     seconds = {name: round(value, 3) for name, value in seconds.items()}
-    before = earlier(folder, run, bool(n))
-    facts = before | {
-        "data": options.data or run.config.data.root,
-        **({"split": "test"} if options.split == "test" else {}),
-        "checkpoint": run.checkpoint,
-        "bad_files": len(bad),
-        "seen_before": seen,
-        # What training measured stays; this evaluation's seconds go beside it.
-        "seconds": before.get("seconds", {}) | {"evaluation": seconds} if before else seconds,
-    }
-    if averaged is not None:
-        write_predictions(
-            folder / "predictions_tta.csv", split.paths, labels=split.labels, classes=run.classes, logits=averaged
-        )
-        if labelled(split):
-            facts["tta"] = how | stats.summary(averaged, split.labels)
-    found, _ = write_results(
-        folder,
-        split,
-        classes=run.classes,
-        logits=logits,
-        facts=facts,
-        max_error=options.max_error or run.config.max_error,
-        calibration=calibration_of(run) if other else None,
-        chose=CHOSE if run.checkpoint["valid_used_for"] and not other else "",
+    # The times that training measured stay; those of this evaluation go beside them.
+    seconds = facts.get("seconds", {}) | {"evaluation": seconds} if facts else seconds
+    facts["data"] = options.data or run.config.data.root
+    if options.split == "test":
+        facts["split"] = "test"
+    facts |= {"checkpoint": run.checkpoint, "bad_files": len(bad_files), "seen_before": seen, "seconds": seconds} | tta
+    calibration = None if is_validation else calibration_of(run)
+    metrics, _ = predictions.write_results(
+        folder, run, split, logits, facts=facts, max_error=options.max_error, calibration=calibration
     )
-    if "tta" in facts:
-        print(
-            f"with TTA ({how['versions']} x {how['augment']}, plain weight {how['weight']:.3g}): "
-            + stats.sentence(facts["tta"]["errors"], facts["tta"]["n"])
-        )
-    written = ["predictions.csv"] + ["predictions_tta.csv"] * bool(n) + ["metrics.json"] * bool(found)
-    if found and (options.report == "yes" if options.report else run.config.report):
+    report = bool(metrics) and (run.config.report if options.report is None else options.report == "yes")
+    if report:
+        from jaxcats.evaluate.figures import EvaluatedSplit
         from jaxcats.evaluate.report import write_evaluation
 
-        write_evaluation(folder, run, split, logits, found)
-        written += ["figures/", "report.html"]
-    print(f"Written: {folder}/{', '.join(written)}")
+        write_evaluation(folder, EvaluatedSplit(run, split, logits, metrics))
+    files = {
+        "predictions.csv": True,
+        "predictions_tta.csv": options.tta,
+        "metrics.json": metrics,
+        "report.html": report,
+    }
+    print(f"Written: {folder}/{', '.join(name for name, is_written in files.items() if is_written)}")
 
 
-def calibration_of(run: Run) -> Any:
-    """The calibration that the run's own validation images gave this checkpoint; none, said so, where that is unknown."""
-    from jaxcats.evaluate.calibration import Calibration
+def read_options(argv: Sequence[str]) -> Namespace:
+    """The command's flags, checked against each other."""
+    parser = Parser(prog="python -m jaxcats.evaluate", description=DESCRIPTION)
+    add = parser.add_argument
+    add("--run", required=True, help="run folder that train wrote")
+    add("--data", help="another folder: class folders, or images without labels (default: the run's validation images)")
+    add("--split", choices=["valid", "test", "train"], default="valid", help=SPLIT)
+    add("--checkpoint", help="last, best or a step (default: what the run's config says)")
+    add("--unlabelled", action="store_true", help="the folders in --data are no classes: predictions only")
+    add("--max_error", type=float, help="share of wrong answers to allow before abstaining (default: the run's, 0.005)")
+    add("--tta", type=int, default=0, help="also predict this number of changed versions of each image, and average")
+    add("--tta_weight", type=float, help="weight of the plain image in that average (default: 1 / (tta + 1))")
+    add("--out", help="where the results go (default: the run folder, or a folder in its evaluations/ with --data)")
+    add("--report", choices=["yes", "no"], help="figures/ and report.html (default: what the run's config says)")
+    options = parser.parse_args(argv)
+    check_tta(options.tta, options.tta_weight)
+    if options.max_error is not None and not 0 < options.max_error < 1:
+        raise UserError(f"--max_error {options.max_error}: can't be used; expected 0 < x < 1.")
+    if options.split == "train" and (options.data or options.unlabelled or options.tta):
+        raise UserError("--split train: uses the run's own images; leave out --data, --unlabelled and --tta.")
+    if options.split == "test" and (options.data or options.unlabelled):
+        raise UserError("--split test: uses the run's own test images; leave out --data and --unlabelled.")
+    return options
 
-    kept = read_calibration(run.folder, run.checkpoint)
-    if kept is None:
+
+def results_folder(run: Path, options: Namespace) -> Path:
+    """--out; else the run folder, or a folder in it named after the other data or the test split; cleaned of old temporaries."""
+    if options.out:
+        return Path(options.out)
+    name = "test" if options.split == "test" else ""
+    if options.data:
+        name = "_".join(Path(os.path.expanduser(options.data)).absolute().parts[-2:])
+    folder = run / "evaluations" / name if name else run
+    for place in (folder, folder / "figures"):
+        remove_stale_temporaries(place)
+    return folder
+
+
+def list_label_errors(run: "Run", folder: Path) -> None:
+    """`--split train`: writes suspects.csv and its gallery."""
+    from jaxcats.evaluate.label_errors import find_suspects, write_suspects
+    from jaxcats.evaluate.run import training_index
+
+    splits = training_index(run).splits
+    suspects = find_suspects(run, splits)
+    files = write_suspects(folder, suspects, splits["train"].root)
+    n = sum(len(split) for split in splits.values())
+    print(f"{len(suspects):,} of {n:,} images deserve a look; the likeliest mistakes come first.")
+    print(f"Written: {', '.join(map(str, files))}")
+
+
+def images_to_evaluate(run: "Run", options: Namespace) -> "tuple[Split, Sequence[BadFile]]":
+    """The split to evaluate, and its files that can't be used, which are printed."""
+    from jaxcats.data.index import skipped
+    from jaxcats.evaluate.run import other_dataset, training_index
+
+    if options.data:
+        split, bad_files = other_dataset(run, options.data, unlabelled=options.unlabelled)
+    else:
+        index = training_index(run)
+        split = index.test if options.split == "test" else index.splits["valid"]
+        bad_files = [file for file in index.bad if file.split in (options.split, "")]
+    if split is None:
+        raise UserError(
+            f"--split test: {run.config.data.root} has no test images (test/, test_fraction or a split column)."
+        )
+    if options.split == "test":
+        print("Test images: neither training nor a choice has seen them. Each further look makes this less true.")
+    for line in skipped(bad_files):
+        print(line)
+    return split, bad_files
+
+
+def keep_earlier(folder: Path, run: "Run", tta: int) -> dict[str, Any]:
+    """The facts of an earlier metrics.json in the run folder that stay; removes earlier TTA predictions that are not renewed."""
+    earlier = predictions.read_metrics(folder)
+    if "tta" in earlier and not tta:
+        (folder / "predictions_tta.csv").unlink(missing_ok=True)  # they may be of other weights
+    return {key: earlier[key] for key in ("seconds", "features") if key in earlier} if folder == run.folder else {}
+
+
+def write_tta(folder: Path, run: "Run", split: "Split", logits: np.ndarray, options: Namespace) -> dict[str, Any]:
+    """Writes predictions_tta.csv; with labels prints the result, and returns it for metrics.json."""
+    from jaxcats.evaluate.tta import evaluate_with_tta
+
+    log_probs, facts = evaluate_with_tta(run, split, logits, n=options.tta, weight=options.tta_weight)
+    predictions.write_predictions(folder / "predictions_tta.csv", split, run.classes, log_probs)
+    if not predictions.is_labelled(split):
+        return {}
+    facts |= stats.summary(log_probs, split.labels)
+    settings = f"{facts['versions']} x {facts['augment']}, plain weight {facts['weight']:.3g}"
+    print(f"with TTA ({settings}): {stats.sentence(facts['errors'], facts['n'])}")
+    return {"tta": facts}
+
+
+def calibration_of(run: "Run") -> Calibration:
+    """The calibration that the run's own validation images gave this checkpoint; none where it is unknown."""
+    calibration = predictions.read_calibration(run.folder, run.checkpoint)
+    if calibration is None:
         print("No temperature is known for this checkpoint: evaluate it without --data to have one.")
-    return kept or Calibration()
+    return calibration or Calibration()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whether probabilities can be taken at their word: temperature, calibration error, and when to give no answer.
+"""Calibration: the temperature, the calibration error, and the threshold below which a classifier abstains.
 
 Everywhere: logits float [N, C], labels int [N], confidence float [N] (the highest probability), correct bool [N].
 """
@@ -10,35 +10,39 @@ import numpy as np
 
 from jaxcats.common.stats import brier, log_softmax, wilson_interval
 
-LOWEST, HIGHEST = 0.05, 20.0  # temperatures looked at
+LOWEST, HIGHEST = 0.05, 20.0  # bounds of the temperature
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a classifier's logits become answers.
+    """How a classifier's logits become predictions.
 
     Attributes:
         temperature: probabilities are softmax(logits / temperature).
-        threshold: of the highest probability; an image below it gets no answer. None: every image gets one.
-        max_error: share of wrong answers that the threshold was chosen for.
+        threshold: of the highest probability; the classifier abstains below it. None: it never abstains.
+        max_error: the share of wrong answers that the threshold was chosen for.
     """
 
     temperature: float = 1.0
     threshold: float | None = None
     max_error: float = 0.005
 
+    def is_answered(self, confidence: np.ndarray) -> np.ndarray:
+        """Which images get a prediction, bool [N]; `confidence` is that after the temperature."""
+        return confidence >= (-1 if self.threshold is None else self.threshold)
+
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray, *, prior: float = 1.0) -> float:
     """The temperature, from 0.05 to 20, that gives softmax(logits / temperature) the least log loss.
 
     Temperature scaling (Guo et al., arXiv:1706.04599), with a weak prior (log T normal about 0, standard deviation 1): where
-    every answer is right, the log loss alone runs to the lowest temperature, and ten images would make a classifier
-    that is always certain. Among a thousand images with ten errors the prior does not show.
+    every prediction is right, the log loss alone runs to the lowest temperature, and ten images would make a classifier
+    that is always certain. Among a thousand images with ten errors the prior makes no visible difference.
 
     Args:
         logits: float [N, C].
         labels: int [N].
-        prior: its weight in images' log loss; 0 for none, and then the answer may be a bound.
+        prior: the prior's weight, in images; 0 for no prior, and then the temperature may be a bound.
 
     Returns:
         The temperature; 1 without images.
@@ -46,14 +50,14 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, *, prior: float = 1.
     if not len(labels):
         return 1.0
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    own = shifted[np.arange(len(labels)), labels]
+    actual = shifted[np.arange(len(labels)), labels]
 
     def slope(log_t: float) -> float:
-        """Derivative of the log loss and the prior by log T."""
+        """The derivative of the log loss and the prior with respect to log T."""
         t = np.exp(log_t)
         weights = np.exp(shifted / t)
         expected = (weights * shifted).sum(-1) / weights.sum(-1)
-        return float((own - expected).sum() / t + prior * log_t)
+        return float((actual - expected).sum() / t + prior * log_t)
 
     low, high = np.log(LOWEST), np.log(HIGHEST)
     for _ in range(26):  # down to 1e-7 of log T; importing SciPy's minimiser takes longer than all of this
@@ -63,7 +67,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, *, prior: float = 1.
 
 
 def fit_calibration(logits: np.ndarray, labels: np.ndarray, *, max_error: float = 0.005) -> Calibration:
-    """The temperature and, with it, the threshold that these images choose."""
+    """The temperature that these images choose and, with it, the threshold."""
     temperature = fit_temperature(logits, labels)
     confidence = np.exp(log_softmax(logits / temperature).max(-1))
     threshold = choose_threshold(confidence, logits.argmax(-1) == labels, max_error=max_error)
@@ -71,86 +75,68 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray, *, max_error: float 
 
 
 def assign_folds(labels: np.ndarray, *, folds: int = 5, seed: int = 0) -> np.ndarray:
-    """Each image's fold, int [N] from 0: random, every class spread as evenly as it can be, at most N folds."""
+    """Each image's fold, int [N] from 0: random, every class spread as evenly as it can be, at most N folds.
+
+    `core.folds.stratified_folds` draws other folds from the same seed; these decide numbers that are in metrics.json, and
+    copies of an image need not stay together where only a temperature is fitted.
+    """
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
-    found = np.empty(len(labels), int)
-    found[order] = np.arange(len(labels)) % max(1, min(folds, len(labels)))
-    return found
+    fold = np.empty(len(labels), int)
+    fold[order] = np.arange(len(labels)) % max(1, min(folds, len(labels)))
+    return fold
 
 
-def out_of_fold(
-    logits: np.ndarray, labels: np.ndarray, *, folds: int = 5, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities [N, C], each row scaled with the temperature of the other folds, and temperatures [folds]."""
-    fold = assign_folds(labels, folds=folds, seed=seed)
-    temperatures = np.array([fit_temperature(logits[fold != k], labels[fold != k]) for k in range(fold.max() + 1)])
-    return log_softmax(logits / temperatures[fold][:, None]), temperatures
-
-
-def given_out_of_fold(
-    logits: np.ndarray, labels: np.ndarray, temperatures: np.ndarray, *, max_error: float, seed: int = 0
-) -> np.ndarray:
-    """Which images get an answer, bool [N], where each fold's threshold is chosen on the other folds.
+def cross_fit(
+    logits: np.ndarray, labels: np.ndarray, *, max_error: float = 0.005, folds: int = 5, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Calibrates each image with the temperature and the threshold that the other folds choose.
 
     Args:
         logits: float [N, C].
         labels: int [N].
-        temperatures: [folds] from `out_of_fold`, of the same seed.
         max_error: as in `choose_threshold`.
+        folds: how many, at most N.
         seed: of the folds.
+
+    Returns:
+        Log-probabilities [N, C]; whether each image is answered, bool [N]; the temperatures [folds].
     """
-    fold = assign_folds(labels, folds=len(temperatures), seed=seed)
+    fold = assign_folds(labels, folds=folds, seed=seed)
     correct = logits.argmax(-1) == labels
-    given = np.empty(len(labels), bool)
-    for k, temperature in enumerate(temperatures):
-        confidence = np.exp(log_softmax(logits / temperature).max(-1))
-        rest = fold != k
-        threshold = choose_threshold(confidence[rest], correct[rest], max_error=max_error)
-        given[~rest] = threshold is None or confidence[~rest] >= threshold
-    return given
-
-
-def _sums(values: np.ndarray, size: np.ndarray, right: np.ndarray, bins: int) -> tuple[np.ndarray, ...]:
-    """Images, confidence and right answers summed by bin, each [R, bins], and the bin of each value [R, K].
-
-    Bins hold equally many images, but equal confidences never part, else the order of the images would matter: all
-    of them go where the middle one belongs. `values` [K] ascend; `size` and `right` [R, K] count images in R samples.
-    """
-    rows, total = len(size), size[0].sum()
-    middle = size.cumsum(-1) - size / 2
-    index = np.minimum(bins * middle / total, bins - 1).astype(int)
-    flat = (index + bins * np.arange(rows)[:, None]).ravel()
-    weights = (size, size * values, right)
-    return *(np.bincount(flat, weights=w.ravel(), minlength=rows * bins).reshape(rows, bins) for w in weights), index
-
-
-def _counted(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct confidences [K], ascending, the images [1, K] at each and how many of these are right [1, K]."""
-    values, group = np.unique(np.asarray(confidence, np.float64), return_inverse=True)
-    return values, np.bincount(group)[None], np.bincount(group, weights=np.asarray(correct, float))[None]
+    log_probs, answered = np.empty(logits.shape), np.empty(len(labels), bool)
+    temperatures = np.empty(fold.max() + 1)
+    for k in range(len(temperatures)):
+        held_out = fold == k
+        temperatures[k] = fit_temperature(logits[~held_out], labels[~held_out])
+        scaled = log_softmax(logits / temperatures[k])
+        confidence = np.exp(scaled.max(-1))
+        threshold = choose_threshold(confidence[~held_out], correct[~held_out], max_error=max_error)
+        log_probs[held_out] = scaled[held_out]
+        answered[held_out] = threshold is None or confidence[held_out] >= threshold
+    return log_probs, answered, temperatures
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> float:
-    """Mean distance of confidence and accuracy over bins of equally many images, weighted with their images.
+    """The mean distance of confidence and accuracy over bins of equally many images, weighted with their images.
 
-    Top-label, equal-mass (Nguyen and O'Connor, EMNLP 2015). Equal confidences stay in one bin.
+    Top-label, equal-mass (Nguyen and O'Connor, EMNLP 2015). Images with equal confidence stay in one bin.
     """
-    n, sure, right, _ = _sums(*_counted(confidence, correct), bins)
-    return float(np.abs(sure - right).sum() / n.sum())
+    images, confidences, right, _ = _sum_by_bin(*_count_by_confidence(confidence, correct), bins)
+    return float(np.abs(confidences - right).sum() / images.sum())
 
 
 def ece_interval(
     confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15, seed: int = 0, resamples: int = 1000
 ) -> tuple[float, float]:
-    """A 95 % bootstrap interval of `expected_calibration_error`, images drawn with replacement.
+    """A 95 % bootstrap interval of `expected_calibration_error`; images are drawn with replacement.
 
-    From the lowest to the highest end of the percentile and the basic bootstrap interval. The percentile interval alone
-    is as biased upwards as the estimate: it never reaches 0, however good the probabilities; the basic one corrects
-    that, but is too short where errors are few.
+    It goes from the lowest to the highest end of the percentile and the basic bootstrap interval. The percentile interval
+    alone is as biased upwards as the estimate: it never reaches 0, however good the probabilities are. The basic interval
+    corrects that, but is too short where errors are few.
     """
     values, group = np.unique(np.asarray(confidence, np.float64), return_inverse=True)
-    n, k, rng, found = len(group), len(values), np.random.default_rng(seed), []
+    n, k, rng, errors = len(group), len(values), np.random.default_rng(seed), []
     correct = np.asarray(correct, float)
     at_once = max(1, 200_000 // n)  # 10 MB at a time
     for start in range(0, resamples, at_once):
@@ -159,87 +145,100 @@ def ece_interval(
         cell = (group[drawn] + k * np.arange(rows)[:, None]).ravel()
         size = np.bincount(cell, minlength=rows * k).reshape(rows, k)
         right = np.bincount(cell, weights=correct[drawn].ravel(), minlength=rows * k).reshape(rows, k)
-        _, sure, right, _ = _sums(values, size, right, bins)
-        found.append(np.abs(sure - right).sum(-1) / n)
-    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
+        _, confidences, right, _ = _sum_by_bin(values, size, right, bins)
+        errors.append(np.abs(confidences - right).sum(-1) / n)
+    low, high = np.percentile(np.concatenate(errors), [2.5, 97.5])
     estimate = expected_calibration_error(confidence, correct, bins=bins)
     return float(max(0, min(low, 2 * estimate - high))), float(max(high, 2 * estimate - low))
 
 
 def calibration_metrics(log_probs: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
     """How good log-probabilities [N, C] are: {"log_loss", "brier", "ece", "ece_interval"}."""
-    sure = np.exp(log_probs.max(-1)), log_probs.argmax(-1) == labels
+    confidence, correct = np.exp(log_probs.max(-1)), log_probs.argmax(-1) == labels
     return {
         "log_loss": float(-log_probs[np.arange(len(labels)), labels].mean()),
         "brier": brier(log_probs, labels),
-        "ece": expected_calibration_error(*sure),
-        "ece_interval": list(ece_interval(*sure, seed=seed)),
+        "ece": expected_calibration_error(confidence, correct),
+        "ece_interval": list(ece_interval(confidence, correct, seed=seed)),
     }
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> list[dict[str, Any]]:
-    """The bins of `expected_calibration_error` that hold images, least sure first, as plain numbers.
+    """The bins of `expected_calibration_error` that hold images, the least confident first, as plain numbers.
 
     Returns:
         For each {"n", "confidence" (mean), "accuracy", "low" and "high" (95 % Wilson), "from" and "to" (confidences)}.
     """
-    values, size, right = _counted(confidence, correct)
-    n, sure, right, index = (x[0] for x in _sums(values, size, right, bins))
-    found = []
-    for b in np.flatnonzero(n):
-        low, high = wilson_interval(int(right[b]), int(n[b]))
-        inside = values[index == b]
-        row = {"n": int(n[b]), "confidence": float(sure[b] / n[b]), "accuracy": float(right[b] / n[b])}
-        found.append(row | {"low": low, "high": high, "from": float(inside[0]), "to": float(inside[-1])})
-    return found
-
-
-def _surest_first(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct confidences [K], descending, and the answers and the errors at each or above."""
-    values, size, right = _counted(confidence, correct)
-    return values[::-1], size[0, ::-1].cumsum(), (size - right)[0, ::-1].cumsum()
+    values, size, right = _count_by_confidence(confidence, correct)
+    images, confidences, right, bin_of = (x[0] for x in _sum_by_bin(values, size, right, bins))
+    rows = []
+    for b in np.flatnonzero(images):
+        n, (low, high) = int(images[b]), wilson_interval(int(right[b]), int(images[b]))
+        inside = values[bin_of == b]
+        row = {"n": n, "confidence": float(confidences[b] / n), "accuracy": float(right[b] / n)}
+        rows.append(row | {"low": low, "high": high, "from": float(inside[0]), "to": float(inside[-1])})
+    return rows
 
 
 def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the images answered [K] and of these answers that are wrong [K], the surest images first."""
-    _, given, errors = _surest_first(confidence, correct)
-    return given / len(confidence), errors / given
+    """The share of the images answered [K] and the share of these that is wrong [K], the most confident images first."""
+    _, answered, errors = _most_confident_first(confidence, correct)
+    return answered / len(confidence), errors / answered
 
 
 def choose_threshold(confidence: np.ndarray, correct: np.ndarray, *, max_error: float) -> float | None:
-    """The threshold that gives the most answers of which at most the share `max_error` is wrong on these images.
+    """The threshold that answers the most images while at most the share `max_error` of the answers is wrong on these images.
 
-    Answers are given at `confidence >= threshold`, so equal confidences go together.
+    An image is answered at `confidence >= threshold`, so images with equal confidence go together.
 
     Returns:
         Half-way between the last confidence answered and the next one, so that rounding elsewhere changes no answer; 0
-        where all may be answered; None where no threshold does it.
+        where all images may be answered; None where no threshold keeps the errors low enough.
     """
-    values, given, errors = _surest_first(confidence, correct)
-    fine = np.flatnonzero(errors / given <= max_error)
-    if not len(fine):
+    values, answered, errors = _most_confident_first(confidence, correct)
+    allowed = np.flatnonzero(errors / answered <= max_error)
+    if not len(allowed):
         return None
-    if fine[-1] == len(values) - 1:
+    if allowed[-1] == len(values) - 1:
         return 0.0
-    last, following = values[fine[-1]], values[fine[-1] + 1]
+    last, following = values[allowed[-1]], values[allowed[-1] + 1]
     between = (last + following) / 2
     return float(between if between > following else last)
 
 
-def count_answers(given: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
-    """What is said where `given` (bool [N]): {"answered", "coverage", "errors", "error", "interval" (Wilson, of error)}."""
-    n, answers = len(given), int(given.sum())
-    errors = int((given & ~correct).sum())
+def abstain_metrics(answered: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
+    """Counts of the images answered (bool [N]): {"answered", "coverage", "errors", "error", "interval" (Wilson, of error)}."""
+    n, count, errors = len(answered), int(answered.sum()), int((answered & ~correct).sum())
     return {
-        "answered": answers,
-        "coverage": answers / n if n else None,
+        "answered": count,
+        "coverage": count / n if n else None,
         "errors": errors,
-        "error": errors / answers if answers else None,
-        "interval": list(wilson_interval(errors, answers)),
+        "error": errors / count if count else None,
+        "interval": list(wilson_interval(errors, count)),
     }
 
 
-def answered(confidence: np.ndarray, correct: np.ndarray, threshold: float | None) -> dict[str, Any]:
-    """`count_answers` and {"threshold"}, for answers at `confidence >= threshold`; all are given where it is None."""
-    given = np.full(len(confidence), True) if threshold is None else confidence >= threshold
-    return {"threshold": threshold} | count_answers(given, correct)
+def _sum_by_bin(values: np.ndarray, size: np.ndarray, right: np.ndarray, bins: int) -> tuple[np.ndarray, ...]:
+    """Sums of images, confidences and right answers by bin, each [R, bins], and the bin of each value [R, K].
+
+    Bins hold equally many images. Equal confidences stay together, or the order of the images would matter: they go to
+    the bin of their middle image. `values` [K] ascend; `size` and `right` [R, K] count images in R samples.
+    """
+    rows, total = len(size), size[0].sum()
+    middle = size.cumsum(-1) - size / 2
+    bin_of = np.minimum(bins * middle / total, bins - 1).astype(int)
+    flat = (bin_of + bins * np.arange(rows)[:, None]).ravel()
+    weights = (size, size * values, right)
+    return *(np.bincount(flat, weights=w.ravel(), minlength=rows * bins).reshape(rows, bins) for w in weights), bin_of
+
+
+def _count_by_confidence(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct confidences [K], ascending, the images [1, K] at each, and how many of these are right [1, K]."""
+    values, group = np.unique(np.asarray(confidence, np.float64), return_inverse=True)
+    return values, np.bincount(group)[None], np.bincount(group, weights=np.asarray(correct, float))[None]
+
+
+def _most_confident_first(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct confidences [K], descending, and the number of images and of errors at each or above."""
+    values, size, right = _count_by_confidence(confidence, correct)
+    return values[::-1], size[0, ::-1].cumsum(), (size - right)[0, ::-1].cumsum()

@@ -1,4 +1,4 @@
-"""What judging leaves in a folder: predictions.csv, metrics.json and its table on the screen."""
+"""What an evaluation leaves in a folder: predictions.csv, metrics.json, and the table on the screen."""
 
 import csv
 import io
@@ -12,127 +12,122 @@ import numpy as np
 from jaxcats.common import stats
 from jaxcats.common.errors import unwritable
 from jaxcats.common.io import write_json, write_text
-from jaxcats.evaluate import metrics
+from jaxcats.evaluate.calibration import Calibration
+from jaxcats.evaluate.metrics import evaluation_metrics, table
 
 if TYPE_CHECKING:
-    from jaxcats.evaluate.calibration import Calibration
+    from jaxcats.data.index import Split
+    from jaxcats.evaluate.run import Run
 
-
-CHOSE = "also chose the best epoch, so the number flatters"
-USED = ["temperature", "abstain threshold"]  # what is always chosen on the validation images
-
-
-def write_predictions(
-    path: Path,
-    paths: Sequence[str],
-    *,
-    labels: np.ndarray,
-    classes: Sequence[str],
-    logits: np.ndarray,
-    calibration: "Calibration | None" = None,
-) -> None:
-    """predictions.csv: path, label (empty where unknown), predicted, and the network's own probability of each class.
-
-    With a calibration there are two columns more after `predicted`, which are what predict says: `probability` of the
-    answer, after the temperature, and `abstain`.
-    """
-    probabilities = np.exp(stats.log_softmax(logits))
-    more: list[list[Any]] = [[] for _ in paths]
-    if calibration is not None:
-        sure = np.exp(stats.log_softmax(logits / calibration.temperature)).max(1)
-        least = -1.0 if calibration.threshold is None else calibration.threshold
-        more = [[f"{p:.9g}", "yes" if p < least else "no"] for p in sure.tolist()]
-    text = io.StringIO(newline="")
-    out = csv.writer(text)
-    added = ["probability", "abstain"] if calibration else []
-    out.writerow(["path", "label", "predicted", *added, *(f"p_{c}" for c in classes)])
-    for name, label, row, extra in zip(paths, labels.tolist(), probabilities, more, strict=True):
-        known = classes[label] if label >= 0 else ""
-        out.writerow([name, known, classes[int(row.argmax())], *extra, *(f"{p:.9g}" for p in row)])
-    write_text(path, text.getvalue())
-
-
-def labelled(split: Any) -> bool:
-    """Whether every image's class is known."""
-    return bool((split.labels >= 0).all())
+# What an evaluation chooses on the validation images, besides what training chooses on them; model.json names it so.
+CHOSEN_ON_VALIDATION = ["temperature", "abstain threshold"]
 
 
 def write_results(
     folder: Path,
-    split: Any,
-    *,
-    classes: Sequence[str],
+    run: "Run",
+    split: "Split",
     logits: np.ndarray,
+    *,
     facts: dict[str, Any],
-    max_error: float,
-    calibration: "Calibration | None" = None,
-    chose: str = "",
-) -> "tuple[dict[str, Any], Calibration | None]":
+    max_error: float | None = None,
+    calibration: Calibration | None = None,
+) -> tuple[dict[str, Any], Calibration | None]:
     """Writes predictions.csv and, with labels, metrics.json, and prints the result.
 
     Args:
         folder: where to.
-        split: the images, with labels or without (-1).
-        classes: names in the order of the logits.
+        run: the trained run.
+        split: N images, with labels or without (-1).
         logits: [N, C].
         facts: further entries of metrics.json ("seconds", "checkpoint", ...).
-        max_error: of the answers given when the classifier may abstain.
-        calibration: chosen on other images; None: fitted on these, and reported out of fold.
-        chose: what these very images were used to choose, said beside the result; empty for nothing.
+        max_error: the share of wrong answers wanted when the classifier may abstain; None: the run's.
+        calibration: chosen on other images; None: these are the validation images, so it is fitted on them and reported
+            out of fold.
 
     Returns:
-        metrics.json's content and the calibration: the one given or the one fitted; None without labels.
+        metrics.json's content and the calibration that was given or fitted; {} and the one given without labels.
     """
-    found: dict[str, Any] = {}
-    if labelled(split):
-        found, calibration = metrics.evaluation_metrics(
-            logits, split.labels, classes, calibration=calibration, max_error=max_error
-        )
-        found = facts | found
+    metrics, chose_epoch = {}, calibration is None and run.best_epoch
+    if is_labelled(split):
+        options = {"calibration": calibration, "max_error": max_error or run.config.max_error}
+        metrics, calibration = evaluation_metrics(logits, split.labels, run.classes, **options)
+        metrics = facts | metrics
     try:
-        write_predictions(
-            folder / "predictions.csv",
-            split.paths,
-            labels=split.labels,
-            classes=classes,
-            logits=logits,
-            calibration=calibration,
-        )
-        if found:
-            write_json(folder / "metrics.json", found)
+        write_predictions(folder / "predictions.csv", split, run.classes, logits, calibration)
+        if metrics:
+            write_json(folder / "metrics.json", metrics)
     except OSError as e:
         raise unwritable(f"{folder}:", e) from None
-    if found:
-        print(stats.sentence(found["errors"], found["n"]) + (f"; these images {chose}" if chose else ""))
-        print(metrics.table(found))
+    if metrics:
+        caveat = "; these images also chose the best epoch, so the number flatters" if chose_epoch else ""
+        print(stats.sentence(metrics["errors"], metrics["n"]) + caveat)
+        print(table(metrics))
     else:
         print(f"{len(split):,} images without labels: predictions only.")
-    return found, calibration
+    return metrics, calibration
+
+
+def write_predictions(
+    path: Path, split: "Split", classes: Sequence[str], logits: np.ndarray, calibration: Calibration | None = None
+) -> None:
+    """Writes predictions.csv: path, label (empty where unknown), predicted, and the network's own probability of each class.
+
+    With a calibration there are two more columns after `predicted`, which are what predict says: `probability` of the
+    predicted class, after the temperature, and `abstain`.
+    """
+    columns, calibrated = ["path", "label", "predicted"], [[] for _ in split.paths]
+    if calibration is not None:
+        columns += ["probability", "abstain"]
+        confidence = np.exp(stats.log_softmax(logits / calibration.temperature)).max(1)
+        answered = calibration.is_answered(confidence)
+        calibrated = [[f"{p:.9g}", "no" if a else "yes"] for p, a in zip(confidence, answered, strict=True)]
+    rows: list[list[Any]] = [columns + [f"p_{name}" for name in classes]]
+    probabilities = np.exp(stats.log_softmax(logits))
+    for name, label, p, extra in zip(split.paths, split.labels.tolist(), probabilities, calibrated, strict=True):
+        actual = classes[label] if label >= 0 else ""
+        rows.append([name, actual, classes[int(p.argmax())], *extra, *(f"{x:.9g}" for x in p)])
+    write_csv(path, rows)
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """Writes a CSV file, whole or not at all; file names that are not UTF-8 keep their bytes."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def is_labelled(split: "Split") -> bool:
+    """Whether every image's class is known."""
+    return bool((split.labels >= 0).all())
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """What an earlier metrics.json in the folder says; nothing when there is none or it can't be read."""
+    """The metrics.json in a folder; {} where there is none or it can't be read."""
+    return read_json(folder / "metrics.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where the file is missing or something else."""
     try:
-        return dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
 
-def read_calibration(run: Path, checkpoint: Mapping[str, Any]) -> "Calibration | None":
-    """The temperature and threshold that a run's own validation images gave this checkpoint of it, if they did."""
-    from jaxcats.evaluate.calibration import Calibration
-
-    kept = read_metrics(run)
+def read_calibration(run_folder: Path, checkpoint: Mapping[str, Any]) -> Calibration | None:
+    """The temperature and threshold that a run's own validation images gave this checkpoint; None where they are unknown."""
+    metrics = read_metrics(run_folder)
     try:
-        now, then = checkpoint.get("state"), kept["checkpoint"].get("state")
-        # Of equal steps in one folder: there may have been another training in it before.
-        if kept["checkpoint"]["step"] != checkpoint["step"] or (now and then and now != then):
+        evaluated = metrics["checkpoint"]
+        # Another training in the same folder may have ended at the same step.
+        hashes = {facts.get("state") for facts in (evaluated, checkpoint)} - {None, ""}
+        if evaluated["step"] != checkpoint["step"] or len(hashes) > 1:
             return None
-        abstain = kept["abstain"]
         return Calibration(
-            temperature=float(kept["calibration"]["temperature"]),
-            threshold=abstain["threshold"],
-            max_error=float(abstain["max_error"]),
+            temperature=float(metrics["calibration"]["temperature"]),
+            threshold=metrics["abstain"]["threshold"],
+            max_error=float(metrics["abstain"]["max_error"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

@@ -1,6 +1,6 @@
-"""Which images to look at: rows of a table of log-probabilities, for galleries.
+"""Which images to look at: rows of a table of log-probabilities, for galleries and for likely label errors.
 
-Everywhere: log_probs float [N, C], labels int [N], the answer int rows into them, at most n, ties by row.
+Everywhere: log_probs float [N, C], labels int [N]; the result is at most n row numbers, int, ties in the order of the rows.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 def rand_by_correct(
     log_probs: np.ndarray, labels: np.ndarray, correct: bool, *, n: int = 4, seed: int = 0
 ) -> np.ndarray:
-    """Up to n random images that were judged right (or wrong), none twice; the same seed gives the same."""
+    """Up to n random images that were predicted right (or wrong), none twice; the same seed gives the same images."""
     rows = np.flatnonzero(_right(log_probs, labels) == correct)
     return np.random.default_rng(seed).permutation(rows)[:n]
 
@@ -20,32 +20,32 @@ def rand_by_correct(
 def most_by_correct(
     log_probs: np.ndarray, labels: np.ndarray, class_index: int, correct: bool, *, n: int = 4
 ) -> np.ndarray:
-    """Images of one true class: those judged right, the surest first, or those judged wrong, the most wrong first.
+    """Images of one actual class: the right ones, the most confident first, or the wrong ones, the most wrong first.
 
-    Surest and most wrong are the highest and the lowest probability of that class.
+    Most confident and most wrong are the highest and the lowest probability of that class.
     """
     labels = np.asarray(labels)
     rows = np.flatnonzero((_right(log_probs, labels) == correct) & (labels == class_index))
-    sure = np.asarray(log_probs)[rows, class_index]
-    return rows[np.argsort(-sure if correct else sure, kind="stable")[:n]]
+    score = np.asarray(log_probs)[rows, class_index]
+    return rows[np.argsort(-score if correct else score, kind="stable")[:n]]
 
 
 def most_uncertain(log_probs: np.ndarray, *, n: int = 4) -> np.ndarray:
-    """The smallest margins between the two highest probabilities; with two classes that is the lesson's |p - 0.5|."""
-    highest = np.sort(np.exp(np.asarray(log_probs, np.float64)), axis=1)
-    return np.argsort(highest[:, -1] - highest[:, -2], kind="stable")[:n]
+    """The images with the smallest margins between the two highest probabilities; with two classes that is the lesson's |p - 0.5|."""
+    ordered = np.sort(np.exp(np.asarray(log_probs, np.float64)), axis=1)
+    return np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")[:n]
 
 
 def top_losses(log_probs: np.ndarray, labels: np.ndarray, *, n: int = 9) -> np.ndarray:
-    """The highest losses first: the lowest log-probability of the true class (fastai's Interpretation.top_losses)."""
+    """The highest losses first: the lowest log-probability of the actual class (fastai's Interpretation.top_losses)."""
     return np.argsort(np.asarray(log_probs)[np.arange(len(labels)), labels], kind="stable")[:n]
 
 
 def label_errors(log_probs: np.ndarray, labels: np.ndarray, *, most: float = 0.05) -> np.ndarray:
-    """Images whose label looks wrong, as another class is likelier: the lowest probability of the label first.
+    """Images whose label looks wrong because another class is likelier; the lowest probability of the label comes first.
 
-    At most the share `most` of all, unless more of them are sure: those whose likeliest class has at least the mean
-    probability that it has over the images labelled with it (Northcutt et al., confident learning, arXiv:1911.00068).
+    At most the share `most` of all images, unless more are confident: an image is, where its likeliest class has at least
+    the mean probability that this class has over the images labelled with it (Northcutt et al., confident learning, arXiv:1911.00068).
 
     Args:
         log_probs: from networks that haven't seen the image (out of fold).
@@ -56,33 +56,33 @@ def label_errors(log_probs: np.ndarray, labels: np.ndarray, *, most: float = 0.0
     rows = np.flatnonzero(~_right(log_probs, labels))
     rows = rows[np.argsort(log_probs[rows, labels[rows]], kind="stable")]
     probs, classes = np.exp(log_probs), range(log_probs.shape[1])
-    usual = np.array([probs[labels == c, c].mean() if (labels == c).any() else np.inf for c in classes])
+    typical = np.array([probs[labels == c, c].mean() if (labels == c).any() else np.inf for c in classes])
     best = log_probs[rows].argmax(1)
-    sure = int((probs[rows, best] >= usual[best]).sum())
-    return rows[: max(math.ceil(most * len(labels)), sure)]
+    confident = int((probs[rows, best] >= typical[best]).sum())
+    return rows[: max(math.ceil(most * len(labels)), confident)]
 
 
 def knn_outlier_score(features: np.ndarray, hashes: Sequence[str], *, known: int, k: int = 10) -> np.ndarray:
     """How unlike all others an image is: the cosine distance to its k-th nearest training image, float [N].
 
-    Features are standardised by the training images'; copies of the image itself don't count. After Sun et al.,
+    Features are standardised with the training images' mean and deviation; copies of the image itself don't count. After Sun et al.,
     arXiv:2204.06507.
 
     Args:
         features: float [N, F], the training images first.
-        hashes: of their content, N.
-        known: how many are training images; at least two different ones.
-        k: fewer where there are not as many.
+        hashes: N hashes of the images' content.
+        known: number of training images; at least two different ones.
+        k: which neighbour; a nearer one where there are fewer than k.
     """
     from sklearn.neighbors import NearestNeighbors
 
     std = features[:known].std(0)
     scaled = (features - features[:known].mean(0)) / np.where(std > 0, std, 1)
     _, content = np.unique(np.asarray(hashes), return_inverse=True)
-    once = np.unique(content[:known], return_index=True)[1]
-    k = min(k, len(once) - 1)
-    distance, nearest = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(scaled[once]).kneighbors(scaled)
-    distance[content[once][nearest] == content[:, None]] = np.inf
+    unique = np.unique(content[:known], return_index=True)[1]
+    k = min(k, len(unique) - 1)
+    distance, nearest = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(scaled[unique]).kneighbors(scaled)
+    distance[content[unique][nearest] == content[:, None]] = np.inf
     return np.sort(distance, axis=1)[:, k - 1]
 
 

@@ -1,6 +1,7 @@
-"""A trained run, ready to judge images: loaded from its folder, with the images it is to judge."""
+"""A trained run that is open, and the images that it is evaluated on; `evaluate`, `export`, training and the Learner use it."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,177 +9,168 @@ from typing import Any
 import numpy as np
 
 from jaxcats.common.cli import from_file
-from jaxcats.common.config import Config
+from jaxcats.common.config import Config, Phase, label_kind
 from jaxcats.common.errors import RunError, UserError
+from jaxcats.data import index
+from jaxcats.data.images import Preprocess
+from jaxcats.data.index import BadFile, FolderIndex, Split
+from jaxcats.models import Model
+from jaxcats.train import experiment
+from jaxcats.train.checkpoint import Checkpoints
+from jaxcats.train.evaluator import Evaluator
+from jaxcats.train.features import backbone_features
+from jaxcats.train.run_folder import check_config
 
-BEST_EPOCH = ["choosing the best epoch"]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """A trained run, ready to judge images."""
+    """A trained run that is open.
+
+    Attributes:
+        folder: the run folder.
+        config: what it was trained with.
+        model: the network.
+        preprocess: how an image becomes the network's input.
+        classes: names in the order of the logits.
+        params: the trained weights.
+        batch_stats: the averages of the BatchNorm layers.
+        phase: the phase that the weights come from.
+        fingerprint: of the images, see `experiment.fingerprint`.
+        use: how the checkpoint was chosen: "last", "best" or a step.
+        step: the step of the weights.
+        weights_hash: of the checkpoint's arrays; None where there is no checkpoint.
+        best_epoch: whether validation images chose the epoch of the weights.
+        user_functions: the names of the user functions that it was trained with, see `UserFunctions.names`.
+    """
 
     folder: Path
     config: Config
-    model: Any
-    preprocess: Any
+    model: Model
+    preprocess: Preprocess
     classes: tuple[str, ...]
-    state: Any
-    precomputed: bool
-    augment: str
-    checkpoint: dict[str, Any]
+    params: Any
+    batch_stats: Any
+    phase: Phase
     fingerprint: str
+    use: str
+    step: int
+    weights_hash: str | None = None
+    best_epoch: bool = False
+    user_functions: Mapping[str, Mapping[str, str]] | None = None
 
-    def logits(self, split: Any) -> np.ndarray:
-        """Logits [N, C] of a split; through the feature cache where the run's last phase used it."""
-        from jaxcats.train import experiment
-        from jaxcats.train.evaluator import Evaluator
-        from jaxcats.train.features import backbone_features
+    @property
+    def checkpoint(self) -> dict[str, Any]:
+        """What metrics.json and model.json say of the weights."""
+        chose = ["choosing the best epoch"] if self.best_epoch else []
+        facts = {"use": self.use, "step": self.step, "state": self.weights_hash, "valid_used_for": chose}
+        facts["own"] = self.user_functions
+        return {name: value for name, value in facts.items() if value is not None}
 
-        config, params, stats = self.config, self.state.params, self.state.batch_stats
-        how = {"preprocess": self.preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
-        feats = None
-        if self.precomputed:
-            cache = experiment.cache_folder_of(config)
-            feats = backbone_features(
-                self.model, split, params=params, batch_stats=stats, cache_dir=cache, **how
-            ).features
-        found = Evaluator(self.model, split, features=feats, **how)(params, stats)
-        if not np.isfinite(found).all():
-            raise RunError(
-                f"{self.folder}: the network's answers are not numbers; train again with a lower learning rate."
-            )
-        return found
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """How batches of images are read."""
+        workers = self.config.data.workers
+        return {"preprocess": self.preprocess, "batch_size": self.config.feature_batch, "workers": workers}
 
-
-def evaluate_with_tta(run: Run, split: Any, logits: np.ndarray, *, n: int, weight: float | None) -> Any:
-    """(log-probabilities [N, C] averaged over n changed versions and the plain image, facts about how)."""
-    from jaxcats.evaluate import tta
-
-    config = run.config
-    how = tta.preset(run.augment)
-    changed = tta.augmented_probabilities(
-        run.model,
-        split,
-        run.state.params,
-        run.state.batch_stats,
-        preprocess=run.preprocess,
-        how=how,
-        n=n,
-        seed=config.seed,
-        batch_size=config.feature_batch,
-        workers=config.data.workers,
-    )
-    share = 1 / (n + 1) if weight is None else weight
-    return tta.combine(logits, changed, n=n, weight=share), {"versions": n, "weight": share, "augment": how}
+    def logits(self, split: Split) -> np.ndarray:
+        """Logits float32 [N, C] of a split, through the feature cache where the phase trained on features."""
+        features, weights = None, {"params": self.params, "batch_stats": self.batch_stats}
+        if self.phase.precompute:
+            cache = experiment.cache_folder_of(self.config)
+            features = backbone_features(self.model, split, cache_dir=cache, **weights, **self.decoding).features
+        logits = Evaluator(self.model, split, features=features, **self.decoding)(**weights)
+        if not np.isfinite(logits).all():
+            raise RunError(f"{self.folder}: the network's logits are not numbers; train with a lower learning rate.")
+        return logits
 
 
-def load_run(run: Path, which: str | None = None) -> Run:
-    """Loads a run folder that train wrote.
+def load_run(folder: Path, use: str | None = None) -> Run:
+    """Opens a run folder that train wrote.
 
     Args:
-        run: the folder.
-        which: last, best, a step, or None for what the run's configuration says.
+        folder: the run folder.
+        use: last, best or a step; None for what the run's configuration says.
 
     Raises:
-        UserError: not a run, no such checkpoint, or a damaged one.
+        UserError: the folder is no run, or the checkpoint is missing or damaged.
     """
-    from jaxcats.train import experiment
-    from jaxcats.train.checkpoint import Checkpoints
-    from jaxcats.train.run_folder import check_config
-
-    if not (run / "config.yaml").is_file():
-        raise UserError(
-            f"--run {run}: not a run folder (no readable config.yaml in it). Give a folder that train wrote."
-        )
-    config = from_file(run / "config.yaml")
-    if not (run / "checkpoints").is_dir():
-        raise UserError(f"--run {run}: holds no checkpoints; train it first (--resume goes on).")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"--run {folder}: not a run folder (it has no config.yaml). Give a folder that train wrote.")
+    config = from_file(folder / "config.yaml")
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"--run {folder}: has no checkpoints; train it first (train --resume continues a run).")
     experiment.enable_compile_cache(config)
-    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
-    use = which or config.checkpoint.use
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    use = use or config.checkpoint.use
     step = checkpoints.pick(use)
     meta = checkpoints.meta(step)
     if meta["phase"] not in config.phases:
-        raise UserError(
-            f"{run}/config.yaml: has no phase '{meta['phase']}', which the checkpoint at step {step} is of."
-        )
+        raise UserError(f"{folder}/config.yaml: has no phase '{meta['phase']}', but the checkpoint at step {step} has.")
     check_config(config, meta)
     phase = config.phases[meta["phase"]]
     model, preprocess = experiment.create_model(config, len(meta["classes"]), dtype=meta["dtype"])
-    plan = experiment.PhasePlan(0, meta["phase"], phase, 0, 0, 1)
+    plan = experiment.PhasePlan(0, meta["phase"], phase)
     state = checkpoints.restore(step, experiment.abstract_state(model, plan))
-    chosen = use == "best" or meta.get("kept_best", False)  # kept_best: by Learner.fit(keep="best")
-    facts = {
-        "use": use,
-        "step": step,
-        "state": checkpoints.identity(step),
-        "valid_used_for": BEST_EPOCH if chosen else [],
-    }
-    checkpoints.close()
-    facts |= {"own": meta["own"]} if "own" in meta else {}  # see UserFunctions
-    return Run(
-        folder=run,
+    run = Run(
+        folder=folder,
         config=config,
         model=model,
         preprocess=preprocess,
         classes=tuple(meta["classes"]),
-        state=state,
-        precomputed=phase.precompute,
-        augment=phase.augment,
-        checkpoint=facts,
+        params=state.params,
+        batch_stats=state.batch_stats,
+        phase=phase,
         fingerprint=meta["fingerprint"],
+        use=use,
+        step=step,
+        weights_hash=checkpoints.identity(step),
+        best_epoch=use == "best" or meta.get("kept_best", False),  # kept_best is of Learner.fit(keep="best")
+        user_functions=meta.get("own"),
     )
+    checkpoints.close()
+    return run
 
 
-def own_images(run: Run) -> Any:
-    """The FolderIndex that the run was trained on; UserError where its images have changed since."""
-    from jaxcats.train import experiment
-
+def training_index(run: Run) -> FolderIndex:
+    """The index of the images that the run was trained on; UserError where they have changed since."""
     root = run.config.data.root
-    found = experiment.index_images(run.config, experiment.cache_folder_of(run.config), run.folder)
-    if found.classes != run.classes:
-        theirs, ours = ", ".join(found.classes), ", ".join(run.classes)
+    images = experiment.index_images(run.config, experiment.cache_folder_of(run.config), run.folder)
+    if images.classes != run.classes:
+        theirs, ours = ", ".join(images.classes), ", ".join(run.classes)
         raise UserError(f"{root}: has the classes {theirs}; the run was trained on {ours}.")
-    if not experiment.same_images(experiment.fingerprint(found), run.fingerprint):
-        raise UserError(
-            f"{root}: the images have changed since this run was trained, so these are not its validation images. "
-            f"Give the folder to judge with --data."
-        )
-    return found
+    if not experiment.same_images(experiment.fingerprint(images), run.fingerprint):
+        raise UserError(f"{root}: the images have changed since this run was trained; evaluate a folder with --data.")
+    return images
 
 
-def count_seen_images(run: Run, split: Any) -> dict[str, int]:
-    """How many images of another folder, by content, are among the run's own, by split; empty where those have gone."""
+def count_seen_images(run: Run, split: Split) -> dict[str, int]:
+    """By split, how many of the run's own images are in another split by content; empty where its images have changed."""
     try:
-        own = own_images(run).splits
+        own_splits = training_index(run).splits
     except UserError:
         return {}
-    counts = {name: len(set(split.hashes) & set(images.hashes)) for name, images in own.items()}
+    counts = {name: len(set(split.hashes) & set(own.hashes)) for name, own in own_splits.items()}
     return {name: n for name, n in counts.items() if n}
 
 
-def other_images(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[Any, Any]:
-    """(split, bad files) of a labelled or unlabelled folder."""
-    from jaxcats.common.config import label_kind
-    from jaxcats.data import index
-    from jaxcats.train import experiment
+def other_dataset(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[Split, tuple[BadFile, ...]]:
+    """The images of another folder, and its files that can't be used.
 
-    d = run.config.data
-    options = {
-        "on_bad_file": d.on_bad_file,
-        "cache_dir": experiment.cache_folder_of(run.config),
-        "workers": d.workers,
-        "rehash": d.rehash,
-    }
-    top = Path(os.path.expanduser(folder))
+    Args:
+        run: gives the classes, and how labels are found.
+        folder: class folders, or images without labels.
+        unlabelled: the folders in it are no classes.
+    """
+    data = run.config.data
+    options = {"on_bad_file": data.on_bad_file, "workers": data.workers, "rehash": data.rehash}
+    options |= {"cache_dir": experiment.cache_folder_of(run.config)}
+    root = Path(os.path.expanduser(folder))
     # A table names the images of one folder only.
-    labels = "folders" if label_kind(d.labels) == "table" else d.labels
-    if not unlabelled and (
-        labels != "folders" or any(p.is_dir() and not p.name.startswith(".") for p in top.glob("*"))
-    ):
-        try:
-            return index.scan_labelled(top, classes=run.classes, labels=labels, **options)
-        except UserError as e:
-            raise UserError(f"{e}. If its images have no labels, add --unlabelled.") from None
-    return index.scan_unlabelled(top, **options)
+    labels = "folders" if label_kind(data.labels) == "table" else data.labels
+    has_folders = any(p.is_dir() and not p.name.startswith(".") for p in root.glob("*"))
+    if unlabelled or (labels == "folders" and not has_folders):
+        return index.scan_unlabelled(root, **options)
+    try:
+        return index.scan_labelled(root, classes=run.classes, labels=labels, **options)
+    except UserError as e:
+        raise UserError(f"{e}. If its images have no labels, add --unlabelled.") from None

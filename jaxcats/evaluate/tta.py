@@ -1,4 +1,4 @@
-"""Test-time augmentation: each image judged as it is and n times changed at random, the probabilities averaged."""
+"""Test-time augmentation: each image is predicted as it is and n times randomly changed, and the probabilities are averaged."""
 
 from typing import Any
 
@@ -6,90 +6,75 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcats import models
 from jaxcats.common.compile_cache import jit
 from jaxcats.common.errors import UserError
 from jaxcats.common.io import progress_bar
 from jaxcats.common.stats import log_softmax
 from jaxcats.core.step import normalise
 from jaxcats.data import augment
-from jaxcats.data.images import Preprocess
 from jaxcats.data.index import Split
+from jaxcats.evaluate.run import Run
 from jaxcats.train.drivers import image_batches
 from jaxcats.train.evaluator import run_evaluation
 from jaxcats.train.experiment import stable_number
 
 
-def preset(name: str) -> str:
-    """The augmentation that TTA uses for a phase trained with `name`: side_on where that was none."""
+def evaluate_with_tta(
+    run: Run, split: Split, logits: np.ndarray, *, n: int, weight: float | None = None, preset: str | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Averages the probabilities of the plain image and of n changed versions.
+
+    Args:
+        run: a trained run.
+        split: N images.
+        logits: of the plain images, [N, C].
+        n: number of changed versions of each image.
+        weight: of the plain image; None: 1 / (n + 1), the mean of all versions (fastai 0.7); fastai v2 has .25 with n 4.
+        preset: name of an augmentation; None: the one that the run was trained with.
+
+    Returns:
+        Log-probabilities float64 [N, C], and the facts for metrics.json.
+    """
+    preset = tta_preset(run.phase.augment) if preset is None else preset
+    weight = 1 / (n + 1) if weight is None else weight
+    augmented = augmented_probabilities(run, split, n=n, preset=preset).astype(np.float64)
+    mixed = weight * np.exp(log_softmax(logits)) + (1 - weight) * augmented
+    return np.log(np.maximum(mixed, np.finfo(np.float64).tiny)), {"versions": n, "weight": weight, "augment": preset}
+
+
+def tta_preset(name: str) -> str:
+    """The augmentation that TTA uses for a phase that was trained with `name`: side_on where that was none."""
     return "side_on" if name == "none" else name
 
 
-def augmented_probabilities(
-    model: models.Model,
-    split: Split,
-    params: Any,
-    batch_stats: Any,
-    *,
-    preprocess: Preprocess,
-    how: str,
-    n: int,
-    seed: int,
-    batch_size: int,
-    workers: int | None,
-) -> np.ndarray:
-    """Mean over n changed versions of the probabilities, float32 [N, C]; each image is decoded once.
+def augmented_probabilities(run: Run, split: Split, *, n: int, preset: str) -> np.ndarray:
+    """The mean of the probabilities over n changed versions, float32 [N, C]; each image is decoded once.
 
-    Args:
-        model: the network.
-        split: N images.
-        params: its weights.
-        batch_stats: its averages.
-        preprocess: what evaluation does.
-        how: name of a preset of data.augment, not none.
-        n: versions of each image.
-        seed: of the changes, which depend on it, on the version and on the image's row alone.
-        batch_size: images per call.
-        workers: decoding threads.
+    The changes depend on the run's seed, on the version and on the image's row alone.
     """
-    chosen = augment.PRESETS.get(how)
-    if chosen is None:
-        raise UserError(
-            f"tta: augment {how!r} can't be used; choose {', '.join(k for k, v in augment.PRESETS.items() if v)}."
-        )
-    key = jax.random.fold_in(jax.random.key(seed), stable_number("tta"))
-    change = augment.make_augment(chosen, key=key, size=preprocess.size)
-    prepare = normalise(preprocess.mean, preprocess.std)
+    changes = augment.PRESETS.get(preset)
+    if changes is None:
+        names = ", ".join(name for name, value in augment.PRESETS.items() if value)
+        raise UserError(f"tta: augment {preset!r} can't be used; choose {names}.")
+    key = jax.random.fold_in(jax.random.key(run.config.seed), stable_number("tta"))
+    change = augment.make_augment(changes, key=key, size=run.preprocess.size)
+    prepare = normalise(run.preprocess.mean, run.preprocess.std)
 
     @jit
-    def mean_of(params, stats, images, index):
-        def once(total, version):
-            logits, _ = model.apply(params, stats, prepare(change(images, version, index)), train=False)
+    def mean_probabilities(params, batch_stats, images, index):
+        def add_version(total, version):
+            logits, _ = run.model.apply(params, batch_stats, prepare(change(images, version, index)), train=False)
             return total + jax.nn.softmax(logits), None
 
-        total, _ = jax.lax.scan(once, jnp.zeros((len(index), model.num_classes), jnp.float32), jnp.arange(n))
+        zeros = jnp.zeros((len(index), run.model.num_classes), jnp.float32)
+        total, _ = jax.lax.scan(add_version, zeros, jnp.arange(n))
         return total / n
 
-    source = augment.source_preprocess(preprocess, chosen)
     with progress_bar(total=len(split), desc="TTA") as bar:
 
-        def step(params, stats, batch):
+        def step(params, batch_stats, batch):
             bar.update(int(batch["mask"].sum()))
-            return mean_of(params, stats, batch["image"], batch["index"]), None
+            return mean_probabilities(params, batch_stats, batch["image"], batch["index"]), None
 
-        batches = image_batches(split, preprocess=source, batch_size=batch_size, workers=workers)
-        return run_evaluation(step, params, batch_stats, batches, n=len(split))
-
-
-def combine(logits: np.ndarray, augmented: np.ndarray, *, n: int, weight: float | None = None) -> np.ndarray:
-    """Log-probabilities float64 [N, C] of `weight` times the plain answer and the rest of the changed ones.
-
-    Args:
-        logits: plain, [N, C].
-        augmented: mean probabilities of the n changed versions, [N, C].
-        n: how many they were.
-        weight: of the plain answer; None: 1 / (n + 1), the plain mean of all (fastai 0.7); fastai v2 has .25 with n 4.
-    """
-    share = 1 / (n + 1) if weight is None else weight
-    mixed = share * np.exp(log_softmax(logits)) + (1 - share) * augmented.astype(np.float64)
-    return np.log(np.maximum(mixed, np.finfo(np.float64).tiny))
+        decoding: dict[str, Any] = run.decoding | {"preprocess": augment.source_preprocess(run.preprocess, changes)}
+        return run_evaluation(step, run.params, run.batch_stats, image_batches(split, **decoding), n=len(split))

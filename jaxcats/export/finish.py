@@ -12,8 +12,8 @@ from jaxcats.common.cli import command_line
 from jaxcats.common.errors import UserError
 from jaxcats.common.io import write_json
 from jaxcats.core import mesh
-from jaxcats.evaluate.predictions import CHOSE, write_results
-from jaxcats.evaluate.run import BEST_EPOCH, Run
+from jaxcats.evaluate.predictions import write_results
+from jaxcats.evaluate.run import Run
 from jaxcats.train.experiment import Experiment
 from jaxcats.train.loop import TrainingResult
 
@@ -45,29 +45,27 @@ def finish_training(
             result, params=mesh.to_local(result.params), batch_stats=mesh.to_local(result.batch_stats)
         )
         mesh.use_first_device_only()
-    last = list(config.phases.values())[-1]
     run = Run(
         folder=workdir,
         config=config,
         model=experiment.model,
         preprocess=experiment.preprocess,
         classes=experiment.index.classes,
-        state=result,
-        precomputed=last.precompute,
-        augment=last.augment,
-        checkpoint={"use": config.checkpoint.use, "step": result.step, "state": result.identity}
-        | {"valid_used_for": BEST_EPOCH if config.checkpoint.use == "best" else []}
-        | {name: facts[name] for name in ("own",) if name in facts},
+        params=result.params,
+        batch_stats=result.batch_stats,
+        phase=list(config.phases.values())[-1],
         fingerprint=facts["fingerprint"],
+        use=config.checkpoint.use,
+        step=result.step,
+        weights_hash=result.identity,
+        best_epoch=config.checkpoint.use == "best",
+        user_functions=facts.get("own"),
     )
     results: dict[str, Any] = {"features": result.feature_counts, "bad_files": len(experiment.index.bad)}
     if experiment.user_functions.metrics:
         results["own_metrics"] = experiment.user_functions.measure(logits, valid.labels)
     results |= {"checkpoint": run.checkpoint, "seconds": _with_total(seconds, started)}
-    chose = CHOSE if run.checkpoint["valid_used_for"] else ""
-    metrics, calibration = write_results(
-        workdir, valid, classes=run.classes, logits=logits, facts=results, max_error=config.max_error, chose=chose
-    )
+    metrics, calibration = write_results(workdir, run, valid, logits, facts=results)
     written = ["metrics.json", "predictions.csv"]
     if config.export:
         from jaxcats.export.program import write_run
@@ -81,10 +79,11 @@ def finish_training(
     if (workdir / "model").is_dir():
         written.append("model/")
     if config.report:
+        from jaxcats.evaluate.figures import EvaluatedSplit
         from jaxcats.evaluate.report import write_evaluation
 
         at = time.perf_counter()
-        write_evaluation(workdir, run, valid, logits, metrics)
+        write_evaluation(workdir, EvaluatedSplit(run, valid, logits, metrics))
         seconds["report"] = time.perf_counter() - at
         written.append("report.html")
     total = _with_total(seconds, started)

@@ -22,9 +22,9 @@ from jaxcats.common.io import cache_folder, write_bytes
 from jaxcats.common.versions import versions
 from jaxcats.core.step import normalise
 from jaxcats.data.images import TRANSFORM_VERSION, Preprocess
-from jaxcats.evaluate.predictions import USED
+from jaxcats.evaluate.predictions import CHOSEN_ON_VALIDATION
 from jaxcats.evaluate.run import Run
-from jaxcats.evaluate.tta import preset
+from jaxcats.evaluate.tta import tta_preset
 from jaxcats.export import artifact
 from jaxcats.models import registry
 from jaxcats.train.features import source_hash
@@ -48,20 +48,20 @@ def write_run(
     """
     accuracy = None
     if metrics and "errors" in metrics:
-        used_for = [*run.checkpoint["valid_used_for"], *(USED if calibration else [])]
+        used_for = [*run.checkpoint["valid_used_for"], *(CHOSEN_ON_VALIDATION if calibration else [])]
         accuracy = {key: metrics[key] for key in ("n", "errors", "interval")} | {"used_for": used_for}
     folder = out or run.folder / "model"
     write(
         folder,
         model=run.model,
-        params=run.state.params,
-        batch_stats=run.state.batch_stats,
+        params=run.params,
+        batch_stats=run.batch_stats,
         preprocess=run.preprocess,
         classes=run.classes,
         calibration=calibration,
         facts={
             "accuracy": accuracy,
-            "tta": {"augment": preset(run.augment)},
+            "tta": {"augment": tta_preset(run.phase.augment)},
             "checkpoint": run.checkpoint,
             "training": to_tree(run.config),
             "versions": versions(),

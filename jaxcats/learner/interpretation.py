@@ -103,15 +103,15 @@ class Interpretation:
 
     def plot_confusion(self) -> plots.Figure:
         """How often each class is mistaken for each other."""
-        return figures.of_numbers(self._evaluated_split())["confusion"]
+        return figures.metric_figures(self._evaluated_split())["confusion"]
 
     def plot_reliability(self) -> plots.Figure:
         """Whether the probabilities can be believed, before and after the temperature."""
-        return figures.of_numbers(self._evaluated_split())["reliability"]
+        return figures.metric_figures(self._evaluated_split())["reliability"]
 
     def plot_risk_coverage(self) -> plots.Figure:
         """Errors by the share of images answered."""
-        return figures.of_numbers(self._evaluated_split())["risk_coverage"]
+        return figures.metric_figures(self._evaluated_split())["risk_coverage"]
 
     def plot_heat_maps(self) -> plots.Figure:
         """Grad-CAM of the highest losses and of the most confident answers."""
@@ -131,13 +131,13 @@ class Interpretation:
         """Writes figures/ and report.html into a folder; returns the path of the page."""
         from jaxcats.evaluate.report import write_evaluation
 
-        folder, split = Path(folder), self.data.split("valid")
-        run = dataclasses.replace(self.run, folder=folder)
-        write_evaluation(folder, run, split, self.logits, self.metrics())
+        folder = Path(folder)
+        write_evaluation(folder, self._evaluated_split(folder))
         return folder / "report.html"
 
-    def _evaluated_split(self) -> EvaluatedSplit:
-        return EvaluatedSplit(self.run, self.data.split("valid"), self.logits, self.metrics())
+    def _evaluated_split(self, folder: Path | None = None) -> EvaluatedSplit:
+        run = dataclasses.replace(self.run, folder=folder) if folder else self.run
+        return EvaluatedSplit(run, self.data.split("valid"), self.logits, self.metrics())
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from jaxcats.common.io import in_notebook
 from jaxcats.common.stats import log_softmax, sentence
 from jaxcats.core.state import TrainState
 from jaxcats.evaluate import tta
-from jaxcats.evaluate.run import BEST_EPOCH, Run
+from jaxcats.evaluate.run import Run
 from jaxcats.learner.data import ImageClassifierData
 from jaxcats.learner.interpretation import Interpretation, Sched
 from jaxcats.learner.saving import FitMemory, load_state, save_state
@@ -308,17 +308,8 @@ class Learner:
         check_tta(n, weight)
         if n == 0:
             return self.predict(split)
-        augmented = tta.augmented_probabilities(
-            self.model,
-            self.data.split(split),
-            self.params,
-            self.batch_stats,
-            how=augment or tta.preset(self.data.augment),
-            n=n,
-            seed=self.data.seed,
-            **decoding(self._experiment),
-        )
-        return tta.combine(self.logits(split), augmented, n=n, weight=weight)
+        images, preset = self.data.split(split), augment or tta.tta_preset(self.data.augment)
+        return tta.evaluate_with_tta(self._run(), images, self.logits(split), n=n, weight=weight, preset=preset)[0]
 
     @property
     def interpretation(self) -> Interpretation:
@@ -347,23 +338,19 @@ class Learner:
 
     def _run(self) -> Run:
         """The network as the evaluate and export commands know it."""
-        config = self.config
-        last = list(config.phases.values())[-1]
         return Run(
             folder=self.workdir,
-            config=config,
+            config=self.config,
             model=self.model,
             preprocess=self._experiment.preprocess,
             classes=self.data.classes,
-            state=self,
-            precomputed=self._precompute,
-            augment=last.augment,
-            checkpoint={
-                "use": "last",
-                "step": self._progress.step,
-                "valid_used_for": BEST_EPOCH if self._kept_best else [],
-            },
+            params=self.params,
+            batch_stats=self.batch_stats,
+            phase=list(self.config.phases.values())[-1],
             fingerprint=self._fingerprint,
+            use="last",
+            step=self._progress.step,
+            best_epoch=self._kept_best,
         )
 
     # The weights, and which of them are trained

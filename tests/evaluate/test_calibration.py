@@ -10,19 +10,22 @@ from jaxcats.common.stats import log_softmax, wilson_interval
 from jaxcats.evaluate import calibration
 from jaxcats.evaluate.calibration import (
     Calibration,
-    answered,
+    abstain_metrics,
     assign_folds,
     calibration_metrics,
     choose_threshold,
+    cross_fit,
     ece_interval,
     expected_calibration_error,
     fit_calibration,
     fit_temperature,
-    given_out_of_fold,
-    out_of_fold,
     reliability,
     risk_coverage,
 )
+
+
+def at_threshold(confidence, correct, threshold):
+    return abstain_metrics(Calibration(1.0, threshold).is_answered(confidence), correct)
 
 
 def drawn(n, classes, *, scale, seed=0):
@@ -97,36 +100,25 @@ def test_folds_share_every_class_evenly(counts):
     assert len(labels) < 10 or (fold != assign_folds(labels, folds=5, seed=2)).any()
 
 
-def test_out_of_fold_rows_are_scaled_by_the_other_folds_alone(monkeypatch):
-    logits, labels = drawn(200, 3, scale=3)
-    fold = np.arange(200) % 4
-    monkeypatch.setattr(calibration, "assign_folds", lambda labels, **_: fold)
-    log_probs, temperatures = out_of_fold(logits, labels, folds=4)
-    for k in range(4):
-        assert temperatures[k] == fit_temperature(logits[fold != k], labels[fold != k])
-        np.testing.assert_allclose(log_probs[fold == k], log_softmax(logits[fold == k] / temperatures[k]))
-    spoiled = np.where(fold == 2, (labels + 1) % 3, labels)  # every label of one fold is wrong now
-    again, other = out_of_fold(logits, spoiled, folds=4)
-    np.testing.assert_array_equal(again[fold == 2], log_probs[fold == 2])
-    assert (again[fold != 2] != log_probs[fold != 2]).any(-1).all()
-    assert other[2] == temperatures[2]
-
-
-def test_out_of_fold_thresholds_are_chosen_by_the_other_folds_alone(monkeypatch):
+def test_each_fold_is_calibrated_by_the_other_folds_alone(monkeypatch):
     logits, labels = drawn(300, 2, scale=2)
     fold = np.arange(300) % 3
     monkeypatch.setattr(calibration, "assign_folds", lambda labels, **_: fold)
-    temperatures = np.array([1.5, 2.0, 2.5])
-    given = given_out_of_fold(logits, labels, temperatures, max_error=0.03)
+    log_probs, given, temperatures = cross_fit(logits, labels, max_error=0.03, folds=3)
     for k in range(3):
-        sure = np.exp(log_softmax(logits / temperatures[k])).max(1)
         rest = fold != k
+        assert temperatures[k] == fit_temperature(logits[rest], labels[rest])
+        np.testing.assert_allclose(log_probs[~rest], log_softmax(logits[~rest] / temperatures[k]))
+        sure = np.exp(log_softmax(logits / temperatures[k])).max(1)
         limit = choose_threshold(sure[rest], (logits.argmax(1) == labels)[rest], max_error=0.03)
-        np.testing.assert_array_equal(given[fold == k], sure[fold == k] >= limit)
-    spoiled = np.where(fold == 1, 1 - labels, labels)
-    again = given_out_of_fold(logits, spoiled, temperatures, max_error=0.03)
-    np.testing.assert_array_equal(again[fold == 1], given[fold == 1])
-    assert again.sum() < given.sum()
+        np.testing.assert_array_equal(given[~rest], sure[~rest] >= limit)
+    spoiled = np.where(fold == 1, 1 - labels, labels)  # every label of one fold is wrong now
+    again, given_again, other = cross_fit(logits, spoiled, max_error=0.03, folds=3)
+    np.testing.assert_array_equal(again[fold == 1], log_probs[fold == 1])
+    np.testing.assert_array_equal(given_again[fold == 1], given[fold == 1])
+    assert (again[fold != 1] != log_probs[fold != 1]).any(-1).all()
+    assert other[1] == temperatures[1]
+    assert given_again.sum() < given.sum()
 
 
 def slow_ece(confidence, correct, bins):
@@ -237,7 +229,7 @@ def test_equal_confidences_are_answered_together_or_not_at_all():
     for order in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]):
         limit = choose_threshold(sure[order], right[order], max_error=0.1)
         assert limit == pytest.approx(0.95)
-        assert answered(sure[order], right[order], limit)["answered"] == 3
+        assert at_threshold(sure[order], right[order], limit)["answered"] == 3
     assert choose_threshold(np.ones(4), np.array([True, True, True, False]), max_error=0.1) is None
     assert choose_threshold(np.ones(4), np.array([True, True, True, False]), max_error=0.25) == 0.0
 
@@ -256,23 +248,22 @@ def test_the_threshold_is_the_best_of_all(seed):
     found = choose_threshold(sure, right, max_error=limit)
     tried = {t: (sure >= t) for t in sure}
     best = max((int(g.sum()) for g in tried.values() if (~right[g]).mean() <= limit), default=0)
-    assert (0 if found is None else answered(sure, right, found)["answered"]) == best
+    assert (0 if found is None else at_threshold(sure, right, found)["answered"]) == best
 
 
 def test_what_is_answered():
     sure, right = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False])
-    found = answered(sure, right, 0.7)
+    found = at_threshold(sure, right, 0.7)
     interval = list(wilson_interval(1, 3))
     assert found == {
-        "threshold": 0.7,
         "answered": 3,
         "coverage": 0.75,
         "errors": 1,
         "error": 1 / 3,
         "interval": interval,
     }
-    assert answered(sure, right, None)["answered"] == 4
-    nothing = answered(sure, right, 0.95)
+    assert at_threshold(sure, right, None)["answered"] == 4
+    nothing = at_threshold(sure, right, 0.95)
     assert (nothing["answered"], nothing["error"], nothing["interval"]) == (0, None, [0.0, 1.0])
 
 
@@ -288,6 +279,6 @@ def test_a_calibration_is_fitted_as_a_whole():
     found = fit_calibration(logits, labels, max_error=0.02)
     sure = np.exp(log_softmax(logits / found.temperature)).max(1)
     assert found.temperature == fit_temperature(logits, labels)
-    assert answered(sure, logits.argmax(1) == labels, found.threshold)["error"] <= 0.02
+    assert at_threshold(sure, logits.argmax(1) == labels, found.threshold)["error"] <= 0.02
     assert found.max_error == 0.02
     assert Calibration() == Calibration(temperature=1.0, threshold=None, max_error=0.005)

@@ -8,7 +8,7 @@ import pytest
 
 from jaxcats.common.errors import UserError
 from jaxcats.common.stats import brier, log_softmax, percent_digits, sentence, summary, wilson_interval
-from jaxcats.evaluate.calibration import Calibration, answered, assign_folds, fit_temperature
+from jaxcats.evaluate.calibration import Calibration, abstain_metrics, assign_folds, fit_temperature
 from jaxcats.evaluate.metrics import area_under_roc, evaluation_metrics, table
 from jaxcats.train.epoch_table import table_head, table_row
 
@@ -100,7 +100,7 @@ def test_probabilities_of_a_half_precision_network_sum_to_one():
     np.testing.assert_allclose(np.exp(log_softmax(logits)).sum(-1), 1, rtol=1e-12)
 
 
-def test_nothing_to_judge_is_no_number():
+def test_no_images_give_no_number():
     found = summary(np.zeros((0, 2)), np.zeros(0, int))
     assert (found["n"], found["errors"], found["accuracy"], found["log_loss"]) == (0, 0, None, None)
     assert found["interval"] == [0.0, 1.0]
@@ -194,7 +194,7 @@ def named(classes):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7, 100])
-def test_judging_agrees_with_scikit_learn(classes):
+def test_the_metrics_agree_with_scikit_learn(classes):
     import sklearn.metrics as theirs
 
     logits, labels = drawn(600, classes)
@@ -216,7 +216,7 @@ def test_judging_agrees_with_scikit_learn(classes):
 
 def test_rows_and_columns_of_the_confusion_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2])
-    logits = np.eye(4)[[0, 1, 1, 1, 0, 0]]  # nobody says 2; class 3 has no image
+    logits = np.eye(4)[[0, 1, 1, 1, 0, 0]]  # no image is predicted as 2; class 3 has no image
     found, _ = evaluation_metrics(logits, labels, ["ant", "bee", "cow", "dog"])
     assert found["confusion"] == [[1, 2, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     ant, bee, cow, dog = found["per_class"]
@@ -261,7 +261,7 @@ def test_odd_sets_give_plain_numbers_and_a_table(name):
     assert table(again)
 
 
-def test_nothing_to_judge_is_said():
+def test_nothing_to_evaluate_is_said():
     with pytest.raises(UserError, match="no images"):
         evaluation_metrics(np.zeros((0, 2)), np.zeros(0, int), ["a", "b"])
 
@@ -282,7 +282,7 @@ def test_what_is_fitted_here_is_reported_out_of_fold():
     assert (told["fitted_on_these_pictures"], told["folds"], len(told["fold_temperatures"])) == (True, 4, 4)
     abstain = found["abstain"]
     sure = np.exp(log_softmax(logits / calibration.temperature)).max(1)
-    here = answered(sure, logits.argmax(1) == labels, calibration.threshold)
+    here = abstain_metrics(calibration.is_answered(sure), logits.argmax(1) == labels)
     assert {k: abstain[k] for k in here} == here
     assert abstain["error"] <= abstain["max_error"] == calibration.max_error == 0.02
     assert abstain["out_of_fold"] != {k: here[k] for k in abstain["out_of_fold"]}
@@ -319,7 +319,7 @@ def test_the_table_names_the_worst_classes_and_fits_the_screen():
 @pytest.mark.parametrize(
     ("threshold", "words"),
     [
-        (0.87654, "only at 0.876 or surer"),
+        (0.87654, "only at 0.87654 or surer"),
         (0.99987, "only at 0.99987 or surer"),
         (0.99999987, "only at 0.99999987 or surer"),
         (0.0, "Every answer may be given"),

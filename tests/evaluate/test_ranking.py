@@ -77,7 +77,7 @@ def test_no_rows_give_no_rows():
 
 
 def test_labels_that_look_wrong():
-    assert label_errors(TWO, LABELS, most=1).tolist() == [4, 6, 1]  # all that were judged wrong, the surest first
+    assert label_errors(TWO, LABELS, most=1).tolist() == [4, 6, 1]  # all wrong ones, the most confident first
     # All the same where the network is as sure as it usually is of that class: .54 of dogs, .4625 of cats.
     assert label_errors(TWO, LABELS, most=0).tolist() == [4, 6, 1]
     unsure = np.log([[0.9, 0.1], [0.4, 0.6], [0.1, 0.9]])

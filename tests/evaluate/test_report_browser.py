@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from reports import evaluated, metrics_of, run_folder
 
 from jaxcats.evaluate import report
 
@@ -14,50 +15,30 @@ LONG = "a_class_whose_name_has_forty_characters_"
 SVG = '<svg viewBox="0 0 700 200" xmlns="http://www.w3.org/2000/svg" fill="currentColor"><text x="9" y="99">axis</text></svg>'
 
 
-def make(root, classes):
-    """N images, of which the first WRONG were misjudged; (report, probability of the answer [N])."""
-    rng = np.random.default_rng(0)
-    c = len(classes)
-    labels = np.arange(N) % c
-    said = np.where(np.arange(N) < WRONG, (labels + 1) % c, labels)
-    sure = rng.uniform(0.55, 0.9999, N)
-    probs = np.repeat(((1 - sure) / (c - 1))[:, None], c, axis=1)
-    probs[np.arange(N), said] = sure
-    rows = [
-        {"class": name, "n": 100 - k, "predicted": 9, "right": 8, "precision": 1.0, "recall": 0.9, "f1": 0.9}
-        | {"recall_interval": [0.6, 0.98]}
-        for k, name in enumerate(classes)
+def make(root, classes, folder):
+    """A page of N images, of which the first WRONG are predicted wrong, and the probability of the predicted class [N]."""
+    paths = [
+        f"{classes[i % len(classes)]}/{i:03d}.jpg" if i else "gone/" + 30 * "long_name_" + ".jpg" for i in range(N)
     ]
-    found = {"n": N, "errors": WRONG, "classes": classes, "per_class": rows}
-    found |= {"most_confused": [{"actual": classes[1], "predicted": classes[0], "n": 4}]}
-    paths = [f"{classes[labels[i]]}/{i:03d}.jpg" if i else "gone/" + 30 * "long_name_" + ".jpg" for i in range(N)]
     for path in paths[1:]:
         (root / path).parent.mkdir(exist_ok=True)
         Image.new("RGB", (90, 60), (int(path[-6:-4]), 90, 140)).save(root / path)
-    figures = [report.Figure("curve", "A curve", "How to read it.", "What it shows.", SVG)]
-    made = report.Report(
-        title="dogs and cats",
-        classes=classes,
-        trained={"network": "resnet34", "data": 20 * "/a_long_folder"},
-        found=found,
-        pictures=report.Pictures(root, paths, labels, np.log(probs), 0.7),
-        notes=[("serious", "Mind this.")],
-        figures=figures,
-        config="x: " + 300 * "y",
-        facts={"sha256": 64 * "a"},
-        commands={"predict": "python -m jaxcats.predict --model " + 20 * "/a_long_folder"},
+    metrics = metrics_of(classes, n=N, errors=WRONG, threshold=0.7)
+    made = evaluated(
+        root, paths, classes=classes, wrong=WRONG, metrics=metrics, folder=folder, data_root=20 * "/a_long_folder"
     )
-    return made, sure
+    return report.render(made, [report.Figure("losses", SVG, False)]), np.exp(made.log_probs).max(1)
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """Addresses of a page of two classes and one of thirty with long names, and the probabilities in the first."""
     root = tmp_path_factory.mktemp("page")
-    made, sure = make(root, ["cats", "dogs"])
-    report.write_report(root / "two.html", made)
-    many, _ = make(root, [f"{LONG}{k:02d}" for k in range(30)])
-    report.write_report(root / "many.html", many)
+    folder = run_folder(root / (12 * "long_run_name_"), versions={"sha256": 64 * "a"})
+    two, sure = make(root, ["cats", "dogs"], folder)
+    (root / "two.html").write_text(two, encoding="utf-8")
+    many, _ = make(root, [f"{LONG}{k:02d}" for k in range(30)], folder)
+    (root / "many.html").write_text(many, encoding="utf-8")
     return (root / "two.html").as_uri(), (root / "many.html").as_uri(), sure
 
 
@@ -122,8 +103,8 @@ def test_filters_presets_and_the_address_that_keeps_them(visit, pages):
     assert count(page) == f"{(abstains & dogs).sum()} of 120 shown"
     page.get_by_role("button", name="Start over").click()
     page.get_by_label("Predicted class").select_option("dogs")
-    page.get_by_label("Sure from").fill("60")
-    page.get_by_label("Sure to").fill("90")
+    page.get_by_label("Confidence from").fill("60")
+    page.get_by_label("Confidence to").fill("90")
     within = (sure >= 0.6) & (sure <= 0.9) & (dogs == right)
     assert count(page) == f"{within.sum()} of 120 shown"
 
@@ -155,25 +136,25 @@ def test_orders(visit, pages):
 
 def test_the_keyboard_alone_is_enough(visit):
     page = visit()
-    page.safe_keyboard_interrupt.press("Tab")
+    page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the result"
     page.get_by_label("Path contains").focus()
-    page.safe_keyboard_interrupt.press("Tab")
+    page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip the images"
-    page.safe_keyboard_interrupt.press("Tab")
-    page.safe_keyboard_interrupt.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
     second = page.evaluate("document.activeElement.firstElementChild.alt")
     at = paths(page).index(second)  # which one it is differs: the browser may scroll first
-    page.safe_keyboard_interrupt.press("Enter")
+    page.keyboard.press("Enter")
     assert page.locator("#about small").inner_text() == second
     for _ in range(at + 1):
-        page.safe_keyboard_interrupt.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")
     assert page.inner_text("#place") == "1 of 120"
     assert page.locator("#about small").inner_text() == paths(page)[0]
     for _ in range(100):
-        page.safe_keyboard_interrupt.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
     assert page.inner_text("#place") == "101 of 120"
-    page.safe_keyboard_interrupt.press("Escape")
+    page.keyboard.press("Escape")
     assert not page.locator("#view").is_visible()
     # The event that says so comes a moment after the view has closed.
     page.wait_for_function("alt => document.activeElement.firstElementChild?.alt === alt", arg=paths(page)[100])

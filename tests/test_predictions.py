@@ -1,4 +1,4 @@
-"""What train and evaluate leave behind, from the command line: numbers, figures, the page, the artefact, suspects."""
+"""What train and evaluate write, from the command line: metrics, figures, the report, the artefact, suspects."""
 
 import csv
 import json
@@ -15,18 +15,14 @@ from jaxcats import compare
 from jaxcats.common import stats
 from jaxcats.common.cli import run_command
 from jaxcats.evaluate import __main__ as evaluate_command
+from jaxcats.evaluate import figures
 from jaxcats.evaluate import run as run_module
 from jaxcats.export import __main__ as export_command
 from jaxcats.train import __main__ as train_command
 from jaxcats.train import experiment, features
 
-FIGURES = {
-    "losses",
-    "learning_rate",
-    "confusion",
-    "per_class",
-    "reliability",
-    "risk_coverage",
+CURVES = {"losses", "learning_rate", "confusion", "per_class", "reliability", "risk_coverage"}
+FIGURES = CURVES | {
     "random_correct",
     "random_incorrect",
     "most_correct",
@@ -56,8 +52,8 @@ def trained(tmp_path_factory, compiled) -> Path:
     top = tmp_path_factory.mktemp("outcome")
     (top / "cache").mkdir()
     (top / "cache" / "xla").symlink_to(compiled)
-    pictures = write_images(top / "pictures", train=32, valid=20)
-    shutil.copy(pictures / "train/cats/cats.0.jpg", pictures / "valid/cats/leak.jpg")
+    images = write_images(top / "images", train=32, valid=20)
+    shutil.copy(images / "train/cats/cats.0.jpg", images / "valid/cats/leak.jpg")
     argv = [
         "--model.backbone",
         "tiny",
@@ -68,7 +64,7 @@ def trained(tmp_path_factory, compiled) -> Path:
         "--cache_dir",
         top / "cache",
     ]
-    argv += ["--phases.head.batch_size", "4", "--data.root", pictures, "--workdir", top / "run", "--max_error", "0.2"]
+    argv += ["--phases.head.batch_size", "4", "--data.root", images, "--workdir", top / "run", "--max_error", "0.2"]
     assert command(train_command, *argv) == 0
     return top / "run"
 
@@ -110,13 +106,14 @@ def test_the_page_says_what_happened(trained):
     assert stats.sentence(found["errors"], found["n"]) in page
     assert "train/cats/cats.0.jpg = valid/cats/leak.jpg" in page  # the leak that was planted
     assert page.count("<svg") >= 6
+    assert page.index('id="figure-losses"') < page.index('id="figure-heat_maps"')  # the wide figures come last
     assert "tiny" in page
     assert "python -m jaxcats.predict" in page
 
 
 def test_the_artefact_says_what_evaluate_says(trained):
     classifier, rows = jc.load(trained / "model"), rows_of(trained / "predictions.csv")
-    root = trained.parent / "pictures"
+    root = trained.parent / "images"
     answers = classifier.predict([root / r["path"] for r in rows])
     assert answers.labels == [r["predicted"] for r in rows]
     np.testing.assert_allclose(answers.confidence, [float(r["probability"]) for r in rows], atol=1e-5)
@@ -183,9 +180,9 @@ def test_suspects_are_ranked_and_come_into_the_page(run, capsys):
 
 def test_evaluate_takes_the_features_that_train_computed(run):
     loaded = run_module.load_run(run)
-    split = run_module.own_images(loaded).splits["valid"]
+    split = run_module.training_index(loaded).splits["valid"]
     how = {"preprocess": loaded.preprocess, "batch_size": loaded.config.feature_batch, "workers": None}
-    weights = {"params": loaded.state.params, "batch_stats": loaded.state.batch_stats}
+    weights = {"params": loaded.params, "batch_stats": loaded.batch_stats}
     cache = experiment.cache_folder_of(loaded.config)
     got = features.backbone_features(loaded.model, split, **weights, **how, cache_dir=cache)
     assert (got.reused, got.computed) == (21, 0)
@@ -223,20 +220,30 @@ def test_evaluate_wants_a_run(capfd):
     assert capfd.readouterr().err == "error: --run: is required.\n"
 
 
-def test_a_image_that_has_gone_does_not_stop_the_report(run, capfd, monkeypatch):
+def test_an_image_that_has_gone_does_not_stop_the_report(run, capfd, monkeypatch):
     from jaxcats.data.images import ImageError
-    from jaxcats.evaluate import figures, report
 
-    def gone(judged):
+    def gone(evaluated):
         raise ImageError("no such file")
 
     monkeypatch.setattr(figures, "heat_maps", gone)
     shutil.rmtree(run / "figures")
-    assert report.run_figures is figures
     assert command(evaluate_command, "--run", run) == 0
     assert "The galleries are not drawn" in capfd.readouterr().err
     assert (run / "report.html").is_file()
-    assert {p.stem for p in (run / "figures").iterdir()} == {n for n in FIGURES if n in report.CAPTIONS} - {"heat_maps"}
+    assert {p.stem for p in (run / "figures").iterdir()} == CURVES
+
+
+def test_phases_with_one_rate_and_with_three_are_drawn_together(run):
+    """One phase logs a rate for all layer groups, the next one a rate for each: the report failed with "inhomogeneous shape"."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    later = [row | {"step": row["step"] + len(steps), "phase": "all", "lr": [0.001, 0.003, 0.01]} for row in steps]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + later))
+    figure = figures.training_figures(run)["learning_rate"]
+    assert len(figure.axes[0].get_lines()) == 3
+    assert command(evaluate_command, "--run", run) == 0
+    assert 'id="figure-learning_rate"' in (run / "report.html").read_text()
 
 
 def test_a_run_compared_with_itself_can_not_be_told_apart(trained, capsys):
@@ -244,10 +251,10 @@ def test_a_run_compared_with_itself_can_not_be_told_apart(trained, capsys):
     assert "can't be told apart" in capsys.readouterr().out
 
 
-def test_a_notebook_judges_shows_and_ships(tmp_path, monkeypatch):
+def test_a_notebook_evaluates_shows_and_exports(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pictures = write_images(tmp_path / "pictures")
-    data = jc.ImageClassifierData.from_paths(pictures, size=32, batch_size=4)
+    images = write_images(tmp_path / "images")
+    data = jc.ImageClassifierData.from_paths(images, size=32, batch_size=4)
     learn = jc.Learner.pretrained("tiny", data, pretrained=False, precompute=True)
     learn.fit(0.01, 1)
     found = learn.judge()
@@ -261,7 +268,7 @@ def test_a_notebook_judges_shows_and_ships(tmp_path, monkeypatch):
     np.testing.assert_allclose(answers.probabilities, scaled, atol=1e-5)
 
 
-def test_the_readme_shows_the_script_without_jaxcats():
+def test_the_docs_show_the_script_without_jaxcats():
     root = Path(__file__).parents[1]
     script = (root / "scripts" / "standalone_predict.py").read_text().split('"""', 2)[2].strip()
-    assert script in (root / "README.md").read_text()
+    assert script in (root / "docs" / "export.md").read_text()
