@@ -24,7 +24,7 @@ phases:
   head: {epochs: 1, precompute: true, batch_size: 8}
   all: {epochs: 1, lr: [1.0e-5, 1.0e-4, 1.0e-3], freeze: nothing, bn: train, augment: side_on, batch_size: 8}
 """
-PROGRAM = "import sys, tiny; from jaxcats import train; from jaxcats.command import run_command; sys.exit(run_command(train.main, sys.argv[1:]))"
+PROGRAM = "import sys, tiny, jaxcats; sys.exit(jaxcats.main(['train', *sys.argv[1:]]))"
 
 
 @pytest.fixture
@@ -149,14 +149,14 @@ def test_one_that_is_asked_to_end_has_all_save_the_same_step_and_leave(place):
 
 CTRL_C_IN_THE_SECOND_EVALUATION = """
 import signal, tiny
-from jaxcats import fit
-whole, calls = fit.Evaluator.__call__, []
+from jaxcats.train import loop
+whole, calls = loop.Evaluator.__call__, []
 def struck(self, *arguments):
     calls.append(None)
     if len(calls) == 2:
         signal.raise_signal(signal.SIGINT)
     return whole(self, *arguments)
-fit.Evaluator.__call__ = struck
+loop.Evaluator.__call__ = struck
 """
 
 

@@ -31,7 +31,7 @@ checkpoint: {every_epochs: 100}
 phases:
   all: {epochs: 40, lr: 1.0e-3, freeze: nothing, bn: train, augment: flip, batch_size: 8}
 """
-PROGRAM = "import sys, tiny; from jaxcats import train; from jaxcats.command import run_command; sys.exit(run_command(train.main, sys.argv[1:]))"
+PROGRAM = "import sys, tiny, jaxcats; sys.exit(jaxcats.main(['train', *sys.argv[1:]]))"
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_before_the_first_checkpoint_it_says_so(place, monkeypatch, capsys):
 
 
 def test_a_folder_is_one_process_s_and_free_when_it_ends(tmp_path):
-    with (tmp_path / io.NAME).open("w+") as other:
+    with (tmp_path / io.LOCK).open("w+") as other:
         other.write("process 7 on elsewhere")
         other.flush()
         fcntl.flock(other, fcntl.LOCK_EX)

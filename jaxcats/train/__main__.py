@@ -105,7 +105,7 @@ def train(
     finish.finish_training(setup, fitted, workdir=workdir, logits=logits, facts=facts, seconds=seconds, started=started)
 
 
-def command(
+def train_main(
     *,
     loss_fn: Callable | None = None,
     augment: Callable | None = None,

@@ -2,7 +2,7 @@
 
     python scripts/examples/metric.py [data/dogscats [BACKBONE]]
 
-It stands in the table of epochs, in `learn.history` and, with `jaxcats.train.__main__.command(metrics=cost)`, in the run folder.
+It stands in the table of epochs, in `learn.history` and, with `jaxcats.train_main(metrics=cost)`, in the run folder.
 """
 
 import sys
