@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from PIL import Image
 
 from jaxcats.common import cli
 from jaxcats.common.cli import from_file, run_command
+from jaxcats.common.config import Phase
 from jaxcats.evaluate import __main__ as evaluate_command
 from jaxcats.evaluate import predictions
 from jaxcats.evaluate import run as run_module
@@ -561,7 +561,7 @@ def test_help_is_readable(command, capsys):
     for python in ("<class", "Literal[", "Phase(", "NoneType", "Optional[", "Union[", "dataclass", "see below"):
         assert python not in out
     if command == "train":
-        said(out, "--data.root", "--workdir", *(f"--phases.NAME.{name} " for name in field_names(Phase)))
+        said(out, "--data.root", "--workdir", *(f"--phases.NAME.{name} " for name in Phase.__dataclass_fields__))
         said(out, "{sgd,adam,adamw}", "(default: 0.01)")
     else:
         said(out, "--run", "--data", "--checkpoint")

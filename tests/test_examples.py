@@ -195,7 +195,9 @@ def test_a_metric_is_logged_in_a_run_folder(pictures, tmp_path, capsys):
         "--phases.head.epochs",
         "1",
     ]
-    assert train_command.train_main(metrics=lambda logits, labels: {"answers": len(labels), "odd": np.nan}, argv=argv) == 0
+    assert (
+        train_command.train_main(metrics=lambda logits, labels: {"answers": len(labels), "odd": np.nan}, argv=argv) == 0
+    )
     assert "answers 10   odd -" in capsys.readouterr().out
     assert epochs(tmp_path / "run")[0]["metrics"] == {"answers": 10.0, "odd": None}
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["own_metrics"] == {"answers": 10.0, "odd": None}
