@@ -38,7 +38,25 @@ _PUBLIC = {
     "sentence": "jaxcats.common.stats",
     "train_main": "jaxcats.train.__main__",
 }
-__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "Config",
+    "ImageClassifierData",
+    "Learner",
+    "Phase",
+    "Preprocess",
+    "RunError",
+    "TrainState",
+    "UserError",
+    "__version__",
+    "evaluation_pixels",
+    "load",
+    "main",
+    "make_eval_step",
+    "make_train_step",
+    "models",
+    "sentence",
+    "train_main",
+]
 
 
 def __getattr__(name: str) -> Any:
