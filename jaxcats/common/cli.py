@@ -123,9 +123,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(readable_error(message, {a.dest: _flag_type(a.type, a.choices) for a in self._actions}))
 
 
-def _flag_type(kind: Any, choices: Any) -> Any:
-    """The type of a flag as `describe_type` takes it."""
-    return typing.Literal[tuple(choices)] if choices else kind or str
+def _flag_type(kind: Any, allowed: Any) -> Any:
+    """The type of a flag, from the `type` and `choices` of `add_argument`, as `describe_type` takes it."""
+    return typing.Literal[tuple(allowed)] if allowed else kind or str
 
 
 def check_flags(words: Sequence[str], known: Sequence[str]) -> None:

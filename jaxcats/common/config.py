@@ -311,9 +311,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     for key, value in flatten(tree).items():
         if key not in known:
             raise UserError(f"{path}: unknown key '{key}'.{nearest(key, list(known))}")
-        if dataclasses.is_dataclass(known[key]) and value:
+        is_section = dataclasses.is_dataclass(known[key])
+        if is_section and value:
             raise UserError(f"{path}: '{key}' must hold 'key: value' lines, not {value!r}.")
-        if value is None and not dataclasses.is_dataclass(known[key]) and type(None) not in type_members(known[key]):
+        if value is None and not is_section and type(None) not in type_members(known[key]):
             raise UserError(f"{path}: '{key}' is empty; give it a value or remove the line.")
     return {key: value for key, value in tree.items() if value is not None}
 
