@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcats.common.cli import Parser, one_line, run_command
-from jaxcats.common.errors import UserError
+from jaxcats.common.cli import Parser, run_command
+from jaxcats.common.errors import UserError, one_line
 from jaxcats.common.io import write_text
 from jaxcats.common.stats import percent_digits, sentence
 from jaxcats.evaluate.comparison import Answer, Comparison, compare_predictions, flattered, read_predictions

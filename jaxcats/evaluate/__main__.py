@@ -12,7 +12,6 @@ from jaxcats.common.cli import Parser, run_command
 from jaxcats.common.config import check_tta
 from jaxcats.common.errors import UserError
 from jaxcats.common.io import remove_stale_temporaries
-from jaxcats.data.index import skipped
 from jaxcats.evaluate.predictions import (
     CHOSE,
     labelled,
@@ -133,6 +132,8 @@ def main(argv: Sequence[str]) -> None:
         return
     split, bad = images_of(run, options)
     other = bool(options.data) or options.split == "test"  # than those that training was judged on
+    from jaxcats.data.index import skipped
+
     for line in skipped(bad):
         print(line)
     seen = count_seen_images(run, split) if other else {}
