@@ -43,7 +43,7 @@ TINY = [
 
 
 def write_images(root: Path, *, train: int, valid: int, classes=("cats", "dogs")) -> Path:
-    """That many images in all, spread over the classes."""
+    """Writes `train` and `valid` images in all, spread over the classes."""
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("valid", valid)):
         for name in classes:
@@ -144,8 +144,8 @@ def test_a_folder_without_train_and_valid(mistake, tmp_path):
 
 def test_no_class_folders(mistake, pictures):
     loose = pictures / "train"
-    for picture in list(loose.glob("*/*.jpg")):
-        picture.rename(loose / picture.name)
+    for image in list(loose.glob("*/*.jpg")):
+        image.rename(loose / image.name)
     for folder in list(loose.iterdir()):
         if folder.is_dir():
             folder.rmdir()
@@ -485,7 +485,7 @@ def test_the_calibration_of_another_training_is_not_taken(run, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    ("judged", "every", "best"),
+    ("evaluations", "every", "best"),
     [
         ([(1, 0.5), (3, 0.9), (2, 0.7), (2, 0.6)], 2, 24),  # the best epochs of all, the first and third, weren't saved
         ([(2, 0.5), (2, 0.5), (2, 0.5)], 1, None),  # all the same: any of the saved will do
@@ -493,15 +493,17 @@ def test_the_calibration_of_another_training_is_not_taken(run, tmp_path, capsys)
     ],
     ids=["best-not-saved", "ties", "order"],
 )
-def test_the_best_epoch_is_one_that_was_saved(judged, every, best, run, monkeypatch):
-    said_by_turns = iter(judged)
+def test_the_best_epoch_is_one_that_was_saved(evaluations, every, best, run, monkeypatch):
+    results = iter(evaluations)
 
     def summary(logits, labels):
-        errors, loss = next(said_by_turns)
+        errors, loss = next(results)
         return {"n": 10, "errors": errors, "accuracy": 1 - errors / 10, "interval": [0.0, 1.0], "log_loss": loss}
 
     monkeypatch.setattr("jaxcats.common.stats.summary", summary)
-    workdir = run("--phases.head.epochs", len(judged), "--checkpoint.every_epochs", every, "--checkpoint.use", "best")
+    workdir = run(
+        "--phases.head.epochs", len(evaluations), "--checkpoint.every_epochs", every, "--checkpoint.use", "best"
+    )
     step = json.loads((workdir / "metrics.json").read_text())["checkpoint"]["step"]
     if best:
         assert step == best
@@ -567,7 +569,7 @@ def test_help_is_readable(command, capsys):
         said(out, "--run", "--data", "--checkpoint")
 
 
-def test_help_loads_neither_jax_nor_tensorflow_nor_a_image_library():
+def test_help_loads_neither_jax_nor_tensorflow_nor_an_image_library():
     code = """
 import sys
 import jaxcats
@@ -588,4 +590,4 @@ def test_the_module_ends_with_the_exit_code():
     argv = [sys.executable, "-m", "jaxcats.train", "--data.sise", "3"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --data.sise: there is no such flag. Did you mean '--data.size'?\n"
+    assert done.stderr == "error: --data.sise: there is no such option. Did you mean '--data.size'?\n"

@@ -244,7 +244,7 @@ SAID = "has changed since the folder was indexed; put the file back, or start ag
     [(replaced, SAID), (cut, SAID), (Path.unlink, r"can't be now \(no such file"), (lambda p: p.chmod(0), None)],
     ids=["replaced", "cut", "removed", "forbidden"],
 )
-def test_a_image_that_changes_after_it_was_indexed_is_named(pictures, change, words):
+def test_an_image_that_changes_after_it_was_indexed_is_named(pictures, change, words):
     split = scan(pictures).splits["train"]
     change(pictures / split.paths[5])
     batches = evaluation_batches(split, preprocess=Preprocess(size=32), batch_size=4)

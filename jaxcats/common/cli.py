@@ -135,7 +135,7 @@ def check_flags(words: Sequence[str], known: Sequence[str]) -> None:
         if name == "--":
             return
         if name.startswith("--") and name not in known:
-            raise UserError(f"{name}: there is no such flag.{nearest(name, known)}")
+            raise UserError(f"{name}: there is no such option.{nearest(name, known)}")
 
 
 def readable_error(message: str, types: Mapping[str, Any]) -> str:
