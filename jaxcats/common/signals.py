@@ -20,14 +20,16 @@ _LOSES_EXCEPTIONS = ("__del__", "_xla_gc_callback")
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised in a process that a signal asked to end; `saved_step` is the step of a checkpoint made for it, if any."""
+    """Raised in a process that a signal asked to end; `code` is its exit code, 128 + the signal's number."""
 
-    def __init__(self, signum: int, saved_step: int | None = None):
-        message = f"stopped by {'the keyboard' if signum == signal.SIGINT else 'SIGTERM'}."
-        if saved_step is not None:
-            message = f"stopped as asked, at step {saved_step:,}, which is saved."
-        super().__init__(message)
-        self.signum, self.code = signum, 128 + signum  # `code` is the process's exit code
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message or f"stopped by {'the keyboard' if signum == signal.SIGINT else 'SIGTERM'}.")
+        self.signum, self.code = signum, 128 + signum
+
+    @classmethod
+    def saved(cls, signum: int, step: int) -> "Stopped":
+        """The exception to raise once the checkpoint of `step` is saved."""
+        return cls(signum, f"stopped as asked, at step {step:,}, which is saved.")
 
 
 class Stopping:
@@ -85,9 +87,9 @@ class Stopping:
         return self.signum is not None
 
     def leave(self, step: int) -> Stopped:
-        """The exception to raise once the checkpoint of `step` is saved."""
+        """`Stopped.saved` for the signal that was received."""
         assert self.signum is not None
-        return Stopped(self.signum, step)
+        return Stopped.saved(self.signum, step)
 
 
 def safe_keyboard_interrupt() -> contextlib.AbstractContextManager[None]:

@@ -165,7 +165,7 @@ class Fitter:
                 if stopped.signum == signal.SIGINT and distributed.is_multiprocess():
                     raise  # the other processes know nothing of it, and a checkpoint needs them all
                 self.save(plan, progress, state)
-                raise Stopped(stopped.signum, progress.step) from None
+                raise Stopped.saved(stopped.signum, progress.step) from None
             self.end_epoch(plan, progress, state, logits, seconds, images / seconds)
             if self.stopping and self.stopping.signum is not None:
                 raise self.stopping.leave(progress.step)
