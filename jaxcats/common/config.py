@@ -310,9 +310,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     known = key_types(map(str, phases))
     for key, value in flatten(tree).items():
         if key not in known:
-            raise UserError(f"{path}: unknown key '{key}'.{nearest(key, list(known))}")
+            hint = nearest(key, list(known)) or " --help lists them all."
+            raise UserError(f"{path}: unknown key '{key}'.{hint}")
         is_section = dataclasses.is_dataclass(known[key])
-        if is_section and value:
+        if is_section and value is not None and value != {}:
             raise UserError(f"{path}: '{key}' must hold 'key: value' lines, not {value!r}.")
         if value is None and not is_section and type(None) not in type_members(known[key]):
             raise UserError(f"{path}: '{key}' is empty; give it a value or remove the line.")
