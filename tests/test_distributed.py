@@ -24,7 +24,10 @@ phases:
   head: {epochs: 1, precompute: true, batch_size: 8}
   all: {epochs: 1, lr: [1.0e-5, 1.0e-4, 1.0e-3], freeze: nothing, bn: train, augment: side_on, batch_size: 8}
 """
-PROGRAM = "import sys, tiny, jaxcats; sys.exit(jaxcats.main(['train', *sys.argv[1:]]))"
+PROGRAM = (
+    "import sys, tiny; from jaxcats.common.cli import run_command; from jaxcats.train.__main__ import main; "
+    "sys.exit(run_command(main, sys.argv[1:]))"
+)
 
 
 @pytest.fixture

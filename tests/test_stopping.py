@@ -32,7 +32,10 @@ checkpoint: {every_epochs: 100}
 phases:
   all: {epochs: 40, lr: 1.0e-3, freeze: nothing, bn: train, augment: flip, batch_size: 8}
 """
-PROGRAM = "import sys, tiny, jaxcats; sys.exit(jaxcats.main(['train', *sys.argv[1:]]))"
+PROGRAM = (
+    "import sys, tiny; from jaxcats.common.cli import run_command; from jaxcats.train.__main__ import main; "
+    "sys.exit(run_command(main, sys.argv[1:]))"
+)
 
 
 @pytest.fixture
