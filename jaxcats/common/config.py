@@ -51,9 +51,9 @@ class Columns:
     """Names of the columns of a table of labels.
 
     Args:
-        path: images, relative to data.root.
-        label: their classes.
-        split: train, valid or test; such a column may be missing.
+        path: column of the images' paths, relative to data.root.
+        label: column of their classes.
+        split: column with train, valid or test; the table may lack it.
     """
 
     path: str = "path"
@@ -66,18 +66,18 @@ class DataConfig:
     """Where the images are and how they become arrays.
 
     Args:
-        root: folder that holds train/ and valid/ (or val/, validation/) with a folder per class; or a folder of class folders, with valid_fraction.
-        size: side of the square input in pixels; empty: the size the weights were trained with.
+        root: folder with train/ and valid/ (or val/, validation/), each with a folder per class; or a folder of class folders, with valid_fraction.
+        size: side of the square input in pixels; empty: the size that the weights were trained with.
         policy: lesson: shorter side to size, centre crop; weights: shorter side to size / crop fraction, centre crop.
-        labels: folders: a folder per class; parent: the folder that an image lies in, at any depth; a regular expression with (?P<label>...) on the path; or a .csv, .tsv or .parquet file.
-        columns: of that file.
-        valid_fraction: share of each class set aside for validation when neither a valid/ folder nor the table says it.
-        test_fraction: share set aside likewise for a test split, which only evaluate --split test looks at.
-        group: images that stay together when they are set aside: a regular expression with (?P<group>...) on the path, or a column of the table.
-        split_seed: of what is set aside: the same for every seed of the training, so that runs can be compared.
-        manifest: file that records the split made by valid_fraction; empty: in the cache folder.
+        labels: where labels come from. folders: a folder per class; parent: the folder that an image lies in, at any depth; a regular expression with (?P<label>...) on the path; or a .csv, .tsv or .parquet file.
+        columns: names of that file's columns.
+        valid_fraction: share of each class to set aside for validation when neither a valid/ folder nor the table gives it.
+        test_fraction: share of each class to set aside for a test split, which only evaluate --split test uses.
+        group: which images stay in the same split: a regular expression with (?P<group>...) on the path, or a column of the table.
+        split_seed: seed of the split; it does not depend on the training's seed, so that runs can be compared.
+        manifest: file that records the split made by valid_fraction; empty: a file in the cache folder.
         on_bad_file: what to do with an image that can't be decoded.
-        workers: threads that decode; empty: one per processor.
+        workers: number of threads that decode images; empty: one per processor.
         rehash: read every file again instead of trusting size and modification time.
     """
 
@@ -101,9 +101,9 @@ class ModelConfig:
     """The network.
 
     Args:
-        backbone: resnet18, resnet34, resnet50, resnet101, resnet152 or efficientnet_lite0, or a name registered by your own code.
+        backbone: resnet18, resnet34, resnet50, resnet101, resnet152 or efficientnet_lite0, or a name that your own code registers.
         head: lesson: concat pool, BN, dropout, 512, BN, dropout, classes; linear: average pool and one dense layer.
-        pretrained: false starts from random weights.
+        pretrained: start from published weights; false: from random ones.
         weights: a name that `jaxcats weights list` gives, a .safetensors, .pth or .npz file, hf:OWNER/REPO/FILE or package:MODULE/FILE; empty: the backbone's own.
     """
 
@@ -115,28 +115,28 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training; phases run in the order of the file, each with a fresh optimizer.
+    """One phase of training; phases run in the order of the file, each with a fresh optimizer.
 
     Args:
-        epochs: passes over the training images.
+        epochs: number of passes over the training images.
         lr: peak learning rate, or three of them: early layers, late layers, head; auto: lr_find's valley.
-        freeze: backbone: only the head learns; first: the early layers don't; nothing: all learn.
+        freeze: layers that don't learn. backbone: only the head learns; first: all but the early layers learn; nothing: all layers learn.
         precompute: compute the frozen backbone's features once and train the head on them.
         optimizer: sgd (with momentum), adam or adamw.
-        momentum: of sgd (b1 of adam); with one_cycle also three: at the start, at the peak rate, at the end.
-        weight_decay: never applied to biases and BatchNorm; decoupled for adamw, added to the gradient otherwise.
+        momentum: momentum of sgd, b1 of adam; with one_cycle also three: at the start, at the peak rate, at the end.
+        weight_decay: L2 penalty, never on biases and BatchNorm; decoupled for adamw, added to the gradient otherwise.
         clip: greatest norm of the gradient; 0: no limit.
-        label_smoothing: share of the target spread over all classes.
-        schedule: course of the learning rate over the phase; exponential falls to a hundredth.
-        cycle_len: sgdr: epochs of the first cycle.
-        cycle_mult: sgdr: each cycle is so many times as long as the one before.
+        label_smoothing: share of the target that is spread over all classes.
+        schedule: how the learning rate changes over the phase; exponential falls to a hundredth.
+        cycle_len: number of epochs in sgdr's first cycle.
+        cycle_mult: how many times longer each of sgdr's cycles is than the one before.
         warmup: share of the steps in which the rate rises; empty: 0.25 (one_cycle), 0.1 (warmup_cosine).
         div: one_cycle starts at lr / div.
-        batch_size: images per step.
-        accumulate: parts that a batch goes through the network in, one after the other, to save memory.
-        bn: frozen: the backbone's BatchNorms run on their stored averages; train: all of them, those of frozen layers too, run on the batch's statistics and update the averages.
-        augment: none; flip (left-right); crop (a window of a larger image); side_on (crop, flip, rotation, lighting); top_down (the same with all eight symmetries). Not with precompute.
-        driver: stream: batches decoded on the fly; scan: everything resident on the device; auto: scan with precompute.
+        batch_size: number of images per step.
+        accumulate: number of parts in which a batch goes through the network, to save memory.
+        bn: frozen: the backbone's BatchNorms use their stored averages; train: all of them, those of frozen layers too, use the batch's statistics and update the averages.
+        augment: random changes of the training images. none; flip (left-right); crop (a window of a larger image); side_on (crop, flip, rotation, lighting); top_down (the same with all eight symmetries). Not with precompute.
+        driver: how batches reach the device. stream: decoded on the fly; scan: all kept on the device; auto: scan with precompute, else stream.
     """
 
     epochs: int = limited(3, _at_least(1))
@@ -168,12 +168,12 @@ class Phase:
 
     @property
     def cycles(self) -> tuple[int, ...]:
-        """Epochs of each cycle of sgdr; the last is cut where `epochs` ends."""
-        found, length = [], self.cycle_len
-        while sum(found) < self.epochs:
-            found.append(min(length, self.epochs - sum(found)))
+        """Number of epochs in each cycle of sgdr; the last cycle is shortened to fit `epochs`."""
+        lengths, length = [], self.cycle_len
+        while sum(lengths) < self.epochs:
+            lengths.append(min(length, self.epochs - sum(lengths)))
             length *= self.cycle_mult
-        return tuple(found)
+        return tuple(lengths)
 
 
 def sgdr_epochs(n_cycle: int, cycle_len: int, cycle_mult: int) -> int:
@@ -183,12 +183,12 @@ def sgdr_epochs(n_cycle: int, cycle_len: int, cycle_mult: int) -> int:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved, and which one is judged.
+    """When checkpoints are saved, and which one the final evaluation uses.
 
     Args:
-        every_steps: save every so many steps as well as after each epoch (with scan: at the next chunk boundary); 0: no.
-        every_epochs: save after every so many epochs; the last epoch of a phase is always saved.
-        use: last or best (fewest validation errors, then lowest loss): what the final evaluation uses.
+        every_steps: number of steps between checkpoints within an epoch (with scan: at the next chunk boundary); 0: none.
+        every_epochs: number of epochs between checkpoints; the last epoch of a phase is always saved.
+        use: checkpoint for the final evaluation: the last, or the best (fewest validation errors, then lowest loss).
     """
 
     every_steps: int = limited(0, NOT_NEGATIVE)
@@ -198,12 +198,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes that train together; all empty: one process, or what SLURM, Open MPI, Kubernetes or a TPU pod says.
+    """Several processes that train together; all empty: one process, or those that SLURM, Open MPI, Kubernetes or a TPU pod names.
 
     Args:
-        coordinator: HOST:PORT of the first process, reachable from all.
-        num_processes: how many there are.
-        process_id: which of them this one is, from 0.
+        coordinator: HOST:PORT of the primary process, reachable from all.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
     """
 
     coordinator: str | None = limited(None, ADDRESS)
@@ -216,18 +216,18 @@ class Config:
     """Everything that decides a run.
 
     Args:
-        seed: of initial weights, order, augmentation and dropout.
+        seed: seed of the initial weights, the order of the images, augmentation and dropout.
         data: The images
         model: The network
         phases: name -> Phase, run in order; --phases.NAME.FIELD VALUE changes one of the file's.
         checkpoint: Checkpoints
         distributed: Several processes
-        precision: of the arithmetic; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32 always.
-        chunk_steps: steps per compiled scan; checkpoints fall on its boundaries.
-        feature_batch: images per call of the frozen backbone, and in evaluation.
-        cache_dir: for the index, features and compiled programs; empty: JAXCATS_CACHE or the user's cache folder.
-        max_error: of the answers that the classifier gives when it may abstain; decides the threshold.
-        export: write the classifier that can be shipped, model/.
+        precision: number format of the arithmetic; auto: float32 on CPU, bfloat16 elsewhere. Parameters are always float32.
+        chunk_steps: number of steps per compiled scan; checkpoints fall on its boundaries.
+        feature_batch: number of images per call of the frozen backbone, and in evaluation.
+        cache_dir: folder for the index, features and compiled programs; empty: JAXCATS_CACHE or the user's cache folder.
+        max_error: greatest share of errors among the predictions that are not marked unsure; decides the threshold.
+        export: write model/, the classifier that can be shipped.
         report: draw figures/ and write report.html.
     """
 
