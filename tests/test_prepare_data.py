@@ -23,7 +23,7 @@ import os, signal, sys
 sys.path.insert(0, {scripts!r})
 import prepare_data
 import tensorflow_datasets as tfds
-from jaxcats.command import run_command
+from jaxcats.common.cli import run_command
 
 write, left = prepare_data.write_bytes, {left}
 
