@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxcats import models
+    from jaxcats.common.cli import main
     from jaxcats.common.config import Config, Phase
     from jaxcats.common.errors import RunError, UserError
     from jaxcats.common.stats import sentence
@@ -14,25 +15,28 @@ if TYPE_CHECKING:
     from jaxcats.export.classifier import load
     from jaxcats.learner.data import ImageClassifierData
     from jaxcats.learner.learner import Learner
+    from jaxcats.train.__main__ import train_main
 
 __version__ = "0.1.0"
 
-# Loaded at first use, so that `import jaxcats` costs nothing.
+# Name -> its module, loaded at first use, so that `import jaxcats` costs nothing.
 _PUBLIC = {
-    "models": "jaxcats.models",
     "Config": "jaxcats.common.config",
-    "Phase": "jaxcats.common.config",
-    "make_train_step": "jaxcats.core.step",
-    "make_eval_step": "jaxcats.core.step",
-    "TrainState": "jaxcats.core.state",
-    "Preprocess": "jaxcats.data.images",
-    "evaluation_pixels": "jaxcats.data.images",
-    "Learner": "jaxcats.learner.learner",
     "ImageClassifierData": "jaxcats.learner.data",
-    "sentence": "jaxcats.common.stats",
-    "load": "jaxcats.export.classifier",
+    "Learner": "jaxcats.learner.learner",
+    "Phase": "jaxcats.common.config",
+    "Preprocess": "jaxcats.data.images",
     "RunError": "jaxcats.common.errors",
+    "TrainState": "jaxcats.core.state",
     "UserError": "jaxcats.common.errors",
+    "evaluation_pixels": "jaxcats.data.images",
+    "load": "jaxcats.export.classifier",
+    "main": "jaxcats.common.cli",
+    "make_eval_step": "jaxcats.core.step",
+    "make_train_step": "jaxcats.core.step",
+    "models": "jaxcats.models",
+    "sentence": "jaxcats.common.stats",
+    "train_main": "jaxcats.train.__main__",
 }
 __all__ = [
     "Config",
@@ -46,10 +50,12 @@ __all__ = [
     "__version__",
     "evaluation_pixels",
     "load",
+    "main",
     "make_eval_step",
     "make_train_step",
     "models",
     "sentence",
+    "train_main",
 ]
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcats.common.cli import Parser, command_line, one_line, run_command
-from jaxcats.common.errors import UserError, unwritable
+from jaxcats.common.cli import Parser, command_line, run_command
+from jaxcats.common.errors import UserError, one_line, unwritable
 
 DESCRIPTION = (
     "Examines a folder of images. Exit code 0: nothing grave; 1: bad files, leaks, label conflicts, too few "

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxcats.common.cli import Parser, one_line, run_command
-from jaxcats.common.errors import RunError, UserError, unwritable
+from jaxcats.common.cli import Parser, run_command
+from jaxcats.common.errors import RunError, UserError, one_line, unwritable
 
 if TYPE_CHECKING:
     from jaxcats.export.classifier import Prediction

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from folders import write_images
 
 from jaxcats.common import distributed
+from jaxcats.common.config import Config, DistributedConfig, validate
 from jaxcats.common.errors import UserError
 
 CONFIG = """
@@ -220,7 +220,7 @@ def test_one_that_cannot_start_stops_the_others(place):
 
 
 def settings(**given):
-    return SimpleNamespace(**({"coordinator": None, "num_processes": None, "process_id": None} | given))
+    return DistributedConfig(**given)
 
 
 def test_half_of_the_settings_and_a_number_out_of_range_are_said():
@@ -228,11 +228,11 @@ def test_half_of_the_settings_and_a_number_out_of_range_are_said():
         distributed.start(settings(coordinator="a:1"))
     with pytest.raises(UserError, match="process_id: 2 can't be used"):
         distributed.start(settings(coordinator="a:1", num_processes=2, process_id=2))
-    with pytest.raises(UserError, match="num_processes: 0 can't be used; expected 1 or more"):
-        distributed.start(settings(coordinator="a:1", num_processes=0, process_id=0))
+    with pytest.raises(UserError, match="num_processes: 0 can't be used; expected at least 1"):
+        validate(Config(distributed=settings(coordinator="a:1", num_processes=0, process_id=0)))
     for wrong in ("nonsense", "a:", ":1", "a:b", "a:99999"):
         with pytest.raises(UserError, match=f"coordinator: '{wrong}' can't be used; expected HOST:PORT"):
-            distributed.start(settings(coordinator=wrong, num_processes=2, process_id=0))
+            validate(Config(distributed=settings(coordinator=wrong, num_processes=2, process_id=0)))
 
 
 def test_alone_nothing_is_started(monkeypatch):

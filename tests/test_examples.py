@@ -97,7 +97,7 @@ def test_a_loss_of_the_user(script, pictures, tmp_path):
 
     plain = ["--resume", "--workdir", str(run)]
     assert run_command(train_command.main, plain) == 2
-    assert train_command.command(loss_fn=lambda logits, labels: logits.sum(1), argv=plain) == 2
+    assert train_command.train_main(loss_fn=lambda logits, labels: logits.sum(1), argv=plain) == 2
     code, out, _ = script("loss", *plain)
     assert code == 0
     assert "Finished already" in out
@@ -109,7 +109,7 @@ def test_what_resuming_with_another_loss_says(script, pictures, tmp_path, capsys
     assert run_command(train_command.main, argv) == 0
     assert script("loss", *argv, "--resume")[0] == 2
     focal = example("loss")["focal"]
-    assert train_command.command(loss_fn=functools.partial(focal, gamma=1.0), argv=[*argv, "--resume"]) == 2
+    assert train_command.train_main(loss_fn=functools.partial(focal, gamma=1.0), argv=[*argv, "--resume"]) == 2
     message = capsys.readouterr().err
     assert "(none; now head: loss_fn loss.focal(gamma=1.0))" in message
     assert message.count("\n") == 1
@@ -193,7 +193,9 @@ def test_a_metric_is_logged_in_a_run_folder(pictures, tmp_path, capsys):
         "--phases.head.epochs",
         "1",
     ]
-    assert train_command.command(metrics=lambda logits, labels: {"answers": len(labels), "odd": np.nan}, argv=argv) == 0
+    assert (
+        train_command.train_main(metrics=lambda logits, labels: {"answers": len(labels), "odd": np.nan}, argv=argv) == 0
+    )
     assert "answers 10   odd -" in capsys.readouterr().out
     assert epochs(tmp_path / "run")[0]["metrics"] == {"answers": 10.0, "odd": None}
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["own_metrics"] == {"answers": 10.0, "odd": None}

@@ -33,7 +33,7 @@ phases:
   head: {epochs: 2, lr: 1.0e-2, precompute: true, batch_size: 8}
   all: {epochs: 3, lr: 1.0e-3, freeze: nothing, bn: train, augment: flip, batch_size: 8}
 """
-PROGRAM = "import sys, tiny; from jaxcats import {0}; from jaxcats.command import run_command; sys.exit(run_command({0}.main, sys.argv[1:]))"
+PROGRAM = "import sys, tiny, jaxcats; sys.exit(jaxcats.main(['{0}', *sys.argv[1:]]))"
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -126,8 +126,8 @@ def test_a_disk_that_fills_while_a_checkpoint_is_saved_leaves_the_one_before_it(
     program = """
 import sys
 import numpy as np
-from jaxcats.command import run_command
-from jaxcats.storage.checkpoint import Checkpoints
+from jaxcats.common.cli import run_command
+from jaxcats.train.checkpoint import Checkpoints
 
 def main(argv):
     rng = np.random.default_rng(0)
@@ -244,7 +244,7 @@ SAID = "has changed since the folder was indexed; put the file back, or start ag
     [(replaced, SAID), (cut, SAID), (Path.unlink, r"can't be now \(no such file"), (lambda p: p.chmod(0), None)],
     ids=["replaced", "cut", "removed", "forbidden"],
 )
-def test_a_image_that_changes_after_it_was_indexed_is_named(pictures, change, words):
+def test_an_image_that_changes_after_it_was_indexed_is_named(pictures, change, words):
     split = scan(pictures).splits["train"]
     change(pictures / split.paths[5])
     batches = evaluation_batches(split, preprocess=Preprocess(size=32), batch_size=4)
@@ -339,7 +339,7 @@ def test_compiled_programs_cut_off_by_a_kill_are_compiled_anew_without_a_word(pl
 def test_a_script_of_ones_own_that_imports_jax_first_hears_nothing_of_tensorflow(place):
     """JAX sets the level of what TensorFlow says as well, and a level that somebody has set is obeyed."""
     words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / "run"]
-    program = "import sys, jax, tiny; from jaxcats import train; sys.exit(train.command())"
+    program = "import sys, jax, tiny, jaxcats; sys.exit(jaxcats.train_main())"
     env = environment()
     env.pop("TF_CPP_MIN_LOG_LEVEL", None)
     command = [sys.executable, "-c", program, *map(str, words)]

@@ -109,7 +109,7 @@ def test_several_seeds_give_a_band(separable, tmp_path, capsys):
         (["--iterations", "0"], "iterations"),
         (["--seeds", "0"], "seeds"),
         (["--seeds", "2", "--phases.head.precompute", "false"], "precompute"),
-        (["--seedz", "2"], "Did you mean 'seed"),
+        (["--seedz", "2"], "Did you mean '--seed"),
     ],
 )
 def test_wrong_input_is_one_line(separable, tmp_path, capsys, argv, words):

@@ -200,7 +200,7 @@ def test_another_max_error_gives_another_threshold_and_export_takes_it(run):
     [
         (["--split", "train", "--data", "x"], ["--split train", "--data"]),
         (["--split", "test"], ["--split test", "has no test images"]),
-        (["--split", "tset"], ["--split", "'tset' is not one of valid, test, train"]),
+        (["--split", "tset"], ["--split", "expected one of valid, test, train, got 'tset'. Did you mean 'test'?"]),
         (["--max_error", "2"], ["--max_error 2", "0 < x < 1"]),
         (["--tta", "two"], ["--tta", "expected a whole number, got 'two'"]),
         (["--repport", "no"], ["--repport: there is no such option", "Did you mean '--report'?"]),

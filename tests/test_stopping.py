@@ -1,5 +1,6 @@
 """A run that is asked to end, a run folder that two want, and files that are links or devices."""
 
+import errno
 import fcntl
 import importlib
 import json
@@ -192,14 +193,30 @@ def test_before_the_first_checkpoint_it_says_so(place, monkeypatch, capsys):
 
 
 def test_a_folder_is_one_process_s_and_free_when_it_ends(tmp_path):
-    with (tmp_path / io.NAME).open("w+") as other:
+    with (tmp_path / io.LOCK).open("w+") as other:
         other.write("process 7 on elsewhere")
         other.flush()
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="process 7 on elsewhere is training in it now"):
             io.lock_folder(tmp_path)
+    program = f"import pathlib, signal, jaxcats.common.io as io; io.lock_folder(pathlib.Path({str(tmp_path)!r})); print(flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline()
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"process {child.pid} on .* is training in it now"):
+                io.lock_folder(tmp_path)
+        child.kill()
     io.lock_folder(tmp_path)
     io.lock_folder(tmp_path)  # this process's own
+    io.unlock_folder(tmp_path)
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    io.lock_folder(tmp_path)
     io.unlock_folder(tmp_path)
 
 

@@ -1,53 +1,46 @@
-"""Several processes that train together: starting them, and who writes.
+"""Training with several processes: how a process joins the others, and what only the primary process does.
 
-JAX does the work (jax.distributed): it finds the other processes, checks that they are alive, and ends all when one dies.
+jax.distributed does the work: it finds the other processes, checks that they are alive, and ends all when one dies.
 """
 
 import hashlib
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 import numpy as np
 
-from jaxcats.common.errors import UserError
+from jaxcats.common.config import DistributedConfig
+from jaxcats.common.errors import UserError, first_line
 
 T = TypeVar("T")
 HEARTBEAT = 30  # seconds without a sign of life before a process counts as dead
 
-# What clusters that JAX can read say about a job of several processes: the variable that holds their number.
-_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+# Variables in which clusters that JAX can read by itself give the number of processes.
+_PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
 
-_joined = False
-
-
-def _found_by_jax() -> bool:
-    """Whether the environment is one of several processes that jax.distributed can read by itself."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if "," in hosts or ("KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ):
-        return True
-    return any(os.environ.get(name, "1") not in ("", "0", "1") for name in _COUNTS)
+_has_joined = False
 
 
-def is_requested(settings: Any) -> bool:
-    """Whether the configuration or the environment names several processes; see `start`."""
+def is_requested(settings: DistributedConfig) -> bool:
+    """Whether the configuration or the environment names several processes.
+
+    Raises:
+        UserError: the settings are incomplete or contradict each other.
+    """
     given = (settings.coordinator, settings.num_processes, settings.process_id)
-    if all(x is None for x in given):
-        return _found_by_jax()
-    if any(x is None for x in given):
+    if given == (None, None, None):
+        hosts, env = os.environ.get("TPU_WORKER_HOSTNAMES", ""), os.environ
+        if "," in hosts or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env):
+            return True
+        return any(env.get(name, "1") not in ("", "0", "1") for name in _PROCESS_COUNTS)
+    if settings.coordinator is None or settings.num_processes is None or settings.process_id is None:
         raise UserError(
             "distributed: coordinator, num_processes and process_id belong together; give all three (process_id: 0 to "
             "num_processes - 1, another one in each process), or none."
         )
-    host, _, port = settings.coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(
-            f"distributed.coordinator: {settings.coordinator!r} can't be used; expected HOST:PORT, as in 10.0.0.1:1234."
-        )
-    if settings.num_processes < 1:
-        raise UserError(f"distributed.num_processes: {settings.num_processes} can't be used; expected 1 or more.")
-    if not 0 <= settings.process_id < settings.num_processes:
+    if settings.process_id >= settings.num_processes:
         raise UserError(
             f"distributed.process_id: {settings.process_id} can't be used; expected 0 to num_processes - 1, "
             f"which is {settings.num_processes - 1}."
@@ -55,37 +48,30 @@ def is_requested(settings: Any) -> bool:
     return True
 
 
-def start(settings: Any) -> None:
-    """Joins the other processes, where the configuration or the environment names any; before JAX is first used.
-
-    Args:
-        settings: has coordinator, num_processes, process_id; all None: as the environment says.
+def start(settings: DistributedConfig) -> None:
+    """Joins the other processes if the configuration or the environment names any; call it before JAX is first used.
 
     Raises:
-        UserError: half of the settings, or the others can't be reached.
+        UserError: the settings are incomplete, or the other processes can't be reached.
     """
-    global _joined
+    global _has_joined
     if not is_requested(settings):
         return
-    given = (settings.coordinator, settings.num_processes, settings.process_id)
     import jax
 
+    given = (settings.coordinator, settings.num_processes, settings.process_id)
     try:
-        # A process that leaves with an error waits for the others no longer than they would wait for a dead one.
+        # A process that ends with an error waits for the others no longer than they wait for a dead one.
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError) as error:
-        where = settings.coordinator or "the coordinator that the environment names"
-        raise UserError(f"distributed: can't join the other processes at {where} ({_first_line(error)}).") from None
-    _joined = True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        address = settings.coordinator or "the coordinator that the environment names"
+        raise UserError(f"distributed: can't join the other processes at {address} ({first_line(error)}).") from None
+    _has_joined = True
 
 
 def has_joined() -> bool:
-    """Whether this process has joined others; unlike `many` it asks no backend, which may wait for them."""
-    return _joined
+    """Whether this process has joined others; unlike `is_multiprocess` it asks no backend, which may wait for them."""
+    return _has_joined
 
 
 def is_primary() -> bool:
@@ -102,36 +88,16 @@ def is_multiprocess() -> bool:
     return jax.process_count() > 1
 
 
-def on_primary(work: Callable[[], T]) -> T | None:
-    """What `work` returns, done by the first process alone; None in the others, which wait and stop where it fails."""
-    if not is_multiprocess():
-        return work()
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    result = error = None
-    if is_primary():
-        try:
-            result = work()
-        except Exception as caught:  # raised below, when the others know
-            error = caught
-    failed = bool(broadcast_one_to_all(np.int32(error is not None)))
-    if error is not None:
-        raise error
-    if failed:
-        raise UserError("The first process has stopped; it says why.")
-    return result
-
-
 def all_or_none(work: Callable[[], T]) -> T:
-    """What `work` returns in this process; where it fails in one of them, all stop."""
+    """Does `work` in every process and returns its result; if it fails in one of them, all stop."""
     if not is_multiprocess():
         return work()
     result = error = None
     try:
         result = work()
-    except Exception as caught:  # raised below, when the others know
+    except Exception as caught:  # raised below, once the other processes know
         error = caught
-    failed = np.flatnonzero(_of_all(np.array([error is not None])))
+    failed = np.flatnonzero(_gather(np.array([error is not None])))
     if error is not None:
         raise error
     if len(failed):
@@ -139,46 +105,51 @@ def all_or_none(work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def on_primary(work: Callable[[], T]) -> T | None:
+    """Does `work` in the primary process; the others wait, return None, and stop if it fails."""
+    return all_or_none(lambda: work() if is_primary() else None)
+
+
 def primary_first(work: Callable[[], T]) -> T:
-    """What `work` returns in this process: the first does it before the others, which find its caches filled."""
+    """Does `work` in the primary process and then in the others, which find the caches that it has filled."""
     result = on_primary(work)
     return all_or_none(lambda: cast(T, result) if is_primary() else work())
 
 
-def require_equal(what: str, value: str) -> None:
-    """UserError in every process unless all have the same `value`; otherwise they would wait for each other for ever."""
+def require_equal(subject: str, value: str) -> None:
+    """Raises UserError in every process unless all have the same `value`; with different ones they would wait forever."""
     if not is_multiprocess():
         return
-    every = _of_all(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8))
-    others = np.flatnonzero((every != every[0]).any(1))
+    hashes = _gather(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8))
+    others = np.flatnonzero((hashes != hashes[0]).any(1))
     if len(others):
-        raise UserError(f"{what} of process {others[0]} differ from those of process 0; all must have the same.")
-
-
-def _of_all(own: np.ndarray) -> np.ndarray:
-    """A small array of each process: [processes, ...]."""
-    from jax.experimental.multihost_utils import process_allgather
-
-    return np.asarray(process_allgather(own))
+        raise UserError(f"{subject} of process {others[0]} differ from those of process 0; all must have the same.")
 
 
 def any_process(flags: np.ndarray) -> np.ndarray:
-    """Flags, bool [N], that are set in any of the processes."""
-    return np.logical_or.reduce(_of_all(flags), axis=0) if is_multiprocess() else flags
+    """Flags, bool [N] -> bool [N]: which of them are set in at least one process."""
+    return np.logical_or.reduce(_gather(flags), axis=0) if is_multiprocess() else flags
 
 
-def exit_now(said: str, code: int) -> NoReturn:
-    """Ends this process at once, and it alone: the others find it dead within HEARTBEAT seconds.
+def _gather(values: np.ndarray) -> np.ndarray:
+    """The arrays of all processes: [...] -> [processes, ...]."""
+    from jax.experimental.multihost_utils import process_allgather
 
-    By the usual way out JAX would wait as long for them, who know of nothing, and then abort.
+    return np.asarray(process_allgather(values))
+
+
+def exit_now(message: str, code: int) -> NoReturn:
+    """Ends only this process, at once; the others notice within HEARTBEAT seconds.
+
+    A normal exit would wait for the others, which know of nothing, just as long and then abort.
     """
-    print(said, file=sys.stderr)
+    print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def silence_stdout() -> None:
-    """What a process prints that is not the first goes nowhere; its errors stay."""
+    """Discards what every process but the primary one prints; errors still appear."""
     if not is_primary():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for the rest of the process

@@ -1,8 +1,8 @@
-"""Files that are the old one or the new one, never half of it."""
+"""Atomic writes, the cache folder, the lock of a run folder, warnings and the progress bar."""
 
 import contextlib
+import errno
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -10,31 +10,29 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxcats.common.cli import one_line
-from jaxcats.common.errors import UserError
+from jaxcats.common.errors import UserError, one_line
 
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.old)?")  # what `temporary` gives, and what storage.artifact moves away
-# A checkpoint until the one that replaces it is whole; here, since storage.checkpoint loads Orbax.
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.old)?")  # names from `temporary`; export.artifact adds ".old"
+# The name of a checkpoint until its replacement is complete. It is here because train.checkpoint loads Orbax.
 REPLACED_CHECKPOINT = re.compile(r"\.(\d+)\.replaced")
-
-
-def shorten_bytes(name: str, most: int) -> str:
-    """The beginning of a file's name, of so many bytes: file systems count these, of 255, and not letters."""
-    return os.fsencode(name)[:most].decode(errors="ignore")
-
-
-def temporary(path: Path) -> Path:
-    """Where this process makes a file or a folder that is to become `path`; `sweep` knows it by its name."""
-    return path.with_name(f".{shorten_bytes(path.name, 200)}.{os.getpid()}.tmp")
+LOCK = ".lock"
+_locks: "dict[Path, FileLock]" = {}  # held by this process
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, and its folder where missing; raises OSError and leaves nothing behind then.
+    """Writes a whole file or, when that fails, leaves the old one; creates its folder.
 
-    A link stays one: what it points to is replaced. A device or a pipe is written to.
+    A symbolic link stays a link and its target is replaced. A device or pipe is written to.
+
+    Raises:
+        OSError: the file can't be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
@@ -51,98 +49,101 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def remove_stale_temporaries(folder: Path, *, older: float = 24 * 3600) -> None:
-    """Removes what killed processes left half-written, once it is so many seconds old; what can't be removed stays."""
-    for left in folder.glob(".*.tmp*"):
-        with contextlib.suppress(OSError):
-            if TEMPORARY.fullmatch(left.name) and time.time() - left.stat().st_mtime > older:
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-
-
 def write_text(path: Path, text: str) -> None:
-    """Likewise, in UTF-8; file names that are not UTF-8 keep their bytes."""
+    """`write_bytes` in UTF-8; file names in the text that are not UTF-8 keep their bytes."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: Path, tree: Any, *, indent: int | None = 1) -> None:
-    """Likewise, as JSON."""
+    """`write_text` of a tree as JSON."""
     write_text(path, json.dumps(tree, indent=indent) + "\n")
 
 
-NAME = ".lock"
-_held: dict[Path, int] = {}  # open for the rest of the process
+def temporary(path: Path) -> Path:
+    """Where this process writes a file or folder before it is renamed to `path`."""
+    return path.with_name(f".{shorten_bytes(path.name, 200)}.{os.getpid()}.tmp")
+
+
+def shorten_bytes(name: str, limit: int) -> str:
+    """The beginning of a file name, at most `limit` bytes long: file systems allow 255 bytes, not letters."""
+    return os.fsencode(name)[:limit].decode(errors="ignore")
+
+
+def remove_stale_temporaries(folder: Path, *, older: float = 24 * 3600) -> None:
+    """Removes files that a killed process left half-written, once they are `older` seconds old; ignores failures."""
+    for path in folder.glob(".*.tmp*"):
+        with contextlib.suppress(OSError):
+            if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > older:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def lock_folder(folder: Path) -> None:
-    """Locks a folder for this process until it ends (flock on a file in it; where the file system has no locks, nothing).
+    """Locks a run folder for this process, until `unlock_folder` or the end of the process, however it ends.
+
+    Does nothing on a file system without locks.
 
     Raises:
-        UserError: another process holds it; says which.
+        UserError: another process holds the lock; the message says which.
+        OSError: the folder can't be written.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    from filelock import FileLock, Timeout
+
+    path = folder.resolve() / LOCK
+    if path in _locks:
         return
-    place = folder.resolve() / NAME
-    if place in _held:
-        return
-    handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+    # Read first: some versions of filelock empty the file when they try to lock it.
+    holder = path.read_text(errors="replace").strip() if path.is_file() else ""
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
-        os.close(handle)
+        lock.acquire(timeout=0)
+    except Timeout:
+        name = holder or "another process"
         raise UserError(
-            f"--workdir {folder}: {holder} is training in it now. Wait for its end, or name another folder."
+            f"--workdir {folder}: {name} is training in it now. Wait for its end, or name another folder."
         ) from None
-    except OSError:  # some network file systems: better without a lock than without a run
-        os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
+            raise
         return
-    os.ftruncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {platform.node() or 'this machine'}\n".encode())
-    _held[place] = handle
+    _locks[path] = lock
+    with contextlib.suppress(OSError):
+        path.write_text(f"process {os.getpid()} on {platform.node() or 'this machine'}\n")
 
 
 def unlock_folder(folder: Path) -> None:
-    """Lets another process have the folder."""
-    handle = _held.pop(folder.resolve() / NAME, None)
-    if handle is not None:
-        os.close(handle)
+    """Lets other processes train in the folder."""
+    if lock := _locks.pop(folder.resolve() / LOCK, None):
+        lock.release()
 
 
 def cache_folder() -> Path:
-    """Where jaxcats keeps what it can make again: JAXCATS_CACHE, else XDG_CACHE_HOME/jaxcats, else ~/.cache/jaxcats."""
+    """The folder for files that can be recomputed: JAXCATS_CACHE, else XDG_CACHE_HOME/jaxcats, else ~/.cache/jaxcats."""
     if given := os.environ.get("JAXCATS_CACHE"):
-        return Path(os.path.expanduser(given))
+        return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "jaxcats"
 
 
-def cache_name(root: Path, more: str = "") -> str:
-    """What a file in the cache is called that is about the folder `root`, and of `more` that decides it."""
-    key = hashlib.sha256(os.fsencode(root) + more.encode()).hexdigest()[:16]
+def cache_name(root: Path, settings: str = "") -> str:
+    """The name of the cache file for the dataset in `root`, under `settings` that change its content."""
+    key = hashlib.sha256(os.fsencode(root) + settings.encode()).hexdigest()[:16]
     return f"{shorten_bytes(root.name, 230) or 'root'}-{key}.json"
 
 
 def warn(message: str) -> None:
-    """One line on stderr."""
+    """Prints one line on stderr."""
     print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 def in_notebook() -> bool:
-    """Whether this is a Jupyter kernel."""
+    """Whether this process is a Jupyter kernel."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 def progress_bar(**options: Any) -> Any:
-    """A bar that counts images: on a terminal and in Jupyter, silent elsewhere; arguments are tqdm's."""
-    if in_notebook():
-        if importlib.util.find_spec("ipywidgets"):
-            from tqdm.notebook import tqdm
-        else:
-            from tqdm import tqdm
-        return tqdm(unit="img", leave=False, **options)
-    from tqdm import tqdm
-
-    return tqdm(unit="img", disable=None, leave=False, **options)
+    """A tqdm bar that counts images, on a terminal and in Jupyter; elsewhere it shows nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in Jupyter without ipywidgets tqdm warns before it falls back to text
+        from tqdm.auto import tqdm
+    return tqdm(unit="img", leave=False, disable=False if in_notebook() else None, **options)

@@ -1,69 +1,42 @@
-"""Raising where a signal struck, but not inside an import or a callback, where an exception is lost or becomes another."""
+"""Ctrl-C and SIGTERM: where an exception is raised for them, and how a training stops at the end of a step.
+
+A command runs within `safe_keyboard_interrupt`. Training replaces that by `Stopping`: while epochs run (`patient`) a
+signal only sets a flag, which the loop reads after each step (`asked`); then it saves a checkpoint and raises
+`leave(step)`. Everywhere else, and at a second signal, Stopped is raised at once.
+"""
 
 import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxcats.common import distributed
 
-_AGAIN = 0.05  # seconds
-# Python drops what is raised in them; in an import it may come out as an ImportError.
-_DEAF = ("__del__", "_xla_gc_callback")
-
-
-def raise_when_safe(error: BaseException, frame: Any) -> None:
-    """Of a signal handler: raises `error` where the program stands (`frame`), or as soon as it has left such a place."""
-    at = frame
-    while at is not None:
-        if at.f_code.co_name in _DEAF or at.f_code.co_filename == "<frozen importlib._bootstrap>":
-            break
-        at = at.f_back
-    else:
-        raise error
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, lambda _, later: raise_when_safe(error, later))
-        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
-
-
-@contextlib.contextmanager
-def safe_keyboard_interrupt() -> Iterator[None]:
-    """Within it Ctrl-C is a KeyboardInterrupt at a safe place; nothing where another handler or thread is at work."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda _, frame: raise_when_safe(KeyboardInterrupt(), frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+_RETRY_SECONDS = 0.05
+# Python drops an exception that is raised in these functions; in an import it may turn into an ImportError.
+_LOSES_EXCEPTIONS = ("__del__", "_xla_gc_callback")
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised where a process that was asked to end leaves; `code` is its exit code, 128 + the signal's number."""
+    """Raised in a process that a signal asked to end; `code` is its exit code, 128 + the signal's number."""
 
     def __init__(self, signum: int, message: str = ""):
-        super().__init__(
-            message or f"stopped by {'the safe_keyboard_interrupt' if signum == signal.SIGINT else 'SIGTERM'}."
-        )
+        super().__init__(message or f"stopped by {'the keyboard' if signum == signal.SIGINT else 'SIGTERM'}.")
         self.signum, self.code = signum, 128 + signum
 
     @classmethod
     def saved(cls, signum: int, step: int) -> "Stopped":
-        """What to raise once the checkpoint of `step` is saved."""
+        """The exception to raise once the checkpoint of `step` is saved."""
         return cls(signum, f"stopped as asked, at step {step:,}, which is saved.")
 
 
 class Stopping:
     """Turns signals into a question that the training loop asks after each step.
 
-    Outside `patient` a signal raises Stopped where the process is. Of several processes each may be asked, at different
-    steps; JAX's preemption service makes all of them stop at the same one, and outside the steps none of them.
+    With several processes each may get a signal, at different steps. JAX's preemption service makes all of them stop at
+    the same step; outside the steps every process stops alone.
     """
 
     def __init__(self) -> None:
@@ -71,50 +44,35 @@ class Stopping:
         self._patient = False
         self._questions = 0
 
-    @contextlib.contextmanager
-    def listen(self, *, several: bool = False) -> Iterator[None]:
-        """Handles SIGINT and SIGTERM for the length of a `with` block; of `several` processes JAX has SIGTERM."""
-        if threading.current_thread() is not threading.main_thread():  # Python hands signals to the main thread alone
-            yield
-            return
-        signals = [signal.SIGINT, *[signal.SIGTERM] * (not several)]
-        before = {s: signal.signal(s, self._asked) for s in signals}
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+    def listen(self, *, several: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Handles SIGINT and SIGTERM within a `with` block; JAX handles SIGTERM when `several` processes train."""
+        return _handling([signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM], self._handle)
 
-    def _asked(self, signum: int, frame: Any) -> None:
-        wait = self._patient and self.signum is None and not (distributed.is_multiprocess() and signum == signal.SIGINT)
+    def _handle(self, signum: int, frame: Any) -> None:
+        is_first = self.signum is None
         self.signum = signum
-        if not wait:
+        # The other processes know nothing of Ctrl-C in this one, so it can't wait for a checkpoint with them.
+        if not self._patient or not is_first or (signum == signal.SIGINT and distributed.is_multiprocess()):
             raise_when_safe(Stopped(signum), frame)
-            return
-        print("\nStopping after this step; once more, and it stops at once.", file=sys.stderr, flush=True)
+        else:
+            print("\nStopping after this step; once more, and it stops at once.", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
-    def patient(self) -> Iterator[None]:
-        """While epochs run: a signal waits for `asked`."""
+    def patient(self, patient: bool = True) -> Iterator[None]:
+        """Within it a signal waits for `asked`."""
         self.check()
-        self._patient = True
-        try:
-            yield
-        finally:
-            self._patient = False
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within `patient`: what takes long, and nothing is lost by breaking it off."""
-        self.check()
-        before, self._patient = self._patient, False
+        before, self._patient = self._patient, patient
         try:
             yield
         finally:
             self._patient = before
 
+    def at_once(self) -> contextlib.AbstractContextManager[None]:
+        """Within `patient`: for work that takes long and can be broken off without loss."""
+        return self.patient(False)
+
     def check(self) -> None:
-        """Raises Stopped where it was raised before and something, a callback say, has swallowed it."""
+        """Raises Stopped again if other code, such as a callback, has swallowed it."""
         if self.signum is not None:
             raise Stopped(self.signum)
 
@@ -129,6 +87,41 @@ class Stopping:
         return self.signum is not None
 
     def leave(self, step: int) -> Stopped:
-        """What to raise once the checkpoint of `step` is saved."""
+        """`Stopped.saved` for the signal that was received."""
         assert self.signum is not None
         return Stopped.saved(self.signum, step)
+
+
+def safe_keyboard_interrupt() -> contextlib.AbstractContextManager[None]:
+    """Within it Ctrl-C raises KeyboardInterrupt at a safe place; a handler that is not Python's own stays."""
+    is_pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return _handling(
+        [signal.SIGINT] if is_pythons else [], lambda _, frame: raise_when_safe(KeyboardInterrupt(), frame)
+    )
+
+
+@contextlib.contextmanager
+def _handling(signals: Sequence[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
+        signals = []
+    before = {s: signal.signal(s, handler) for s in signals}
+    try:
+        yield
+    finally:
+        for s, former in before.items():
+            signal.signal(s, former)
+
+
+def raise_when_safe(error: BaseException, frame: Any) -> None:
+    """Raises `error` from a signal handler, as soon as the interrupted `frame` is not in code that would lose it."""
+    caller = frame
+    while caller is not None:
+        code = caller.f_code
+        if code.co_name in _LOSES_EXCEPTIONS or code.co_filename == "<frozen importlib._bootstrap>":
+            break
+        caller = caller.f_back
+    else:
+        raise error
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, lambda _, later: raise_when_safe(error, later))
+        signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)

@@ -1,13 +1,10 @@
-"""Counts, and how far they can be trusted."""
+"""Numbers that several folders compute: errors with their interval, log loss, Brier score, smoothed losses."""
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 
 def wilson_interval(successes: int, n: int, *, z: float = 1.959963984540054) -> tuple[float, float]:

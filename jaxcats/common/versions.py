@@ -1,29 +1,17 @@
-"""What decides the numbers beside the configuration: the versions that are installed."""
+"""The installed versions that decide a run's numbers together with its configuration."""
 
+import contextlib
 import importlib.metadata
 import platform
 
-VERSIONS = [
-    "jaxcats",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "tensorflow-cpu",
-    "tensorflow",
-    "numpy",
-    "pillow",
-    "safetensors",
-]
+COMPUTING = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow", "numpy"]
+READING = ["pillow", "safetensors"]
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what decides the numbers."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    """Name -> version of Python, the platform, jaxcats and the installed libraries."""
+    installed = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ["jaxcats", *COMPUTING, *READING]:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed

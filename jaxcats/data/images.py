@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from jaxcats.common.errors import UserError
+from jaxcats.common.errors import UserError, first_line
 
 # What a profile's colour space is called in Pillow, and the modes that can be converted by it.
 _MODES = {"RGB": ("RGB", "RGBA"), "CMYK": ("CMYK",), "GRAY": ("L", "LA")}
@@ -315,10 +315,10 @@ def bad_reason(error: Exception) -> str:
         return f"too large: {str(error).split(',')[0]}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    first_line = (str(error).splitlines() or [""])[0]
-    if any(words in first_line for words in ("decoder error", "decoder object", "broken data stream", "broken PNG")):
-        return f"damaged or cut off (Pillow: {first_line[:160]})"
-    return first_line[:200] or type(error).__name__
+    reason = first_line(error)
+    if any(words in reason for words in ("decoder error", "decoder object", "broken data stream", "broken PNG")):
+        return f"damaged or cut off (Pillow: {reason[:160]})"
+    return reason
 
 
 def upright_with_remarks(image: Image.Image, content: bytes) -> tuple[Image.Image, list[str]]:

@@ -10,8 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxcats.common.cli import one_line
-from jaxcats.common.errors import UserError
+from jaxcats.common.errors import UserError, one_line
 from jaxcats.common.io import cache_folder
 from jaxcats.data.files import IMAGE_EXTENSIONS, FileRecord, examine, list_images
 from jaxcats.data.labels import Labelled, existing_folder, extensions, find_labels, grouping, labelled_images

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcats.common.config import compiled, label_kind
-from jaxcats.common.errors import UserError, nearest
+from jaxcats.common.errors import UserError, first_line, nearest
 from jaxcats.data.files import IMAGE_EXTENSIONS, list_images
 
 VALID_NAMES = ("valid", "val", "validation")
@@ -293,7 +293,7 @@ def _parquet(file: Path, wanted: Set[str]) -> Iterator[tuple[str, list[str]]]:
         names = [name for name in header if name in wanted]
         table: Any = pq.read_table(file, columns=names)
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: can't be read as Parquet ({str(error).splitlines()[0]}).") from None
+        raise UserError(f"{file}: can't be read as Parquet ({first_line(error)}).") from None
     yield "header", header
     cells_of = {name: _texts(file, name, table[name]) for name in names}
     columns = [cells_of.get(name) or [""] * len(table) for name in header]

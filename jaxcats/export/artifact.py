@@ -27,7 +27,7 @@ from jax.interpreters.mlir import make_ir_context
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from jaxcats.common.errors import UserError, unwritable
+from jaxcats.common.errors import UserError, first_line, unwritable
 from jaxcats.common.io import temporary, write_bytes, write_json
 from jaxcats.data.augment import PRESETS
 from jaxcats.data.images import TRANSFORM_VERSION, Preprocess
@@ -146,7 +146,7 @@ def read(folder: str | os.PathLike) -> Artifact:
         exported = jax.export.deserialize(bytearray(contents[PROGRAM]))
         check_program(exported)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         if facts["jax"] != jax.__version__:
             reason += f"; it was written by jax {facts['jax']}, and this is jax {jax.__version__}"
         _refuse(folder / PROGRAM, f"can't be used: {reason}")

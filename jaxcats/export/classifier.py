@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from jaxcats.common import compile_cache
-from jaxcats.common.errors import RunError, UserError
+from jaxcats.common.errors import RunError, UserError, first_line
 from jaxcats.data.augment import PRESETS, Augmentation, make_augment, source_preprocess
 from jaxcats.data.images import ImageError, bad_reason, evaluation_pixels
 from jaxcats.export import artifact
@@ -175,7 +175,7 @@ class Classifier:
         try:
             total = self._call(self._tensors, images)
         except ValueError as error:
-            reason, platform = str(error).partition("\n")[0], jax.default_backend()
+            reason, platform = first_line(error), jax.default_backend()
             raise UserError(f"{self._folder}: can't be run on this machine's {platform}: {reason}.") from None
         if tta:
             sources = np.stack([versions[1] for versions in pixels])

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxcats.common.errors import RunError, UserError
+from jaxcats.common.errors import RunError, UserError, first_line
 
 PAUSES = (0.2, 0.5, 1, 2, 4)  # seconds before asking again; a download that gains nothing in all of them is given up
 MAY_PASS = (408, 429, 500, 502, 503, 504)
@@ -144,7 +144,7 @@ def netloc(request: Any) -> str:
 
 def reason(error: Exception) -> str:
     """An error's first line, short, to stand in a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(".")
+    return first_line(error).rstrip(".")
 
 
 WAYS_OUT = (
@@ -198,7 +198,7 @@ def cached(place: str) -> Path | None:
     except errors.LocalEntryNotFoundError:
         return None
     except ValueError as e:  # HFValidationError is one
-        raise UserError(f"weights hf:{place}: not a repository's name ({str(e).splitlines()[0]})") from None
+        raise UserError(f"weights hf:{place}: not a repository's name ({first_line(e)})") from None
 
 
 def locate(place: str) -> Path:

@@ -71,7 +71,7 @@ def get(name: str) -> Backbone:
     if name not in _BACKBONES:
         raise UserError(
             f"backbone: {unknown(name, names())} One of your own is known to the script that registers it: let that call "
-            f"jaxcats.common.cli.main(), and it has every command (python mine.py evaluate ...)."
+            f"jaxcats.main(), and it has every command (python mine.py evaluate ...)."
         )
     return _BACKBONES[name]
 

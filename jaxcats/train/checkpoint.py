@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxcats.common.distributed import on_primary
-from jaxcats.common.errors import MAKE_ROOM, RunError, UserError, is_full, unwritable
+from jaxcats.common.errors import MAKE_ROOM, RunError, UserError, first_line, is_full, unwritable
 from jaxcats.common.io import REPLACED_CHECKPOINT
 from jaxcats.core import mesh
 from jaxcats.core.state import copy, tree_hash
@@ -263,8 +263,7 @@ def _silence_abandoned_operations() -> None:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].partition("See full")[0].strip()[:200]
+    return first_line(error).partition("See full")[0].strip()
 
 
 def _json_hash(tree: Any) -> str:

@@ -12,7 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from jaxcats.train.__main__ import command
+from jaxcats import train_main
 
 
 def cutout(image, key):
@@ -26,4 +26,4 @@ def cutout(image, key):
 
 
 if __name__ == "__main__":
-    sys.exit(command(augment=cutout))
+    sys.exit(train_main(augment=cutout))

@@ -13,8 +13,7 @@ import sys
 
 import jax.numpy as jnp
 
-from jaxcats import models
-from jaxcats.common.cli import main
+from jaxcats import main, models
 from jaxcats.models.efficientnet_lite import EfficientNetLite0
 
 

@@ -11,7 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from jaxcats.train.__main__ import command
+from jaxcats import train_main
 
 
 def focal(logits, labels, *, gamma=2.0):
@@ -21,4 +21,4 @@ def focal(logits, labels, *, gamma=2.0):
 
 
 if __name__ == "__main__":
-    sys.exit(command(loss_fn=focal))
+    sys.exit(train_main(loss_fn=focal))

@@ -1,9 +1,8 @@
-"""Your own metric: the cost of the errors, where a dog taken for a cat costs five times as much as a cat taken for a dog.
+"""A metric of one's own, in a notebook's few lines: what the mistakes cost, where a dog taken for a cat costs five times as much.
 
     python scripts/examples/metric.py [data/dogscats [BACKBONE]]
 
-The metric appears in the table of epochs and in `learn.history`. In a script with the flags of `train`, pass
-`metrics=cost` as loss.py passes its loss; then the metric is also in the run folder.
+It stands in the table of epochs, in `learn.history` and, with `jaxcats.train_main(metrics=cost)`, in the run folder.
 """
 
 import sys
@@ -13,14 +12,14 @@ import numpy as np
 import jaxcats as jc
 from jaxcats.common.cli import run_command
 
-COSTS = np.array([[0.0, 1.0], [5.0, 0.0]])  # [actual class, predicted class], cats and dogs
+COSTS = np.array([[0.0, 1.0], [5.0, 0.0]])  # [what it shows, what it is taken for], cats and dogs
 
 
 def cost(logits, labels):
-    """Metrics by name, of logits float32 [N, 2] and labels int32 [N] of all validation images."""
+    """Logits float32 [N, 2] and labels int32 [N] of all validation images -> numbers by name."""
     odds = np.exp(logits - logits.max(1, keepdims=True))
     probabilities = odds / odds.sum(1, keepdims=True)
-    cautious = (probabilities @ COSTS).argmin(1)  # the class with the lowest expected cost, not the likeliest class
+    cautious = (probabilities @ COSTS).argmin(1)  # the answer that costs least on average, not the likeliest
     return {"cost": COSTS[labels, logits.argmax(1)].sum(), "cautious cost": COSTS[labels, cautious].sum()}
 
 

@@ -1,6 +1,8 @@
 """Files that are the old one or the new one."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -28,6 +30,24 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
         write_bytes(path, b"new")
     assert json.loads(path.read_text()) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+NOTEBOOK = """
+import sys, types, warnings
+warnings.simplefilter("error")
+shell = type("ZMQInteractiveShell", (), {"config": {"IPKernelApp": {}}})()
+sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: shell, version_info=(9,))
+sys.modules["ipywidgets"] = None
+"""
+
+
+@pytest.mark.parametrize(("before", "shows"), [("", False), (NOTEBOOK, True)], ids=["no terminal", "notebook"])
+def test_the_progress_bar_counts_images_where_somebody_looks(before, shows):
+    program = f"{before}\nfrom jaxcats.common.io import progress_bar\nwith progress_bar(total=3) as bar: bar.update(3)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert ("img/s" in done.stderr) is shows
+    assert "Warning" not in done.stderr
 
 
 def test_a_long_name_has_room_for_its_temporary(tmp_path):
