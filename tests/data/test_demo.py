@@ -88,20 +88,13 @@ def test_too_few_images(tmp_path):
 
 
 def test_the_command(tmp_path):
-    command = [
-        sys.executable,
-        str(Path(__file__).parents[2] / "scripts" / "demo_images.py"),
-        str(tmp_path / "a"),
-        "--n_train",
-        "2",
-        "--n_valid",
-        "2",
-    ]
+    script = str(Path(__file__).parents[2] / "scripts" / "demo_images.py")
+    command = [sys.executable, script, str(tmp_path / "a"), "--n_train", "2", "--n_valid", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "2 training and 2 validation images" in done.stdout
     (tmp_path / "mine.txt").write_text("")
-    command[3] = str(tmp_path)
+    command[2] = str(tmp_path)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

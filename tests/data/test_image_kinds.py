@@ -65,7 +65,7 @@ def test_it_looks_as_it_should(name, tmp_path):
 def test_what_is_unusual_is_noted_and_nothing_else(name, tmp_path):
     (tmp_path / name).write_bytes(KINDS[name])
     record, seen = inspect_file(tmp_path / name), inspect_image(tmp_path / name)  # the second is doctor's
-    assert (record.bad, seen.bad) == (None, "")
+    assert (record.bad, seen.sha256) == (None, record.sha256)
     said = [detail for kind, detail in seen.notes if kind in ("unusual image", "wrong extension")]
     assert "; ".join(said) == record.note
     if name in NOTES:
@@ -132,7 +132,7 @@ def test_the_index_keeps_the_notes_and_the_findings_say_them(tmp_path):
             for name in names:
                 (tmp_path / part / kind / name).write_bytes(KINDS[name])
     for _ in range(2):  # from the files, and from the cache
-        (said,) = [f for f in findings(scan(tmp_path)) if f["what"] == "unusual images"]
+        (said,) = [f for f in findings(scan(tmp_path)) if f["what"] == "unusual image"]
         assert said["examples"] == [f"{part}/a/gif_moving.gif: first of 3 frames" for part in ("train", "valid")]
 
 
@@ -141,8 +141,8 @@ def test_heic_without_the_plug_in_says_what_to_install(tmp_path):
     code = f"""
 import sys; sys.modules["pillow_heif"] = None
 from pathlib import Path
-from jaxcats.data.files import look_at
-print(look_at(Path({str(tmp_path / "photo.heic")!r})).bad)
+from jaxcats.data.files import inspect_file
+print(inspect_file(Path({str(tmp_path / "photo.heic")!r})).bad)
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said == 'HEIC needs the extra "heic": pip install "jaxcats[heic]"\n'
@@ -166,7 +166,7 @@ MIB = {  # as measured, and a tenth more
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
-@pytest.mark.parametrize("what", ["evaluation_pixels(path, Preprocess())", "look_at(path)"])
+@pytest.mark.parametrize("what", ["evaluation_pixels(path, Preprocess())", "inspect_file(path)"])
 @pytest.mark.parametrize("name", MIB)
 def test_forty_megapixels_take_bounded_memory(name, what, tmp_path):
     """Decoded it is 150 MiB (16-bit greys half of that): turning it, or making it RGB, needs another, nothing a third."""
@@ -175,8 +175,8 @@ def test_forty_megapixels_take_bounded_memory(name, what, tmp_path):
     code = f"""
 import re
 from pathlib import Path
-from jaxcats.data.files import look_at
-from jaxcats.data.preprocess import Preprocess, evaluation_pixels
+from jaxcats.data.files import inspect_file
+from jaxcats.data.images import Preprocess, evaluation_pixels
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 path = Path({str(path)!r})
 before = peak()

@@ -228,7 +228,7 @@ def test_an_impossible_record_is_an_error(values, message):
 
 def test_neither_tensorflow_nor_jax_is_imported():
     code = (
-        "import sys; import jaxcats.data.preprocess, jaxcats.data.index, jaxcats.data.pipeline; "
+        "import sys; import jaxcats.data.images, jaxcats.data.index, jaxcats.data.pipeline; "
         "print(sorted({'tensorflow', 'jax'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

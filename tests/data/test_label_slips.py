@@ -145,7 +145,7 @@ def test_groups_made_too_late_are_said(heap, capsys, tmp_path):
         for i in range(10):  # nine of a kind turn out to be the same animal
             (heap / f"{kind}.{i}.jpg").rename(heap / f"{kind}.{kind * (i > 0) or 'other'}.{i}.jpg")
     assert sides(scan(heap, **how)) == first  # old images never change sides
-    assert "2 groups have images on several sides, for example cat: they were split before" in capsys.readouterr().err
+    assert "2 groups have images in several splits, for example cat: they were split before" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -186,17 +186,17 @@ def test_blank_lines_before_the_header_are_skipped(flat, table, blank):
     assert bad == [("dog.0.jpg", f"has no label (line {blank.count(chr(10)) + 4})")]
 
 
-@pytest.mark.parametrize("further", ["path", "label", "split"])
-def test_a_further_column_may_be_called_like_another(flat, table, further):
+@pytest.mark.parametrize("column", ["path", "label", "split"])
+def test_the_column_of_groups_may_be_called_like_another(flat, table, column):
     table("path,label,split,file,kind,part\np0,l0,s0,cat.0.jpg,cat,train\np1,l1,s1,dog.0.jpg,dog,valid\n")
     named = {"path": "file", "label": "kind", "split": "part"}
-    rows, bad = read_table(flat, "labels.csv", named, further={further})
+    rows, bad = read_table(flat, "labels.csv", named, group=column)
     assert [(r.path, r.label, r.split) for r in rows] == [("cat.0.jpg", "cat", "train"), ("dog.0.jpg", "dog", "valid")]
-    assert [dict(r.further) for r in rows] == [{further: f"{further[0]}{i}"} for i in range(2)]
+    assert [r.group for r in rows] == [f"{column[0]}{i}" for i in range(2)]
     assert not bad
     table("path,label,split\ncat.0.jpg,cat,train\n")  # the very column that is a path, label or split already
-    (row,), _ = read_table(flat, "labels.csv", {}, further={further})
-    assert row.further == {further: getattr(row, further)}
+    (row,), _ = read_table(flat, "labels.csv", {}, group=column)
+    assert row.group == getattr(row, column)
 
 
 def test_an_empty_split_is_none_where_others_have_one(flat, table):
@@ -268,7 +268,7 @@ def test_parquet_columns_that_hold_no_text_are_refused_by_name(flat, parquet):
     parquet(label=["cat", "dog"], animal=[[1], [2]])
     assert len(read_table(flat, "labels.parquet", {})[0]) == 2
     with pytest.raises(UserError, match="column 'animal' is of type list"):
-        read_table(flat, "labels.parquet", {}, further={"animal"})
+        read_table(flat, "labels.parquet", {}, group="animal")
 
 
 def test_parquet_columns_of_text_numbers_and_truths(flat, parquet):

@@ -156,7 +156,7 @@ def test_batches_asked_for_while_the_interpreter_exits_are_quiet(folder):
 import atexit, time
 from jaxcats.data import pipeline
 from jaxcats.data.index import scan_unlabelled
-from jaxcats.data.preprocess import Preprocess, evaluation_pixels
+from jaxcats.data.images import Preprocess, evaluation_pixels
 
 def slowly(path, preprocess):
     time.sleep(0.05)
@@ -179,7 +179,7 @@ def test_stopping_early_is_quiet_and_leaves_tensorflow_without_a_gpu(folder):
 import sys
 from jaxcats.data.index import scan_unlabelled
 from jaxcats.data.pipeline import evaluation_batches, training_batches
-from jaxcats.data.preprocess import Preprocess
+from jaxcats.data.images import Preprocess
 split, _ = scan_unlabelled({str(root)!r})
 batches = evaluation_batches(split, preprocess=Preprocess(size=32), batch_size=2)
 assert "tensorflow" not in sys.modules

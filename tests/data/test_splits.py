@@ -141,8 +141,8 @@ def test_the_same_image_in_test_and_train_is_a_finding(folder):
     ]
     files = {name: seed for seed, name in enumerate(names)} | {"test/cats/0.jpg": 0}
     (grave,) = [f for f in findings(scan(folder(files))) if f["grave"]]
-    assert grave["what"] == "the same image in test and in train or valid"
-    assert grave["examples"] == ["train/cats/0.jpg = test/cats/0.jpg"]
+    assert grave["what"] == "the same image in two splits"
+    assert grave["examples"] == ["train/cats/0.jpg = test/cats/0.jpg: in test and train"]
 
 
 def test_what_cannot_be_held_out_is_said(subjects):
