@@ -24,7 +24,7 @@ LEAK, CONFLICT = "the same image in two splits", "the same image under two class
 ONCE = "copy that training ignores"
 
 
-def picture(seed, size=(96, 80)):
+def drawn(seed, size=(96, 80)):
     small = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
@@ -33,7 +33,7 @@ def healthy(root, n=32):
     for k, (split, name) in enumerate((s, c) for s in ("train", "valid") for c in ("cats", "dogs")):
         (root / split / name).mkdir(parents=True)
         for i in range(n):
-            picture(1000 * k + i).save(root / split / name / f"{i}.jpg")
+            drawn(1000 * k + i).save(root / split / name / f"{i}.jpg")
     return root
 
 
@@ -49,7 +49,7 @@ def plant(root):
     for i in range(EACH):
         cats, new = root / "train/cats", 100_000 + 100 * i
         whole = (cats / f"{i}.jpg").read_bytes()
-        (cats / f"cut{i}.jpg").write_bytes(picture(new).tobytes()[: 900 + i] if i % 2 else whole[:900])
+        (cats / f"cut{i}.jpg").write_bytes(drawn(new).tobytes()[: 900 + i] if i % 2 else whole[:900])
         note("unreadable", f"train/cats/cut{i}.jpg")
         (root / f"valid/cats/leak{i}.jpg").write_bytes(whole)
         note(LEAK, f"train/cats/{i}.jpg", f"valid/cats/leak{i}.jpg")
@@ -57,41 +57,41 @@ def plant(root):
         note(CONFLICT, f"train/cats/{EACH + i}.jpg", f"train/dogs/conflict{i}.jpg")
         (root / f"train/dogs/twice{i}.jpg").write_bytes((root / f"train/dogs/{i}.jpg").read_bytes())
         note("the same image twice", f"train/dogs/{i}.jpg", f"train/dogs/twice{i}.jpg")
-        picture(3000 + i).resize((60, 50)).save(root / f"valid/dogs/near{i}.jpg", quality=60)
+        drawn(3000 + i).resize((60, 50)).save(root / f"valid/dogs/near{i}.jpg", quality=60)
         note("look-alikes", f"valid/dogs/{i}.jpg", f"valid/dogs/near{i}.jpg")
-        scene = picture(3000 + EACH + i).crop((1, 1, 96, 79)).point([min(255, v + 9) for v in range(256)] * 3)
+        scene = drawn(3000 + EACH + i).crop((1, 1, 96, 79)).point([min(255, v + 9) for v in range(256)] * 3)
         scene.resize((150, 120)).save(root / f"train/dogs/scene{i}.jpg", quality=70)
         note("look-alikes in two splits", f"train/dogs/scene{i}.jpg", f"valid/dogs/{EACH + i}.jpg")
-        picture(new + 1).save(cats / f"really{i}.jpg", format="PNG")
+        drawn(new + 1).save(cats / f"really{i}.jpg", format="PNG")
         note("wrong extension", f"train/cats/really{i}.jpg")
-        odd = picture(new + 2).convert(("CMYK", "RGBA", "P")[i % 3])
+        odd = drawn(new + 2).convert(("CMYK", "RGBA", "P")[i % 3])
         if odd.mode == "RGBA":
             odd.putalpha(100)
         name = f"odd{i}.{'jpg' if odd.mode == 'CMYK' else 'png'}"
         odd.save(cats / name, **({"transparency": 0} if odd.mode == "P" else {}))
         note("unusual image", f"train/cats/{name}")
-        picture(new + 3).save(cats / f"turned{i}.jpg", exif=exif)
+        drawn(new + 3).save(cats / f"turned{i}.jpg", exif=exif)
         note("rotated by EXIF", f"train/cats/turned{i}.jpg")
-        picture(new + 4, (20 + i % 12, 24)).save(cats / f"tiny{i}.jpg")
+        drawn(new + 4, (20 + i % 12, 24)).save(cats / f"tiny{i}.jpg")
         note("tiny", f"train/cats/tiny{i}.jpg")
-        picture(new + 5, (330 + i, 40)).save(cats / f"long{i}.jpg")
+        drawn(new + 5, (330 + i, 40)).save(cats / f"long{i}.jpg")
         note("long and narrow", f"train/cats/long{i}.jpg")
         Image.new("RGB", (80, 80), (10 * i, 200, 90)).save(cats / f"blank{i}.jpg")
         note("blank", f"train/cats/blank{i}.jpg")
-        framed = [picture(new + k) for k in (6, 7)]
+        framed = [drawn(new + k) for k in (6, 7)]
         deep = Image.fromarray(np.random.default_rng(new).integers(0, 2**16, (64, 64), dtype=np.uint16))
         name = f"odd{i}.{('tif', 'gif', 'png')[i % 3]}"
         (deep if i % 3 == 2 else framed[0]).save(
             root / "valid/cats" / name, **({} if i % 3 == 2 else {"save_all": True, "append_images": framed[1:]})
         )
         note("unusual image", f"valid/cats/{name}")
-        picture(new + 8).save(cats / f"flipped{i}.png")
+        drawn(new + 8).save(cats / f"flipped{i}.png")
         damaged = bytearray((cats / f"flipped{i}.png").read_bytes())
         damaged[200 + i] ^= 0xFF
         (cats / f"flipped{i}.png").write_bytes(damaged)
         note("unreadable", f"train/cats/flipped{i}.png")
         name = (f"noext{i}", f"photo{i}.jpg.bak", f"jpegas{i}.txt")[i % 3]
-        picture(new + 9).save(cats / name, format=("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")[i % 6])
+        drawn(new + 9).save(cats / name, format=("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")[i % 6])
         note("image without an image extension", f"train/cats/{name}")
         (cats / f"notes{i}.txt").write_text(("x", "BMW and others", "")[i % 3])
         note("not an image", f"train/cats/notes{i}.txt")
@@ -108,7 +108,7 @@ def test_a_healthy_folder_has_no_findings(tmp_path, capsys):
 
 
 def test_two_hundred_planted_faults_are_found_and_none_is_invented(tmp_path, capsys):
-    root = healthy(tmp_path / "pictures")
+    root = healthy(tmp_path / "photos")
     planted = plant(root)
     assert sum(map(len, planted.values())) >= 200
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
@@ -154,7 +154,7 @@ def test_classes_that_are_missing_or_unequal(tmp_path):
         ("1.jpg", ("", "")),
     ],
 )
-def test_where_a_image_stands(path, where):
+def test_where_an_image_stands(path, where):
     assert Layout({"train": "train", "val": "valid", "test": "test"}, ("cats", "dogs")).place(path) == where
 
 
@@ -162,7 +162,7 @@ def test_where_a_image_stands(path, where):
     ("path", "where"),
     [("cats/a/1.jpg", ("train", "cats")), ("test/1.jpg", ("test", "")), ("1.jpg", ("train", ""))],
 )
-def test_where_a_image_stands_in_a_folder_still_to_be_divided(path, where):
+def test_where_an_image_stands_in_a_folder_still_to_be_divided(path, where):
     assert Layout({"test": "test"}, ("cats", "dogs")).place(path) == where
 
 
@@ -242,7 +242,7 @@ def test_loops_of_links_end(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
         folder.mkdir()
-        picture(0).save(folder / "1.jpg")
+        drawn(0).save(folder / "1.jpg")
     (a / "b").symlink_to(b)
     (b / "a").symlink_to(a)
     (a / "up").symlink_to(tmp_path)
@@ -272,7 +272,7 @@ def test_one_class_only(tmp_path, parts):
     for k, part in enumerate(parts):
         (tmp_path / part / "cats").mkdir(parents=True)
         for i in range(3):
-            picture(10 * k + i).save(tmp_path / part / f"cats/{i}.jpg")
+            drawn(10 * k + i).save(tmp_path / part / f"cats/{i}.jpg")
     found = kinds(tmp_path)
     assert list(found) == ["only one class"]
     assert found["only one class"][0]["paths"] == [f"{part}/cats".lstrip("/") for part in parts]
@@ -282,24 +282,24 @@ def test_one_class_only(tmp_path, parts):
 def test_a_tiff_that_is_turned_as_it_is_decoded(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(1).save(tmp_path / "a.tif", exif=exif)
+    drawn(1).save(tmp_path / "a.tif", exif=exif)
     assert kinds(tmp_path) == {"rotated by EXIF": [{"paths": ["a.tif"], "detail": "orientation 6"}]}
 
 
 def test_only_images_without_an_ending(tmp_path):
-    picture(1).save(tmp_path / "noext", format="JPEG")
-    picture(1).save(tmp_path / "camera.nef", format="TIFF")
+    drawn(1).save(tmp_path / "noext", format="JPEG")
+    drawn(1).save(tmp_path / "camera.nef", format="TIFF")
     found = kinds(tmp_path)
     assert found.keys() == {"image without an image extension", "not an image"}
     assert found["image without an image extension"] == [{"paths": ["noext"], "detail": ".jpg by its content"}]
 
 
 def test_odd_files_never_stop_the_page(tmp_path, capsys):
-    root = healthy(tmp_path / "pictures", 2)
+    root = healthy(tmp_path / "photos", 2)
     os.mkfifo(root / "train/cats/pipe.jpg")
     (root / "train/cats/gone.jpg").symlink_to("nowhere.jpg")
     (root / "train/cats/folder.jpg").mkdir()
-    frames = [picture(70), picture(71)]
+    frames = [drawn(70), drawn(71)]
     frames[0].save(root / "train/cats/frames.tif", save_all=True, append_images=frames[1:])
     page = tmp_path / "page.html"
     assert run_command(doctor.main, [str(root), "--html", str(page)]) == 1
@@ -307,8 +307,8 @@ def test_odd_files_never_stop_the_page(tmp_path, capsys):
     assert page.read_text().count("<img") == 1  # the first of two frames
 
 
-def test_an_output_never_replaces_a_image_and_is_checked_first(tmp_path, capsys, monkeypatch):
-    root = healthy(tmp_path / "pictures", 2)
+def test_an_output_never_replaces_an_image_and_is_checked_first(tmp_path, capsys, monkeypatch):
+    root = healthy(tmp_path / "photos", 2)
     photo = root / "train/cats/0.jpg"
     (tmp_path / "link.json").symlink_to(photo)
     copied(photo, tmp_path / "photo.txt")
@@ -336,17 +336,17 @@ def test_a_folder_taken_for_the_page_is_said(tmp_path, capsys):
 
 def test_images_of_two_classes_that_look_alike(tmp_path):
     root = healthy(tmp_path, 4)
-    picture(0).resize((60, 50)).save(root / "train/dogs/small.jpg")
+    drawn(0).resize((60, 50)).save(root / "train/dogs/small.jpg")
     item = kinds(root)["look-alikes"][0]
     assert item["paths"] == ["train/cats/0.jpg", "train/dogs/small.jpg"]
     assert item["detail"].endswith("in the classes cats, dogs: perhaps a label is wrong")
 
 
 def test_many_alike_images_are_one_finding(tmp_path):
-    frame = picture(5)
+    frame = drawn(5)
     for name in ("cats", "dogs"):
         (tmp_path / name).mkdir()
-        picture(len(name) + ord(name[0])).save(tmp_path / name / "other.jpg")
+        drawn(len(name) + ord(name[0])).save(tmp_path / name / "other.jpg")
     for i in range(40):
         frame.putpixel((i, 40), (i, i, i))
         frame.save(tmp_path / f"cats/{i:02}.png")
@@ -391,7 +391,7 @@ def test_links_join_what_pairs_would():
 
 def test_a_flat_folder_without_labels(tmp_path):
     for i in range(4):
-        picture(i).save(tmp_path / f"{i}.png")
+        drawn(i).save(tmp_path / f"{i}.png")
     assert doctor.diagnose(tmp_path, progress=False)["findings"] == []
 
 
@@ -405,7 +405,7 @@ def test_features_find_a_pair_that_the_hash_does_not_see(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_pretrained", lambda model: jax.tree.map(weights, models.shapes(model)))
     monkeypatch.setattr(doctor, "COSINE", 0.99)
     colours = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)]
-    pixels = [np.asarray(picture(i, (64, 64)).convert("L"))[..., None] * np.uint8(c) for i, c in enumerate(colours)]
+    pixels = [np.asarray(drawn(i, (64, 64)).convert("L"))[..., None] * np.uint8(c) for i, c in enumerate(colours)]
     for i, each in enumerate(pixels):
         Image.fromarray(each).save(tmp_path / f"{i}.png")
     Image.fromarray(np.roll(pixels[0], (32, 32), (0, 1))).save(tmp_path / "moved.png")
@@ -437,7 +437,7 @@ def test_missing_folder_is_a_user_error(tmp_path, capsys):
 
 
 def test_train_says_two_lines_at_most(tmp_path):
-    root = healthy(tmp_path / "pictures", 8)
+    root = healthy(tmp_path / "photos", 8)
     index = scan(root, cache_dir=tmp_path / "cache")
     assert summary(findings(index)) == ["note: few validation images (2)."]
     plant_few = {"valid/cats/leak.jpg": "train/cats/1.jpg", "train/dogs/conflict.jpg": "train/cats/2.jpg"}
@@ -449,7 +449,7 @@ def test_train_says_two_lines_at_most(tmp_path):
 
 
 def test_an_output_replaces_an_earlier_one_and_nothing_else(tmp_path, capsys):
-    root = healthy(tmp_path / "pictures", 2)
+    root = healthy(tmp_path / "photos", 2)
     table, report, page = root / "labels.csv", tmp_path / "d.json", tmp_path / "d.html"
     table.write_text("path,label\n")
     report.touch()
@@ -488,7 +488,7 @@ def test_formats_by_their_first_bytes(tmp_path, start, ending):
 
 def test_a_copy_elsewhere_hides_no_leak_of_near_copies(tmp_path):
     root = healthy(tmp_path, 4)
-    picture(0).resize((60, 50)).save(root / "valid/dogs/near.jpg")
+    drawn(0).resize((60, 50)).save(root / "valid/dogs/near.jpg")
     copied(root / "train/cats/0.jpg", root / "sample/cats/0.jpg")
     found = kinds(root)
     assert found.keys() == {"look-alikes in two splits", ONCE, "ignored by training"}
@@ -501,7 +501,7 @@ def test_what_only_exact_copies_cross_is_said_once(tmp_path):
     root = healthy(tmp_path, 4)
     copied(root / "train/cats/0.jpg", root / "valid/cats/leak.jpg")
     (root / "sample").mkdir()
-    picture(0).resize((60, 50)).save(root / "sample/near.jpg")
+    drawn(0).resize((60, 50)).save(root / "sample/near.jpg")
     assert kinds(root).keys() == {LEAK, "look-alikes", "ignored by training"}
 
 
@@ -521,7 +521,7 @@ def test_little_on_an_even_ground_is_not_blank(tmp_path):
 
 
 def test_deep_greys_that_fill_little_of_their_range(tmp_path):
-    photo = np.asarray(picture(3).convert("L")).astype(np.uint16)
+    photo = np.asarray(drawn(3).convert("L")).astype(np.uint16)
     photo = (photo - photo.min()) * 4
     for name, pixels in (("dark", photo), ("narrow", photo + 30_000), ("blank", photo * 0 + 900), ("full", photo * 60)):
         Image.fromarray(pixels.astype(np.uint16)).save(tmp_path / f"{name}.png")
@@ -530,15 +530,15 @@ def test_deep_greys_that_fill_little_of_their_range(tmp_path):
     dark, narrow = found["narrow range of values"]
     assert (dark["paths"], narrow["paths"]) == (["dark.png"], ["narrow.png"])
     share = f"{100 * int(photo.max()) / 65535:.2g} % of what 16 bits hold"
-    assert dark["detail"] == f"its values fill only the lowest {share}: nearly black as it is read"
-    assert narrow["detail"] == f"its values fill only {share}: nearly uniform as it is read"
+    assert dark["detail"] == f"its values fill only the lowest {share}"
+    assert narrow["detail"] == f"its values fill only {share}"
 
 
-def test_a_image_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
+def test_an_image_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
     def short(*_):
         raise MemoryError
 
-    picture(0).save(tmp_path / "large.jpg")
+    drawn(0).save(tmp_path / "large.jpg")
     monkeypatch.setattr(files, "decode", short)
     assert kinds(tmp_path)["unreadable"][0]["detail"] == "too large for the memory that is free"
 
@@ -546,7 +546,7 @@ def test_a_image_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkey
 def put(root, *paths):
     for k, path in enumerate(paths):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        picture(500_000 + k).save(root / path)
+        drawn(500_000 + k).save(root / path)
 
 
 FOUR = tuple(f"{name}/{i}.jpg" for name in ("cats", "dogs") for i in range(2))
@@ -617,9 +617,9 @@ def test_nothing_is_said_of_folders_labelled_in_another_way(tmp_path, paths):
     ],
 )
 def test_what_was_understood_is_said(tmp_path, capsys, paths, said):
-    put(tmp_path / "pictures", *paths)
+    put(tmp_path / "photos", *paths)
     doubtful = "Train/a/1.jpg" in paths
-    argv = [str(tmp_path / "pictures"), "--json", str(tmp_path / "out.json")]
+    argv = [str(tmp_path / "photos"), "--json", str(tmp_path / "out.json")]
     assert run_command(doctor.main, argv) == int(doubtful)
     assert capsys.readouterr().out.splitlines()[1] == f"Understood as {said}."
     report = json.loads((tmp_path / "out.json").read_text())

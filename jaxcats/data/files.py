@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,28 +21,12 @@ from PIL import Image
 
 from jaxcats.common.errors import UserError
 from jaxcats.common.io import cache_name, remove_stale_temporaries, warn, write_bytes
-from jaxcats.data.images import Decoded, ImageError, bad_reason, decode, open_image
+from jaxcats.data.images import FORMATS, Decoded, ImageError, bad_reason, decode, open_image
 
-_JPEG = ("jpg", "jpeg", "jpe", "jfif")
-# Extensions of each format that Pillow names. HEIC is among them, so that a folder of HEIC files is answered with a reason
-# (Pillow reads it with a plug-in only).
-_EXTENSIONS = {
-    "JPEG": _JPEG,
-    "MPO": _JPEG,
-    "PNG": ("png",),
-    "BMP": ("bmp",),
-    "DIB": ("bmp",),
-    "GIF": ("gif",),
-    "WEBP": ("webp",),
-    "TIFF": ("tif", "tiff"),
-    "PPM": ("ppm", "pgm", "pbm", "pnm"),
-    "JPEG2000": ("jp2",),
-    "AVIF": ("avif",),
-    "HEIF": ("heic", "heif"),
-}
-IMAGE_EXTENSIONS = frozenset(f".{extension}" for extensions in _EXTENSIONS.values() for extension in extensions)
+IMAGE_EXTENSIONS = frozenset(f".{extension}" for extensions in FORMATS.values() for extension in extensions)
 CACHE_VERSION = 6
 SAVE_SECONDS = 60.0  # the work that a killed process can lose
+MOST_VISITS = 1000  # of one folder, by different paths of links
 QUEUE = 4096  # files given to the decoding threads at a time: a queue of all would be larger than the index itself
 
 
@@ -75,6 +60,11 @@ def list_images(folder: Path, root: Path) -> list[str]:
     )
 
 
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders inside that aren't hidden, sorted."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def walk(folder: Path, root: Path, *, hidden: bool = False) -> Iterator[tuple[str, list[str]]]:
     """Yields (folder, names of its files) at any depth below `folder`, which lies in `root`; hidden folders only if asked.
 
@@ -83,36 +73,38 @@ def walk(folder: Path, root: Path, *, hidden: bool = False) -> Iterator[tuple[st
     Raises:
         UserError: a folder can't be read, or folders link to each other in so many ways that the walk would not end.
     """
-    steps = folder.relative_to(root).parts
-    above = {_identity(Path(root, *steps[:n])) for n in range(len(steps))}
-    parents: list[tuple[str, tuple[int, int]]] = []  # the folders from `folder` down to the present one
-    visited = set()
-    first_entries = repeated_entries = 0  # entries of folders on their first and on later visits
+    visits: Counter[tuple[int, int]] = Counter()
 
-    def refuse(error: OSError) -> None:
-        if not any(part.startswith(".") for part in Path(error.filename).relative_to(root).parts):
-            raise UserError(
-                f"{error.filename}: this folder can't be read ({error.strerror}); allow it, or move it away"
-            )
-
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        identity = _identity(here)
-        while parents and parents[-1][0] != os.path.dirname(here):
-            parents.pop()
-        if identity in above or any(identity == parent for _, parent in parents):
-            folders.clear()
-            continue
-        parents.append((here, identity))
-        entries = 1 + len(folders) + len(names)
-        if identity in visited:
-            repeated_entries += entries
-        else:
-            first_entries += entries
-        visited.add(identity)
-        if repeated_entries > 10 * first_entries + 10_000:
+    def visit(here: str, parents: frozenset[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
+        folders, names = [], []
+        try:
+            identity = _identity(here)
+            if identity in parents:
+                return
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    (folders if _is_folder(entry) else names).append(entry.name)
+        except OSError as error:
+            if any(part.startswith(".") for part in Path(here).relative_to(root).parts):
+                return
+            raise UserError(f"{here}: can't be read ({error.strerror}); allow it, or move the folder away") from None
+        visits[identity] += 1
+        if visits[identity] > MOST_VISITS:
             raise UserError(f"{here}: links lead to the same folders over and over; remove those between folders")
-        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
         yield here, names
+        for name in sorted(folders):
+            if hidden or not name.startswith("."):
+                yield from visit(os.path.join(here, name), parents | {identity})
+
+    steps = folder.relative_to(root).parts
+    yield from visit(str(folder), frozenset(_identity(Path(root, *steps[:n])) for n in range(len(steps))))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say
+        return False
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
@@ -161,7 +153,7 @@ def inspect_file(path: Path, check: Callable[[Image.Image, Decoded], None] | Non
 def wrong_extension_note(image: Image.Image, path: Path) -> str:
     """A note on an image whose content is of another format than its name's extension says; "" where they agree."""
     extension = path.suffix.lower()
-    if extension not in IMAGE_EXTENSIONS or extension[1:] in _EXTENSIONS.get(image.format or "", ()):
+    if extension not in IMAGE_EXTENSIONS or extension[1:] in FORMATS.get(image.format or "", ()):
         return ""
     return f"{image.format} by its content, whatever its name says"
 
@@ -279,10 +271,9 @@ def check_targets(targets: dict[str, str | None], inputs: Sequence[str]) -> None
         if file is None or (file == "-" and flag in ("csv", "jsonl")):
             continue
         suffix = Path(file).suffix.lower()
-        if flag == "show" and (suffix != ".png" or file == "-"):
-            raise UserError(f"--{flag} {file}: expected a .png file to write.")
-        if flag != "show" and (suffix in IMAGE_EXTENSIONS or file == "-"):  # --csv *.jpg: the shell puts a photo there
-            raise UserError(f"--{flag} {file}: expected a text file to write.")
+        is_wrong = suffix != ".png" if flag == "show" else suffix in IMAGE_EXTENSIONS
+        if is_wrong or file == "-":  # as in --csv *.jpg, where the shell puts a photo
+            raise UserError(f"--{flag} {file}: expected a {'.png' if flag == 'show' else 'text'} file to write.")
         if os.path.realpath(file) in taken:
             raise UserError(f"--{flag} {file}: is a file given already; name another.")
         taken.add(os.path.realpath(file))

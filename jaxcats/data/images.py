@@ -34,8 +34,23 @@ if Image.MAX_IMAGE_PIXELS is not None:
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# Raster formats only: Pillow would run Ghostscript on PostScript content, whatever the file's name says.
-FORMATS = {"JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "ICO"}
+# The formats that are read, as Pillow names them, and their extensions. Raster formats only: Pillow would run Ghostscript
+# on PostScript content, whatever the file's name says. Pillow reads HEIC with a plug-in only; without it the reason says so.
+FORMATS = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "MPO": ("jpg", "jpeg", "jpe", "jfif"),
+    "PNG": ("png",),
+    "BMP": ("bmp",),
+    "DIB": ("bmp",),
+    "GIF": ("gif",),
+    "WEBP": ("webp",),
+    "TIFF": ("tif", "tiff"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "JPEG2000": ("jp2",),
+    "AVIF": ("avif",),
+    "HEIF": ("heic", "heif"),
+    "ICO": (),
+}
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 File = str | os.PathLike[str] | bytes  # a path, or a file's content
@@ -111,7 +126,8 @@ def evaluation_pixels(source: File | Image.Image, preprocess: Preprocess) -> np.
         ImageError: the image can't be decoded.
     """
     image = _middle_of_strip(open_upright(source))
-    width, height, size, shorter = *image.size, preprocess.size, preprocess.resize_to
+    size, shorter = preprocess.size, preprocess.resize_to
+    width, height = image.size
     # Rounded down, as torchvision does.
     resized = (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
     if resized != image.size:
@@ -266,17 +282,14 @@ def decode(image: Image.Image, content: bytes) -> Decoded:
 def _frames_note(image: Image.Image, content: bytes) -> str:
     if image.format == "MPO":  # the others are previews
         return ""
-    if image.format not in ("GIF", "TIFF"):
-        frames = getattr(image, "n_frames", 1)
-    else:
-        # Counting moves from frame to frame, and would leave an image at a damaged one: hence a second opening.
-        with _open(content) as reopened:
-            try:
-                frames = getattr(reopened, "n_frames", 1)
-            except MemoryError:
-                raise
-            except Exception:  # of as many kinds as in open_image
-                return "first of several frames, later ones damaged"
+    # Counting may move from frame to frame, and would leave an image at a damaged one: hence a second opening.
+    with _open(content) as reopened:
+        try:
+            frames = getattr(reopened, "n_frames", 1)
+        except MemoryError:
+            raise
+        except Exception:  # of as many kinds as in open_image
+            return "first of several frames, later ones damaged"
     return f"first of {frames:,} frames" if frames > 1 else ""
 
 

@@ -5,7 +5,7 @@
 
 import dataclasses
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +17,9 @@ import numpy as np
 from jaxcats.common.cli import one_line
 from jaxcats.common.errors import UserError
 from jaxcats.common.io import cache_folder
-from jaxcats.data.files import IMAGE_EXTENSIONS, FileRecord, inspect_files, list_images
-from jaxcats.data.labels import Labelled, Row, Unlabelled, existing_folder, extensions, find_labels, find_labels_of
+from jaxcats.data.files import FileRecord, inspect_files, list_images
+from jaxcats.data.labels import Labelled, Row, existing_folder, extensions, find_labels, find_labels_of
 from jaxcats.data.splits import Rule, default_manifest, split_by_content
-
-__all__ = [
-    "IMAGE_EXTENSIONS",
-    "BadFile",
-    "FolderIndex",
-    "Split",
-    "cache_folder",
-    "scan",
-    "scan_labelled",
-    "scan_unlabelled",
-]
 
 
 @dataclass(frozen=True)
@@ -148,18 +137,13 @@ def scan(
     """
     started = time.perf_counter()
     root = existing_folder(root)
-    _check_fractions(valid_fraction, test_fraction)
+    held_out = {"valid_fraction": valid_fraction, "test_fraction": test_fraction, "group": group}
+    rule = Rule(valid_fraction, seed, test_fraction, group) if valid_fraction is not None else None
     labelled = find_labels(root, labels, valid_fraction=valid_fraction, columns=columns, group=group)
-    held_out = not any(row.split == "valid" for row in labelled.rows)
-    _check_held_out(root, labelled, held_out, valid_fraction, test_fraction, group)
-    good, bad, reused = _read_files(root, [row.path for row in labelled.rows], labelled.unlabelled, **options)
-    if bad:
-        split_of = {row.path: row.split for row in labelled.rows if not (held_out and row.split == "train")}
-        bad = tuple(dataclasses.replace(file, split=split_of.get(file.path, "")) for file in bad)
-    _check_usable(root, labelled, good, bad)
+    _check_held_out(root, labelled, {name: value for name, value in held_out.items() if value is not None})
+    good, bad, reused = _read_files(root, labelled, options)
     assignments, place = {}, None
-    if held_out and valid_fraction is not None:
-        rule = Rule(valid_fraction, seed, test_fraction, group)
+    if rule:
         if manifest:
             place, kept_manifest = Path(manifest), None
         else:
@@ -177,10 +161,11 @@ def scan(
         assignments = split_by_content(
             contents, rule=rule, manifest=place, given=bool(manifest), groups=groups, kept=kept_manifest
         )
+        bad = tuple(dataclasses.replace(file, split="") if file.split == "train" else file for file in bad)
     rows_of: dict[str, list[Row]] = defaultdict(list)
     for row in labelled.rows:
         if row.path in good:
-            is_assigned = held_out and row.split == "train"
+            is_assigned = rule is not None and row.split == "train"
             rows_of[assignments[good[row.path].sha256] if is_assigned else row.split].append(row)
     splits = {name: _make_split(root, rows, labelled.classes, good) for name, rows in rows_of.items()}
     return FolderIndex(
@@ -213,8 +198,8 @@ def scan_labelled(
     """
     root = existing_folder(folder)
     labelled = find_labels_of(root, labels, classes)
-    good, bad, _ = _read_files(root, [row.path for row in labelled.rows], labelled.unlabelled, **options)
-    _check_usable(root, labelled, good, bad)
+    good, bad, _ = _read_files(root, labelled, options)
+    bad = tuple(dataclasses.replace(file, split="") for file in bad)
     return _make_split(root, [row for row in labelled.rows if row.path in good], classes, good), bad
 
 
@@ -224,7 +209,7 @@ def scan_unlabelled(folder: str | Path, **options: Unpack[ReadOptions]) -> tuple
     paths = list_images(root, root)
     if not paths:
         raise UserError(f"{root}: no images found at any depth; looked for {extensions()}")
-    good, bad, _ = _read_files(root, paths, **options)
+    good, bad, _ = _read_files(root, Labelled(("",), [Row(path, "", "") for path in paths], []), options)
     return Split(root, tuple(good), np.full(len(good), -1, np.int32), tuple(r.sha256 for r in good.values())), bad
 
 
@@ -234,83 +219,51 @@ def skipped(bad: Sequence[BadFile], most: int = 5) -> list[str]:
     return lines + ([f"... and {len(bad) - most:,} more images skipped"] if len(bad) > most else [])
 
 
-def _check_fractions(valid_fraction: float | None, test_fraction: float | None) -> None:
-    for name, value in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction)):
-        if value is not None and not 0 < value < 1:
-            raise UserError(f"{name}: {value} is not between 0 and 1; 0.2 holds out a fifth")
-    if (valid_fraction or 0) + (test_fraction or 0) >= 1:
-        raise UserError(
-            f"valid_fraction, test_fraction: {valid_fraction} and {test_fraction} leave nothing to train on; expected "
-            f"less than 1 together"
-        )
-
-
-def _check_held_out(
-    root: Path,
-    labelled: Labelled,
-    held_out: bool,
-    valid_fraction: float | None,
-    test_fraction: float | None,
-    group: str | None,
-) -> None:
+def _check_held_out(root: Path, labelled: Labelled, given: Mapping[str, float | str]) -> None:
     """UserError where what should be held out contradicts the splits that the folder or the table has."""
-    if held_out and valid_fraction is None:
+    splits = {row.split for row in labelled.rows}
+    if "valid" not in splits and "valid_fraction" not in given:
         raise UserError(f"{root}: nothing says which images are for validation; set valid_fraction, for example 0.2")
-    for name, value in (("valid_fraction", valid_fraction), ("test_fraction", test_fraction), ("group", group)):
-        if value is not None and not held_out:
-            raise UserError(f"{name}: {value} given, but {root} has its own validation images; leave {name} out")
-    if test_fraction is not None and any(row.split == "test" for row in labelled.rows):
-        raise UserError(
-            f"test_fraction: {test_fraction} given, but {root} has its own test images; leave test_fraction out"
-        )
+    for name, value in given.items():
+        split = "test" if name == "test_fraction" and "valid" not in splits else "valid"
+        if split in splits:
+            raise UserError(f"{name}: {value} given, but {root} already has a {split} split; leave {name} out")
 
 
 def _read_files(
-    root: Path,
-    paths: Sequence[str],
-    unlabelled: Unlabelled | None = None,
-    *,
-    on_bad_file: Literal["skip", "fail"] = "skip",
-    cache_dir: str | Path | None = None,
-    rehash: bool = False,
-    workers: int | None = None,
-    progress: bool = True,
+    root: Path, labelled: Labelled, options: ReadOptions
 ) -> tuple[dict[str, FileRecord], tuple[BadFile, ...], int]:
-    """Good records by path, the bad files (those without a label first), and how many records were cached."""
-    place = Path(cache_dir or cache_folder())
-    records, reused = inspect_files(root, paths, cache_dir=place, rehash=rehash, workers=workers, progress=progress)
-    good, bad = {}, [BadFile(path, reason) for path, reason in unlabelled or ()]
-    for path, record in zip(paths, records, strict=True):
-        if record.bad is None:
-            good[path] = record
-        else:
-            bad.append(BadFile(path, record.bad))
-    if bad and on_bad_file == "fail":
-        more = f", and {len(bad) - 5:,} more" if len(bad) > 5 else ""
-        raise UserError(
-            f"{root}: {len(bad):,} of {len(paths) + len(unlabelled or ()):,} images can't be used: {_listed(bad[:5])}"
-            f"{more}; mend or remove them, or set on_bad_file to skip"
-        )
+    """Good records by path, the bad files (those without a label first), and how many records were cached.
+
+    Raises:
+        UserError: none of the images of a class can be used, or any can't where that is an error.
+    """
+    split_of = {row.path: row.split for row in labelled.rows}
+    records, reused = inspect_files(
+        root,
+        list(split_of),
+        cache_dir=Path(options.get("cache_dir") or cache_folder()),
+        rehash=options.get("rehash", False),
+        workers=options.get("workers"),
+        progress=options.get("progress", True),
+    )
+    good = {path: record for path, record in zip(split_of, records, strict=True) if record.bad is None}
+    bad = [BadFile(path, reason, split_of.get(path, "")) for path, reason in labelled.unlabelled]
+    bad += [BadFile(p, r.bad, split_of[p]) for p, r in zip(split_of, records, strict=True) if r.bad is not None]
+    n = len(split_of) + len(labelled.unlabelled)
+    if bad and options.get("on_bad_file") == "fail":
+        problem = f"{root}: {len(bad):,} of {n:,} images can't be used: {_listed(bad)}"
+        raise UserError(f"{problem}; mend or remove them, or set on_bad_file to skip")
     if bad and not good:
-        raise UserError(
-            f"{root}: none of the {len(bad):,} images can be used, for example {_listed(bad[:3])}; "
-            "check that the files are whole images in a format that Pillow reads"
-        )
-    return good, tuple(bad), reused
-
-
-def _check_usable(root: Path, labelled: Labelled, good: Mapping[str, FileRecord], bad: Sequence[BadFile]) -> None:
-    """UserError where none of a class's images in a split can be used."""
-    total = Counter((row.split, row.label) for row in labelled.rows)
+        raise UserError(f"{root}: none of the {n:,} images can be used: {_listed(bad)}; give images that Pillow reads")
     usable = {(row.split, row.label) for row in labelled.rows if row.path in good}
-    for split, label in total:
-        if (split, label) not in usable:
-            paths = {row.path for row in labelled.rows if (row.split, row.label) == (split, label)}
-            reasons = [file for file in bad if file.path in paths][:3]
-            raise UserError(
-                f"{root}: class {label}: none of its {len(paths):,} {split} images can be used: {_listed(reasons)}; "
-                "mend them, add others, or remove the class if it is none"
-            )
+    for row in labelled.rows:
+        if (row.split, row.label) not in usable:
+            paths = {other.path for other in labelled.rows if (other.split, other.label) == (row.split, row.label)}
+            problem = f"{root}: class {row.label}: none of its {len(paths):,} {row.split} images can be used"
+            reasons = _listed([file for file in bad if file.path in paths])
+            raise UserError(f"{problem}: {reasons}; mend them, add others, or remove the class if it is none")
+    return good, tuple(bad), reused
 
 
 def _make_split(root: Path, rows: Sequence[Row], classes: Sequence[str], good: Mapping[str, FileRecord]) -> Split:
@@ -324,5 +277,6 @@ def _make_split(root: Path, rows: Sequence[Row], classes: Sequence[str], good: M
     )
 
 
-def _listed(files: Sequence[BadFile]) -> str:
-    return "; ".join(f"{file.path} ({file.reason})" for file in files)
+def _listed(files: Sequence[BadFile], most: int = 5) -> str:
+    more = f", and {len(files) - most:,} more" if len(files) > most else ""
+    return "; ".join(f"{file.path} ({file.reason})" for file in files[:most]) + more

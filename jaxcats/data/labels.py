@@ -11,14 +11,14 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxcats.common.config import compiled, label_kind
 from jaxcats.common.errors import UserError, nearest
-from jaxcats.data.files import IMAGE_EXTENSIONS, list_images
+from jaxcats.data.files import IMAGE_EXTENSIONS, list_images, subfolders
 
 # What folders and cells of a table may call a split.
 SPLITS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
@@ -59,7 +59,7 @@ def find_labels(
     """The images under `root` (resolved) with their labels; see `index.scan` for the arguments.
 
     Raises:
-        UserError: the folder or the table can't be used so.
+        UserError: the folder or the table can't be used.
     """
     kind, unlabelled = label_kind(labels), []
     group_pattern = compiled(group, "group", "data.group") if group and "(?P<" in group else None
@@ -83,11 +83,10 @@ def find_labels_of(root: Path, labels: str, classes: Sequence[str]) -> Labelled:
     """
     top, unlabelled = valid_folder(root) or root, []
     if labels == "folders":
-        check_classes(top, class_names(top), classes, against="the classifier")
-        rows = _rows_of_classes(root, top, classes, "valid")
+        rows = _rows_of_classes(root, top, "valid")
     else:
         rows, unlabelled = _rows_by_path(root, {"valid": top}, labels)
-        check_classes(top, {row.label for row in rows}, classes, against="the classifier")
+    check_classes(top, {row.label for row in rows}, classes, against="the classifier")
     return Labelled(tuple(classes), _in_order(rows, classes), unlabelled)
 
 
@@ -104,13 +103,10 @@ def _classes_of_splits(root: Path, rows: Sequence[Row]) -> tuple[str, ...]:
         raise UserError(f"{root}: there are no training images among the {len(rows):,} with a label.")
     if len(classes) == 1:
         raise UserError(f"{root}: only one class ({classes[0]}); a classifier needs at least two")
-    for split in ("valid", "test"):
-        if unknown := sorted(labels[split] - labels["train"]):
-            raise UserError(
-                f"{root}: {split} has classes that train lacks: {shortened(unknown)}; add some, or remove them."
-            )
-    if labels["valid"] and (missing := sorted(labels["train"] - labels["valid"])):
-        raise UserError(f"{root}: valid has no images of {shortened(missing)}; every class needs some.")
+    if labels["valid"]:
+        check_classes(f"{root}: valid", labels["valid"], classes, against="train")
+    if unknown := sorted(labels["test"] - labels["train"]):
+        raise UserError(f"{root}: test has classes that train lacks: {shortened(unknown)}; add or remove them.")
     return classes
 
 
@@ -120,10 +116,9 @@ def _classes_of_splits(root: Path, rows: Sequence[Row]) -> tuple[str, ...]:
 def existing_folder(folder: str | Path) -> Path:
     """The folder with links resolved; UserError where there is none."""
     path = Path(os.path.expanduser(folder))
-    if not path.exists():
-        raise UserError(f"{path}: no such folder; give the folder that holds the images")
     if not path.is_dir():
-        raise UserError(f"{path}: not a folder; give the folder that holds the images")
+        problem = "not a folder" if path.exists() else "no such folder"
+        raise UserError(f"{path}: {problem}; give the folder that holds the images")
     return path.resolve()
 
 
@@ -137,16 +132,11 @@ def split_folders(root: Path, valid_fraction: float | None) -> dict[str, Path]:
     tops = {split: folder for split, folder in folders.items() if folder and folder.is_dir()}
     if tops and "train" not in tops:
         name = next(iter(tops.values())).name
-        raise UserError(
-            f"{root}: has {name}/ but no train/, so its images would be among those to train on; put the others in "
-            f"train/, or move {name}/ away."
-        )
+        raise UserError(f"{root}: has {name}/ but no train/; put the other images in train/, or move {name}/ away.")
     if "valid" not in tops and valid_fraction is None:
-        found = shortened([name + "/" for name in subfolders(root)]) or "no folders"
-        raise UserError(
-            f"{root}: nothing says which images are for validation: found {found}, looked for train/ and valid/ (or val/, "
-            "validation/); for a folder without them set valid_fraction, for example 0.2"
-        )
+        found = shortened([f"{name}/" for name in subfolders(root)]) or "no folders"
+        problem = f"{root}: nothing says which images are for validation: found {found}, looked for train/ and valid/"
+        raise UserError(f"{problem}; for a folder without them set valid_fraction, for example 0.2")
     return tops or {"train": root}
 
 
@@ -158,37 +148,18 @@ def valid_folder(root: Path) -> Path | None:
     return present[0] if present else None
 
 
-def subfolders(folder: Path) -> list[str]:
-    """The names of the folders inside that aren't hidden, sorted."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def class_names(folder: Path) -> tuple[str, ...]:
-    """The names of the folders inside, sorted: the classes in label order."""
-    names = tuple(subfolders(folder))
-    if not names:
-        n = len(list_images(folder, folder))
-        found = f"{n:,} images but no class folders" if n else "no images"
-        raise UserError(f"{folder}: {found}; expected a folder of images per class, for example cats/ and dogs/")
-    return names
-
-
-def check_classes(folder: Path, found: Sequence[str] | set[str], expected: Sequence[str], *, against: str) -> None:
+def check_classes(place: str | Path, found: Collection[str], expected: Sequence[str], *, against: str) -> None:
     """UserError, which says how, where the two sets of class names differ."""
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     for a in missing:
         for b in unknown:
             if normalized_name(a) == normalized_name(b):
-                raise UserError(
-                    f"{folder}: {b!a} there is {a!a} in {against}: they differ in capitals, spaces, or how an accent is "
-                    f"encoded; rename one."
-                )
-    differences = [f"{how} {shortened(names)}" for how, names in (("missing", missing), ("unknown", unknown)) if names]
-    if differences:
-        raise UserError(
-            f"{folder}: its classes differ from those of {against}: {', '.join(differences)}; "
-            f"expected exactly {shortened(expected)}"
-        )
+                difference = "they differ in capitals, spaces, or how an accent is encoded"
+                raise UserError(f"{place}: {b!a} there is {a!a} in {against}: {difference}; rename one.")
+    if missing or unknown:
+        difference = f"missing {shortened(missing) or 'none'}, unknown {shortened(unknown) or 'none'}"
+        problem = f"{place}: its classes differ from those of {against}: {difference}"
+        raise UserError(f"{problem}; expected exactly {shortened(expected)}")
 
 
 def normalized_name(name: str) -> str:
@@ -208,29 +179,28 @@ def extensions() -> str:
 
 
 def _rows_of_class_folders(root: Path, tops: Mapping[str, Path]) -> list[Row]:
-    classes = class_names(tops["train"])
-    if "valid" in tops:
-        check_classes(tops["valid"], class_names(tops["valid"]), classes, against=str(tops["train"]))
     rows = []
     for split, top in tops.items():
-        # A test folder without exactly these classes holds images without labels; one without images is not filled yet.
-        if split != "test" or (subfolders(top) == list(classes) and list_images(top, root)):
-            rows += _rows_of_classes(root, top, classes, split)
+        # A test folder without exactly the classes holds images without labels; one without images is not filled yet.
+        if split != "test" or (subfolders(top) == subfolders(tops["train"]) and list_images(top, root)):
+            rows += _rows_of_classes(root, top, split)
     return rows
 
 
-def _rows_of_classes(root: Path, top: Path, classes: Sequence[str], split: str) -> list[Row]:
-    """The images of each class folder in `top`; a class without any is an error."""
-    paths = {name: list_images(top / name, root) for name in classes}
-    if not any(paths.values()):
-        raise UserError(f"{top}: no images in its {len(classes)} class folders; looked for {extensions()}")
-    for name in classes:
-        if not paths[name]:
-            raise UserError(
-                f"{top / name}: no images in this class folder; add some, or remove the folder if it is no class "
-                f"(looked for {extensions()})"
-            )
-    return [Row(path, name, split) for name in classes for path in paths[name]]
+def _rows_of_classes(root: Path, top: Path, split: str) -> list[Row]:
+    """The images of each class folder in `top`; a class folder without any is an error."""
+    paths_of = {name: list_images(top / name, root) for name in subfolders(top)}
+    if not paths_of:
+        n = len(list_images(top, root))
+        problem = f"{top}: {f'{n:,} images but no class folders' if n else 'no images'}"
+        raise UserError(f"{problem}; expected a folder of images per class, for example cats/ and dogs/")
+    if not any(paths_of.values()):
+        raise UserError(f"{top}: no images in its {len(paths_of)} class folders; looked for {extensions()}")
+    for name, paths in paths_of.items():
+        if not paths:
+            problem = f"{top / name}: no images in this class folder (looked for {extensions()})"
+            raise UserError(f"{problem}; add some, or remove the folder if it is no class")
+    return [Row(path, name, split) for name, paths in paths_of.items() for path in paths]
 
 
 def _rows_by_path(root: Path, tops: Mapping[str, Path], labels: str) -> tuple[list[Row], Unlabelled]:
@@ -289,10 +259,8 @@ def read_table(
         for key, name in names.items():
             if name not in header and (key, name) != ("split", "split"):
                 option = "data.group" if key == "group" else f"data.columns.{key}"
-                raise UserError(
-                    f"{file}: has no column '{name}'; it has {', '.join(header)}.{nearest(name, header)} "
-                    f"Say with {option} which it is."
-                )
+                problem = f"{file}: has no column '{name}'; it has {', '.join(header)}.{nearest(name, header)}"
+                raise UserError(f"{problem} Say with {option} which it is.")
         return _rows_of_lines(root, file, lines, {k: header.index(name) for k, name in names.items() if name in header})
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror or error}).") from None
@@ -317,9 +285,7 @@ def _rows_of_lines(root: Path, file: Path, lines: Lines, positions: Mapping[str,
             continue
         split = SPLITS.get(split_name.lower(), "")
         if split_name and not split:
-            raise UserError(
-                f"{file} {place}: the split {split_name!r} is none of train, valid (val, validation) and test."
-            )
+            raise UserError(f"{file} {place}: the split {split_name!r} is none of {', '.join(SPLITS)}.")
         row = Row(path, values["label"], split, values.get("group", ""))
         first = by_path.setdefault(path, row)
         if (first.label, first.split) != (row.label, row.split):
@@ -389,9 +355,8 @@ def _parquet_lines(file: Path, wanted: set[str]) -> Lines:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError(
-            f'{file}: reading Parquet needs pyarrow; pip install "jaxcats[parquet]", or save it as CSV.'
-        ) from None
+        way_out = 'pip install "jaxcats[parquet]", or save it as CSV'
+        raise UserError(f"{file}: reading Parquet needs pyarrow; {way_out}.") from None
     try:
         schema = pq.read_schema(file)
         names = [name for name in schema.names if name in wanted]
@@ -399,10 +364,8 @@ def _parquet_lines(file: Path, wanted: set[str]) -> Lines:
             kind: Any = schema.field(name).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if pa.types.is_nested(kind) or "binary" in str(kind):
-                raise UserError(
-                    f"{file}: column '{name}' is of type {str(kind).partition('<')[0]}, expected text or numbers; save "
-                    f"it as text, or name another with data.columns or data.group."
-                )
+                problem = f"{file}: column '{name}' is of type {str(kind).partition('<')[0]}, expected text or numbers"
+                raise UserError(f"{problem}; save it as text, or name another with data.columns or data.group.")
         table: Any = pq.read_table(file, columns=names)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{file}: can't be read as Parquet ({str(error).splitlines()[0]}).") from None

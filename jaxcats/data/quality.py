@@ -18,19 +18,10 @@ from PIL import Image
 
 from jaxcats.common.config import TABLES
 from jaxcats.common.errors import UserError
-from jaxcats.data.files import IMAGE_EXTENSIONS, inspect_file, list_images, walk, wrong_extension_note
+from jaxcats.data.files import IMAGE_EXTENSIONS, inspect_file, list_images, subfolders, walk, wrong_extension_note
 from jaxcats.data.images import Decoded, is_high_bit_depth
 from jaxcats.data.index import FolderIndex, Split
-from jaxcats.data.labels import (
-    SPLITS,
-    check_classes,
-    extensions,
-    find_labels,
-    normalized_name,
-    read_table,
-    shortened,
-    subfolders,
-)
+from jaxcats.data.labels import SPLITS, check_classes, extensions, find_labels, normalized_name, read_table, shortened
 
 IMBALANCE = 3.0  # a class with this many times the images of another is worth a line
 FEW = 30  # validation images of a class: the interval of its recall is some 25 points wide
@@ -172,10 +163,12 @@ def examine_folder(
     """
     from tqdm import tqdm
 
-    paths, layout, found = list_images(root, root), find_layout(root), list(check_other_files(root))
+    paths, layout = list_images(root, root), find_layout(root)
+    found = list(check_other_files(root))
     if not paths and not any(finding.kind == "image without an image extension" for finding in found):
         raise UserError(f"{root}: no images found at any depth; looked for {extensions()}")
-    pool, disable = ThreadPoolExecutor(os.cpu_count()), None if progress else True
+    pool = ThreadPoolExecutor(os.cpu_count())
+    disable = None if progress else True  # None: unless stderr is a terminal
     try:
         inspections = pool.map(inspect_image, [root / path for path in paths])
         looks = list(tqdm(inspections, total=len(paths), unit="file", desc="examining images", disable=disable))
@@ -191,12 +184,9 @@ def examine_folder(
     found += check_look_alikes([c for c in contents.values() if not c[0].is_uniform], features_of, cosine)
     number = Counter((image.split, image.label) for image in images)
     found += check_class_folders(number, layout, root)
-    grouped = by_kind(found)
-    said = {"class without images", "one class spelled in two ways"} & grouped.keys()
-    grouped = by_kind(
-        [*found, *check_training([image.path for image in images], layout, root, classes_said=bool(said))]
-    )
-    return len(paths), _describe(number, layout), grouped
+    classes_said = any(f.kind in ("class without images", "one class spelled in two ways") for f in found)
+    found += check_training([image.path for image in images], layout, root, classes_said=classes_said)
+    return len(paths), _describe(number, layout), by_kind(found)
 
 
 # Checks of one image.
@@ -230,11 +220,13 @@ def inspect_image(path: Path) -> Look:
     def check(stored: Image.Image, decoded: Decoded) -> None:
         small = np.asarray(decoded.image.resize((64, 64))).astype(float)
         look.is_uniform = bool(small.std(axis=(0, 1)).max() < UNIFORM)
+        (short, long), size = sorted(decoded.image.size), f"{decoded.image.width} x {decoded.image.height}"
         notes = {
             "unusual image": "; ".join(decoded.notes),
             "wrong extension": wrong_extension_note(stored, path),
             "rotated by EXIF": f"orientation {decoded.orientation}" if decoded.orientation > 1 else "",
-            **_size_notes(decoded.image),
+            "tiny": size if short < TINY else "",
+            "long and narrow": size if long > LONG * short else "",
             **_range_notes(decoded.image, stored, look.is_uniform),
         }
         look.notes = [(kind, detail) for kind, detail in notes.items() if detail]
@@ -249,12 +241,6 @@ def inspect_image(path: Path) -> Look:
     return look
 
 
-def _size_notes(image: Image.Image) -> dict[str, str]:
-    short, long = sorted(image.size)
-    size = f"{image.width} x {image.height}"
-    return {"tiny": size if short < TINY else "", "long and narrow": size if long > LONG * short else ""}
-
-
 def _range_notes(image: Image.Image, stored: Image.Image, is_uniform: bool) -> dict[str, str]:
     """Whether an image is blank, or was stored with a high bit depth of which 8 bits keep next to nothing."""
     ranges: Any = image.getextrema()
@@ -266,13 +252,9 @@ def _range_notes(image: Image.Image, stored: Image.Image, is_uniform: bool) -> d
         full, words = (1.0, "of 0 to 1") if stored.mode == "F" else (65535.0, "of what 16 bits hold")
         low, high = (float(values.min()) / full, float(values.max()) / full) if values.size else (0.0, 0.0)
         # Beyond the full range an image is scaled by its own.
-        if low >= 0 and high <= 1 and (high - low) * 65535 >= BLANK:
-            if high <= DARK:
-                share = f"only the lowest {100 * high:.2g} % {words}: nearly black"
-                return {"narrow range of values": f"its values fill {share} as it is read"}
-            if is_blank:
-                share = f"only {100 * (high - low):.2g} % {words}: nearly uniform"
-                return {"narrow range of values": f"its values fill {share} as it is read"}
+        if low >= 0 and high <= 1 and (high - low) * 65535 >= BLANK and (high <= DARK or is_blank):
+            share = f"the lowest {100 * high:.2g} %" if high <= DARK else f"{100 * (high - low):.2g} %"
+            return {"narrow range of values": f"its values fill only {share} {words}"}
     return {"blank": "one uniform colour" if is_blank else ""}
 
 
@@ -352,19 +334,16 @@ def check_copies(images: Iterable[PlacedImage], layout: "Layout | None" = None) 
             continue
         paths, splits = [image.path for image in copies], sorted({image.split for image in copies} - {""})
         ignored = [(path, where) for path in paths if layout and (where := layout.where_ignored(path))]
-        notes = (
-            [shortened([f"training ignores {path}, which is {where}" for path, where in ignored], 3)] if ignored else []
-        )
+        note = shortened([f"training ignores {path}, which is {where}" for path, where in ignored], 3)
         is_leak, is_conflict = len(splits) > 1, len({image.label for image in copies} - {""}) > 1
         if is_leak:
-            detail = "; ".join([f"in {' and '.join(splits)}", *notes])
-            yield Finding("the same image in two splits", paths, detail)
+            where = f"in {' and '.join(splits)}"
+            yield Finding("the same image in two splits", paths, f"{where}; {note}" if note else where)
         if is_conflict:
-            yield Finding("the same image under two classes", paths, "; ".join(notes))
+            yield Finding("the same image under two classes", paths, note)
         if not is_leak and not is_conflict:
             counts_once = len(copies) - len(ignored) < 2
-            kind = "copy that training ignores" if counts_once else "the same image twice"
-            yield Finding(kind, paths, "; ".join(notes))
+            yield Finding("copy that training ignores" if counts_once else "the same image twice", paths, note)
 
 
 def check_balance(number: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
@@ -403,19 +382,13 @@ def check_look_alikes(
     for links in links_of.values():
         members = sorted({n for link in links for n in (link.i, link.j)})
         copies = [copies_of[i] for i in members]
-        details, bits = [], [link.bits for link in links if link.bits is not None]
-        if bits:
-            correlation = min(link.similarity for link in links if link.bits is not None)
-            details.append(f"{max(bits)} of 64 bits, correlation {correlation:.3f}")
-        if len(bits) < len(links):
-            cosine = min(link.similarity for link in links if link.bits is None)
-            details.append(f"cosine of features {cosine:.3f}")
+        least = "the least alike neighbours: " if len(members) > 2 else ""
+        detail = least + min(links, key=lambda link: link.similarity).words
         if classes := _differing([{image.label for image in same} for same in copies]):
-            details.append(f"in the classes {shortened(classes)}: perhaps a label is wrong")
+            detail += f", in the classes {shortened(classes)}: perhaps a label is wrong"
         is_leak = _differing([{image.split for image in same} for same in copies])
         paths = sorted(path for same in copies for path in _one_per_place(same))
-        least = "the least alike neighbours: " if len(members) > 2 else ""
-        yield Finding("look-alikes in two splits" if is_leak else "look-alikes", paths, least + ", ".join(details))
+        yield Finding("look-alikes in two splits" if is_leak else "look-alikes", paths, detail)
 
 
 def _differing(values: Sequence[set[str]]) -> list[str]:
@@ -447,12 +420,12 @@ class Groups:
 
 
 class Link(NamedTuple):
-    """Two images i < j that look alike: the correlation of their thumbnails, or the cosine of their features."""
+    """Two images i < j that look alike, and how much: as a number of at most 1, and in words."""
 
     i: int
     j: int
     similarity: float
-    bits: int | None = None  # in which their perceptual hashes differ; None for features
+    words: str
 
 
 def near_links(groups: Groups, phashes: np.ndarray, thumbnails: np.ndarray, *, block: int = 512) -> list[Link]:
@@ -477,7 +450,8 @@ def near_links(groups: Groups, phashes: np.ndarray, thumbnails: np.ndarray, *, b
             correlation = np.concatenate(parts)
             similarity = dict(zip(others.tolist(), correlation.tolist(), strict=True))
             for j in groups.join(i, others[correlation >= MIN_CORRELATION]).tolist():
-                links.append(Link(i, j, similarity[j], int(distance[row, j - start])))
+                words = f"{distance[row, j - start]} of 64 bits, correlation {similarity[j]:.3f}"
+                links.append(Link(i, j, similarity[j], words))
     return links
 
 
@@ -493,7 +467,8 @@ def feature_links(groups: Groups, features: np.ndarray, *, cosine: float, block:
         close = np.triu(products >= cosine, 1)
         for row in np.flatnonzero(close.any(1)).tolist():
             for j in groups.join(start + row, start + np.flatnonzero(close[row])).tolist():
-                links.append(Link(start + row, j, float(products[row, j - start])))
+                similarity = float(products[row, j - start])
+                links.append(Link(start + row, j, similarity, f"cosine of features {similarity:.3f}"))
     return links
 
 
@@ -558,10 +533,8 @@ def find_layout(root: Path) -> Layout:
     folders = subfolders(root)
     split_folders = {name: SPLITS[name] for name in folders if name in SPLITS}
     labelled = [root / name for name, split in split_folders.items() if split != "test"]
-    names = [name for top in labelled for name in subfolders(top)]
-    if not labelled:
-        names = [name for name in folders if name not in split_folders]
-    return Layout(split_folders, tuple(sorted(set(names))), _table(root))
+    names = {name for top in labelled for name in subfolders(top)} if labelled else set(folders) - set(split_folders)
+    return Layout(split_folders, tuple(sorted(names)), _table(root))
 
 
 def _table(root: Path) -> str:
@@ -642,9 +615,8 @@ def check_training(paths: Sequence[str], layout: Layout, root: Path, *, classes_
     try:
         labelled = find_labels(root, "folders", valid_fraction=None if is_whole else 0.2, columns={})
     except UserError as error:
-        message = str(error).removeprefix(f"{root}: ")
-        if message != str(error) or not classes_said:  # a message about a folder inside would say it again
-            yield Finding("not laid out for training", ["."], message)
+        if not classes_said:
+            yield Finding("not laid out for training", ["."], str(error).removeprefix(f"{root}: "))
         return
     ignored = defaultdict(list)
     for path in paths:
@@ -657,6 +629,6 @@ def check_training(paths: Sequence[str], layout: Layout, root: Path, *, classes_
     is_used = any(row.split == "test" for row in labelled.rows)
     if not is_used and {n.casefold() for n in names} & {c.casefold() for c in labelled.classes}:
         try:
-            check_classes(Path("test"), names, labelled.classes, against="train")
+            check_classes("test", names, labelled.classes, against="train")
         except UserError as error:
             yield Finding("test folder not used", ["test"], str(error).removeprefix("test: "))

@@ -25,13 +25,24 @@ class Rule:
         fraction: share of each class for "valid".
         seed: of the ranking.
         test_fraction: share for "test"; None: there is none.
-        group: what says which images stay together; None: only equal ones do.
+        group: what says which images stay together; None: only equal images do.
+
+    Raises:
+        UserError: a fraction is impossible.
     """
 
     fraction: float
     seed: int
     test_fraction: float | None = None
     group: str | None = None
+
+    def __post_init__(self):
+        for name, value in (("valid_fraction", self.fraction), ("test_fraction", self.test_fraction)):
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"{name}: {value} is not between 0 and 1; 0.2 holds out a fifth")
+        if self.fraction + (self.test_fraction or 0) >= 1:
+            shares = f"{self.fraction} and {self.test_fraction}"
+            raise UserError(f"valid_fraction, test_fraction: {shares} leave nothing to train on; give less than 1")
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest has it: what isn't set is left out, so that older manifests stay readable."""
@@ -43,10 +54,13 @@ class Rule:
 class _Unit:
     """Contents that stay together: one content, or all those of a group; a content of two groups makes them one unit."""
 
-    name: str
     contents: set[str] = field(default_factory=set)
     groups: set[str] = field(default_factory=set)
     split: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"group {min(self.groups)}" if self.groups else min(self.contents)
 
 
 def default_manifest(cache_dir: Path, root: Path, rule: Rule, labels: str = "folders") -> Path:
@@ -96,7 +110,11 @@ def split_by_content(
             assignments |= dict.fromkeys(unit.contents - saved.keys(), unit.split)
     # What is shared with other classes is placed by the class that has the least to choose from.
     for name, hashes in sorted(contents.items(), key=lambda item: len({unit_of[content] for content in item[1]})):
-        _check_enough(name, hashes, {unit_of[content] for content in hashes}, rule)
+        n, needed = len({unit_of[content] for content in hashes}), 3 if rule.test_fraction else 2
+        if n < needed:
+            kind = "group" if rule.group and n < len(set(hashes)) else "distinct"
+            problem = f"class {name}: {len(hashes)} images, but only {n} {kind}"
+            raise UserError(f"{problem}; {needed} splits need at least {needed}")
         _place_class(set(hashes), assignments, unit_of, rule)
     for name, hashes in contents.items():
         _check_splits(name, {assignments[content] for content in hashes}, rule, manifest if saved else None)
@@ -109,27 +127,23 @@ def split_by_content(
 
 
 def _units(contents: Iterable[str], groups: Mapping[str, Iterable[str]]) -> dict[str, _Unit]:
-    """The unit of each content, by union-find over the names of groups; a unit has the first of its groups' names."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = name = parent[parent[name]]
-        return name
-
-    own_name = {}
+    """The unit of each content."""
+    unit_of: dict[str, _Unit] = {}
+    of_group: dict[str, _Unit] = {}
     for content in contents:
-        names = sorted(groups.get(content, ()))
-        own_name[content] = f"group {names[0]}" if names else content
-        for other in names:
-            a, b = sorted((root(own_name[content]), root(f"group {other}")))
-            parent[b] = a
-    units: dict[str, _Unit] = {}
-    for content, name in own_name.items():
-        unit = units.setdefault(root(name), _Unit(root(name)))
+        names = set(groups.get(content, ()))
+        joined = {of_group[name] for name in names if name in of_group}
+        unit = max(joined, key=lambda unit: len(unit.contents), default=_Unit())
+        for other in joined - {unit}:
+            unit.contents |= other.contents
+            unit.groups |= other.groups
+            unit_of |= dict.fromkeys(other.contents, unit)
+            of_group |= dict.fromkeys(other.groups, unit)
         unit.contents.add(content)
-        unit.groups.update(groups.get(content, ()))
-    return {content: units[root(name)] for content, name in own_name.items()}
+        unit.groups |= names
+        unit_of[content] = unit
+        of_group |= dict.fromkeys(names, unit)
+    return unit_of
 
 
 def _place_class(distinct: set[str], assignments: dict[str, str], unit_of: Mapping[str, _Unit], rule: Rule) -> None:
@@ -154,33 +168,15 @@ def _place_class(distinct: set[str], assignments: dict[str, str], unit_of: Mappi
         assignments |= dict.fromkeys(unit.contents, unit.split)
 
 
-def _check_enough(name: str, hashes: Sequence[str], units: set[_Unit], rule: Rule) -> None:
-    needed = 3 if rule.test_fraction else 2
-    if len(units) < needed:
-        kind = "group" if rule.group and len(units) < len(set(hashes)) else "distinct"
-        need = (
-            "valid_fraction needs two at least, one for each split"
-            if needed == 2
-            else "three splits need three at least"
-        )
-        raise UserError(f"class {name}: {len(hashes)} images, but only {('one', 'two')[len(units) - 1]} {kind}; {need}")
-
-
 def _check_splits(name: str, splits: set[str], rule: Rule, manifest: Path | None) -> None:
     """UserError where a class has no images in a split; `manifest` is what an earlier split was read from, if it was."""
     for split in SPLITS:
         if split not in splits and (split != "test" or rule.test_fraction):
+            reason, way_out = "what it shares with other classes", "try another split_seed"
             if manifest:
-                reason = (
-                    f"the split written in {manifest} leaves it no {split} images; remove that file to split afresh, "
-                    f"or add images"
-                )
-            else:
-                reason = (
-                    f"what it shares with other classes leaves it no {split} images; try another split_seed, or add "
-                    f"images"
-                )
-            raise UserError(f"class {name}: {reason}" + (", or choose smaller groups" if rule.group else ""))
+                reason, way_out = f"the split written in {manifest}", "remove that file to split afresh"
+            groups = ", or choose smaller groups" if rule.group else ""
+            raise UserError(f"class {name}: {reason} leaves it no {split} images; {way_out}, or add images{groups}")
 
 
 def _warn_of_torn_groups(groups: Mapping[str, Iterable[str]], assignments: Mapping[str, str]) -> None:
@@ -191,9 +187,9 @@ def _warn_of_torn_groups(groups: Mapping[str, Iterable[str]], assignments: Mappi
             splits_of[name].add(assignments[content])
     torn = sorted(name for name, splits in splits_of.items() if len(splits) > 1)
     if torn:
+        problem = f"{len(torn):,} groups have images in several splits, for example {torn[0]}"
         warn(
-            f"{len(torn):,} groups have images in several splits, for example {torn[0]}: they were split before they were "
-            f"of one group. Split afresh, with another manifest, to have each in one split"
+            f"{problem}: they were split before they were of one group. To mend it, split afresh with another manifest"
         )
 
 
@@ -209,18 +205,19 @@ def _read(manifest: Path, rule: Rule, given: bool) -> tuple[dict[str, str], dict
     except FileNotFoundError:
         return {}, {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        message = f"the split manifest {manifest} can't be read ({type(error).__name__})"
+        problem = f"the split manifest {manifest} can't be read ({type(error).__name__})"
         if given:
-            raise UserError(f"{message}; restore it, or remove it to split afresh") from error
-        warn(f"{message}: the folder is split afresh")
+            raise UserError(f"{problem}; restore it, or remove it to split afresh") from error
+        warn(f"{problem}: the folder is split afresh")
         return {}, {}
     if saved_rule != rule.to_dict():
-        saved_words, words = (
-            " and ".join(f"{'valid_fraction' if key == 'fraction' else key} {value}" for key, value in values.items())
+        names = {"fraction": "valid_fraction"}
+        made_with, wanted = (
+            " and ".join(f"{names.get(key, key)} {value}" for key, value in values.items())
             for values in (saved_rule, rule.to_dict())
         )
         raise UserError(
-            f"the split manifest {manifest} was made with {saved_words}, not {words}; give those, or another manifest"
+            f"the split manifest {manifest} was made with {made_with}, not {wanted}; give those, or another manifest"
         )
     return assignments, groups
 
@@ -238,7 +235,7 @@ def _write(manifest: Path, tree: dict[str, Any], given: bool) -> None:
     try:
         write_json(manifest, tree)
     except OSError as error:
-        message = f"the split manifest {manifest} can't be written ({error.strerror})"
+        problem = f"the split manifest {manifest} can't be written ({error.strerror})"
         if given:
-            raise UserError(f"{message}; give a place that can be written") from error
-        warn(f"{message}: the split may change when images are added")
+            raise UserError(f"{problem}; give a place that can be written") from error
+        warn(f"{problem}: the split may change when images are added")

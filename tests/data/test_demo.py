@@ -13,7 +13,7 @@ from jaxcats.data.index import scan
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    return draw(tmp_path_factory.mktemp("demo") / "pictures")
+    return draw(tmp_path_factory.mktemp("demo") / "photos", n_train=160, n_valid=80)
 
 
 def contents(root):
@@ -23,8 +23,8 @@ def contents(root):
 def test_the_demo_is_a_sound_folder_with_enough_to_validate_on(drawn):
     index = scan(drawn, on_bad_file="fail", progress=False)
     assert index.classes == ("cats", "dogs")
-    assert [np.bincount(split.labels).tolist() for split in index.splits.values()] == [[150, 150], [60, 60]]
-    assert len({content for split in index.splits.values() for content in split.hashes}) == 420
+    assert [np.bincount(split.labels).tolist() for split in index.splits.values()] == [[80, 80], [40, 40]]
+    assert len({content for split in index.splits.values() for content in split.hashes}) == 240
 
 
 def test_colours_and_places_dont_tell_cats_from_dogs(drawn):
@@ -57,11 +57,11 @@ def test_a_seed_gives_the_same_images_and_another_gives_others(tmp_path):
 def test_a_complete_folder_is_left_alone_and_a_broken_one_mended(tmp_path):
     root = draw(tmp_path / "a", n_train=4, n_valid=2)
     whole = contents(root)
-    picture = root / "train/cats/cat.0001.jpg"
-    time = picture.stat().st_mtime_ns
+    image = root / "train/cats/cat.0001.jpg"
+    time = image.stat().st_mtime_ns
     draw(root, n_train=4, n_valid=2)
-    assert picture.stat().st_mtime_ns == time
-    picture.unlink()
+    assert image.stat().st_mtime_ns == time
+    image.unlink()
     draw(root, n_train=4, n_valid=2)
     assert contents(root) == whole
 

@@ -76,9 +76,9 @@ def test_what_is_unusual_is_noted_and_nothing_else(name, tmp_path):
 
 def test_srgbs_own_profile_changes_no_bit(tmp_path):
     profile = image_kinds.ImageCms.ImageCmsProfile(image_kinds.ImageCms.createProfile("sRGB")).tobytes()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     for name, options in (("with.png", {"icc_profile": profile}), ("without.png", {})):
-        (tmp_path / name).write_bytes(image_kinds.encoded(picture, "PNG", **options))
+        (tmp_path / name).write_bytes(image_kinds.encoded(image, "PNG", **options))
     pixels = [evaluation_pixels(tmp_path / name, Preprocess(size=32)) for name in ("with.png", "without.png")]
     np.testing.assert_array_equal(*pixels)
 
@@ -88,8 +88,8 @@ def test_the_colour_of_transparency_is_looked_for_before_colours_are_converted()
         ("RGB", (200, 30, 40), image_kinds.swapped_profile()),
         ("L", 90, image_kinds.linear_grey_profile()),
     ):
-        picture = Image.new(mode, (8, 8), colour)
-        content = image_kinds.encoded(picture, "PNG", transparency=colour, icc_profile=profile)
+        image = Image.new(mode, (8, 8), colour)
+        content = image_kinds.encoded(image, "PNG", transparency=colour, icc_profile=profile)
         assert (np.asarray(open_upright(content)) == 255).all()
 
 
@@ -107,8 +107,8 @@ def test_a_grey_profile_on_deep_greys_is_said_to_be_not_applied(tmp_path):
 def test_large_images_are_converted_in_bands_as_if_at_once(mode, orientation, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (900, 701, 4), np.uint8)
     profile = image_kinds.linear_grey_profile() if mode == "LA" else image_kinds.swapped_profile()
-    picture = Image.fromarray(pixels).convert(mode)
-    content = image_kinds.encoded(picture, "PNG", orientation=orientation, icc_profile=profile, compress_level=0)
+    image = Image.fromarray(pixels).convert(mode)
+    content = image_kinds.encoded(image, "PNG", orientation=orientation, icc_profile=profile, compress_level=0)
     in_bands = open_upright(content)
     assert in_bands.width * in_bands.height > 2 * images.BAND
     monkeypatch.setattr(images, "BAND", 2**30)
@@ -116,13 +116,13 @@ def test_large_images_are_converted_in_bands_as_if_at_once(mode, orientation, mo
 
 
 def test_the_image_of_a_caller_is_left_as_it_was_and_none_is_converted_twice():
-    picture = Image.open(io.BytesIO(KINDS["jpeg_profile.jpg"]))
-    before = np.array(picture)
-    first, second = (np.asarray(open_upright(picture)) for _ in range(2))
+    image = Image.open(io.BytesIO(KINDS["jpeg_profile.jpg"]))
+    before = np.array(image)
+    first, second = (np.asarray(open_upright(image)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(np.asarray(picture), before)
+    np.testing.assert_array_equal(np.asarray(image), before)
     assert (first != before).any()
-    np.testing.assert_array_equal(np.asarray(upright(upright(picture))), first)
+    np.testing.assert_array_equal(np.asarray(upright(upright(image))), first)
 
 
 def test_the_index_keeps_the_notes_and_the_findings_say_them(tmp_path):
@@ -190,9 +190,9 @@ print(peak() - before)
 
 
 def test_transparency_that_nothing_shows_through_is_not_noted(tmp_path):
-    picture = Image.new("RGBA", (64, 64), (10, 20, 30, 255))
-    picture.save(tmp_path / "a.png")
+    image = Image.new("RGBA", (64, 64), (10, 20, 30, 255))
+    image.save(tmp_path / "a.png")
     assert inspect_file(tmp_path / "a.png").note == ""
-    picture.putpixel((5, 5), (10, 20, 30, 254))
-    picture.save(tmp_path / "a.png")
+    image.putpixel((5, 5), (10, 20, 30, 254))
+    image.save(tmp_path / "a.png")
     assert inspect_file(tmp_path / "a.png").note == "transparency laid on white"

@@ -67,6 +67,7 @@ def test_links_that_loop_end_and_broken_ones_are_listed(two_classes):
     (cats / "again").symlink_to(cats)
     (cats / "up").symlink_to(two_classes)
     (cats / "gone.jpg").symlink_to(two_classes / "nothing.jpg")
+    (cats / "itself").symlink_to(cats / "itself")
     index = scan(two_classes)
     assert [(file.path, file.reason) for file in index.bad] == [("train/cats/gone.jpg", "broken link")]
     assert sum(path.startswith("train/cats/cat") for path in index.splits["train"].paths) == 3
@@ -358,7 +359,9 @@ def test_one_empty_class(two_classes):
 def test_a_class_without_usable_images(two_classes):
     for path in (two_classes / "train/dogs").iterdir():
         path.write_bytes(b"x")
-    with pytest.raises(UserError, match=r"class dogs: none of its 3 train images can be used: .*dog0\.jpg \(not an image"):
+    with pytest.raises(
+        UserError, match=r"class dogs: none of its 3 train images can be used: .*dog0\.jpg \(not an image"
+    ):
         scan(two_classes)
 
 
@@ -404,7 +407,7 @@ def test_two_validation_folders(two_classes, folder):
 
 
 def test_a_fraction_beside_a_validation_folder(two_classes):
-    with pytest.raises(UserError, match=r"has its own validation images; leave valid_fraction out"):
+    with pytest.raises(UserError, match=r"already has a valid split; leave valid_fraction out"):
         scan(two_classes, valid_fraction=0.2)
 
 
@@ -421,7 +424,7 @@ def test_labels_follow_the_classifiers_order_of_classes(two_classes):
 def test_a_folder_with_other_classes_is_refused(two_classes):
     with pytest.raises(UserError, match=r"those of the classifier: missing mice, unknown dogs"):
         scan_labelled(two_classes, classes=("cats", "mice"))
-    with pytest.raises(UserError, match=r"missing mice; expected exactly cats, dogs, mice"):
+    with pytest.raises(UserError, match=r"missing mice, unknown none; expected exactly cats, dogs, mice"):
         scan_labelled(two_classes, classes=("cats", "dogs", "mice"))
 
 

@@ -70,7 +70,7 @@ def test_names_in_train_and_valid_folders(flat):
     assert [len(s) for s in (*index.splits.values(), index.test)] == [6, 2, 2]
 
 
-def test_the_folder_a_image_lies_in_at_any_depth(folder):
+def test_the_folder_an_image_lies_in_at_any_depth(folder):
     names = [f"site{i % 2}/day{i % 3}/{kind}/{i}.jpg" for kind in ("cat", "dog") for i in range(4)]
     root = folder({name: seed for seed, name in enumerate([*names, "loose.jpg"])})
     index = scan(root, labels="parent", valid_fraction=0.25)
@@ -156,7 +156,7 @@ def test_rows_that_cannot_be_used_are_listed_with_their_reasons(flat, table):
         ('path,label\n"cat.0.jpg,cat\n', "line 2: can't be read as CSV"),
         (b"path,label\ncat.0.jpg,K\xe4tzchen\n", r"line 2: is not UTF-8"),
         ("path,label,split\ncat.0.jpg,cat,train\n", "only one class"),
-        ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\ncat.1.jpg,cat,valid\n", "valid has no images of dog"),
+        ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\ncat.1.jpg,cat,valid\n", "valid: its classes differ from those of train: missing dog"),
         ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\ncat.1.jpg,cow,test\n", "test has classes that train lacks: cow"),
         ("path,label,split\ncat.0.jpg,cat,valid\n", "no training images"),
         ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\n", "set valid_fraction"),
@@ -319,7 +319,8 @@ def test_another_folder_is_judged_by_the_same_rule(flat):
     assert [("dog", "cat")[label] for label in split.labels] == [path[:3] for path in split.paths]
     assert len(bad) == 1
     with pytest.raises(
-        UserError, match=r"its classes differ from those of the classifier: missing bird; expected exactly"
+        UserError,
+        match=r"its classes differ from those of the classifier: missing bird, unknown none; expected exactly",
     ):
         scan_labelled(flat, classes=("dog", "cat", "bird"), labels=NAME)
 

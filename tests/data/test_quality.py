@@ -69,5 +69,8 @@ def test_unequal_and_small_classes(large):
     for path in sorted((large / "valid/cats").iterdir())[5:]:
         path.unlink()
     seen = found(large)
-    assert seen["class imbalance"]["examples"] == ["train: 35 images of cats, 10 of dogs", "valid: 30 images of dogs, 5 of cats"]
+    assert seen["class imbalance"]["examples"] == [
+        "train: 35 images of cats, 10 of dogs",
+        "valid: 30 images of dogs, 5 of cats",
+    ]
     assert seen["few validation images"]["examples"] == ["cats: 5"]
