@@ -15,7 +15,7 @@ from jaxcats.data.index import scan
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    return draw(tmp_path_factory.mktemp("demo") / "images")
+    return draw(tmp_path_factory.mktemp("demo") / "photos", n_train=160, n_valid=80)
 
 
 def contents(root):
@@ -25,8 +25,8 @@ def contents(root):
 def test_the_demo_is_a_sound_folder_with_enough_to_validate_on(drawn):
     index = scan(drawn, on_bad_file="fail", progress=False)
     assert index.classes == ("cats", "dogs")
-    assert [np.bincount(split.labels).tolist() for split in index.splits.values()] == [[150, 150], [60, 60]]
-    assert len({content for split in index.splits.values() for content in split.hashes}) == 420
+    assert [np.bincount(split.labels).tolist() for split in index.splits.values()] == [[80, 80], [40, 40]]
+    assert len({content for split in index.splits.values() for content in split.hashes}) == 240
 
 
 def test_colours_and_places_dont_tell_cats_from_dogs(drawn):

@@ -14,16 +14,17 @@ from PIL import Image, ImageOps
 
 from jaxcats import doctor, models
 from jaxcats.common.cli import run_command
-from jaxcats.data import quality
+from jaxcats.data import files
 from jaxcats.data.files import list_images
 from jaxcats.data.index import scan
-from jaxcats.data.quality import Layout, alike_features, findings, group_of, near_links, starts_like_a_image, summary
+from jaxcats.data.quality import Groups, Layout, extension_by_content, feature_links, findings, near_links, summary
 
 EACH = 16
-ONCE = "copy that training does not see"
+LEAK, CONFLICT = "the same image in two splits", "the same image under two classes"
+ONCE = "copy that training ignores"
 
 
-def picture(seed, size=(96, 80)):
+def drawn(seed, size=(96, 80)):
     small = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
@@ -32,7 +33,7 @@ def healthy(root, n=32):
     for k, (split, name) in enumerate((s, c) for s in ("train", "valid") for c in ("cats", "dogs")):
         (root / split / name).mkdir(parents=True)
         for i in range(n):
-            picture(1000 * k + i).save(root / split / name / f"{i}.jpg")
+            drawn(1000 * k + i).save(root / split / name / f"{i}.jpg")
     return root
 
 
@@ -48,53 +49,53 @@ def plant(root):
     for i in range(EACH):
         cats, new = root / "train/cats", 100_000 + 100 * i
         whole = (cats / f"{i}.jpg").read_bytes()
-        (cats / f"cut{i}.jpg").write_bytes(picture(new).tobytes()[: 900 + i] if i % 2 else whole[:900])
+        (cats / f"cut{i}.jpg").write_bytes(drawn(new).tobytes()[: 900 + i] if i % 2 else whole[:900])
         note("unreadable", f"train/cats/cut{i}.jpg")
         (root / f"valid/cats/leak{i}.jpg").write_bytes(whole)
-        note("leak", f"train/cats/{i}.jpg", f"valid/cats/leak{i}.jpg")
+        note(LEAK, f"train/cats/{i}.jpg", f"valid/cats/leak{i}.jpg")
         (root / f"train/dogs/conflict{i}.jpg").write_bytes((root / f"train/cats/{EACH + i}.jpg").read_bytes())
-        note("label conflict", f"train/cats/{EACH + i}.jpg", f"train/dogs/conflict{i}.jpg")
+        note(CONFLICT, f"train/cats/{EACH + i}.jpg", f"train/dogs/conflict{i}.jpg")
         (root / f"train/dogs/twice{i}.jpg").write_bytes((root / f"train/dogs/{i}.jpg").read_bytes())
-        note("the same twice", f"train/dogs/{i}.jpg", f"train/dogs/twice{i}.jpg")
-        picture(3000 + i).resize((60, 50)).save(root / f"valid/dogs/near{i}.jpg", quality=60)
-        note("look alike", f"valid/dogs/{i}.jpg", f"valid/dogs/near{i}.jpg")
-        scene = picture(3000 + EACH + i).crop((1, 1, 96, 79)).point([min(255, v + 9) for v in range(256)] * 3)
+        note("the same image twice", f"train/dogs/{i}.jpg", f"train/dogs/twice{i}.jpg")
+        drawn(3000 + i).resize((60, 50)).save(root / f"valid/dogs/near{i}.jpg", quality=60)
+        note("look-alikes", f"valid/dogs/{i}.jpg", f"valid/dogs/near{i}.jpg")
+        scene = drawn(3000 + EACH + i).crop((1, 1, 96, 79)).point([min(255, v + 9) for v in range(256)] * 3)
         scene.resize((150, 120)).save(root / f"train/dogs/scene{i}.jpg", quality=70)
-        note("look alike in two splits", f"train/dogs/scene{i}.jpg", f"valid/dogs/{EACH + i}.jpg")
-        picture(new + 1).save(cats / f"really{i}.jpg", format="PNG")
+        note("look-alikes in two splits", f"train/dogs/scene{i}.jpg", f"valid/dogs/{EACH + i}.jpg")
+        drawn(new + 1).save(cats / f"really{i}.jpg", format="PNG")
         note("wrong extension", f"train/cats/really{i}.jpg")
-        odd = picture(new + 2).convert(("CMYK", "RGBA", "P")[i % 3])
+        odd = drawn(new + 2).convert(("CMYK", "RGBA", "P")[i % 3])
         if odd.mode == "RGBA":
             odd.putalpha(100)
         name = f"odd{i}.{'jpg' if odd.mode == 'CMYK' else 'png'}"
         odd.save(cats / name, **({"transparency": 0} if odd.mode == "P" else {}))
         note("unusual image", f"train/cats/{name}")
-        picture(new + 3).save(cats / f"turned{i}.jpg", exif=exif)
-        note("turned by EXIF", f"train/cats/turned{i}.jpg")
-        picture(new + 4, (20 + i % 12, 24)).save(cats / f"tiny{i}.jpg")
+        drawn(new + 3).save(cats / f"turned{i}.jpg", exif=exif)
+        note("rotated by EXIF", f"train/cats/turned{i}.jpg")
+        drawn(new + 4, (20 + i % 12, 24)).save(cats / f"tiny{i}.jpg")
         note("tiny", f"train/cats/tiny{i}.jpg")
-        picture(new + 5, (330 + i, 40)).save(cats / f"long{i}.jpg")
+        drawn(new + 5, (330 + i, 40)).save(cats / f"long{i}.jpg")
         note("long and narrow", f"train/cats/long{i}.jpg")
         Image.new("RGB", (80, 80), (10 * i, 200, 90)).save(cats / f"blank{i}.jpg")
         note("blank", f"train/cats/blank{i}.jpg")
-        framed = [picture(new + k) for k in (6, 7)]
+        framed = [drawn(new + k) for k in (6, 7)]
         deep = Image.fromarray(np.random.default_rng(new).integers(0, 2**16, (64, 64), dtype=np.uint16))
         name = f"odd{i}.{('tif', 'gif', 'png')[i % 3]}"
         (deep if i % 3 == 2 else framed[0]).save(
             root / "valid/cats" / name, **({} if i % 3 == 2 else {"save_all": True, "append_images": framed[1:]})
         )
         note("unusual image", f"valid/cats/{name}")
-        picture(new + 8).save(cats / f"flipped{i}.png")
+        drawn(new + 8).save(cats / f"flipped{i}.png")
         damaged = bytearray((cats / f"flipped{i}.png").read_bytes())
         damaged[200 + i] ^= 0xFF
         (cats / f"flipped{i}.png").write_bytes(damaged)
         note("unreadable", f"train/cats/flipped{i}.png")
         name = (f"noext{i}", f"photo{i}.jpg.bak", f"jpegas{i}.txt")[i % 3]
-        picture(new + 9).save(cats / name, format=("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")[i % 6])
-        note("image without an image's ending", f"train/cats/{name}")
+        drawn(new + 9).save(cats / name, format=("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")[i % 6])
+        note("image without an image extension", f"train/cats/{name}")
         (cats / f"notes{i}.txt").write_text(("x", "BMW and others", "")[i % 3])
-        note("no image", f"train/cats/notes{i}.txt")
-    for kind, name in (("left by an operating system", "train/Thumbs.db"), ("hidden", "train/cats/.hidden.jpg")):
+        note("not an image", f"train/cats/notes{i}.txt")
+    for kind, name in (("system file", "train/Thumbs.db"), ("hidden file", "train/cats/.hidden.jpg")):
         (root / name).write_bytes(b"x")
         note(kind, name)
     return planted
@@ -107,18 +108,18 @@ def test_a_healthy_folder_has_no_findings(tmp_path, capsys):
 
 
 def test_two_hundred_planted_faults_are_found_and_none_is_invented(tmp_path, capsys):
-    root = healthy(tmp_path / "pictures")
+    root = healthy(tmp_path / "photos")
     planted = plant(root)
     assert sum(map(len, planted.values())) >= 200
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
     argv = [str(root), "--json", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html")]
     assert run_command(doctor.main, argv) == 1
     said = capsys.readouterr()
-    assert "GRAVE: leak: 16." in said.out
-    assert "GRAVE: look alike in two splits: 16." in said.out
+    assert "GRAVE: the same image in two splits: 16." in said.out
+    assert "GRAVE: look-alikes in two splits: 16." in said.out
     report = json.loads((tmp_path / "out.json").read_text())
     found = {f["kind"]: {frozenset(item["paths"]) for item in f["items"]} for f in report["findings"]}
-    assert found.pop("unequal classes", None) in (None, {frozenset({"train"})})
+    assert found.pop("class imbalance", None) in (None, {frozenset({"train"})})
     assert found == planted
     assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
     page = (tmp_path / "out.html").read_text()
@@ -137,7 +138,7 @@ def test_classes_that_are_missing_or_unequal(tmp_path):
     found = {f["kind"]: f["items"] for f in doctor.diagnose(root, progress=False)["findings"]}
     missing = ["train/birds", "valid/birds", "valid/dogs"]
     assert sorted(item["paths"][0] for item in found["class without images"]) == missing
-    assert found["unequal classes"][0]["paths"] == ["train"]
+    assert found["class imbalance"][0]["paths"] == ["train"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_classes_that_are_missing_or_unequal(tmp_path):
         ("1.jpg", ("", "")),
     ],
 )
-def test_where_a_image_stands(path, where):
+def test_where_an_image_stands(path, where):
     assert Layout({"train": "train", "val": "valid", "test": "test"}, ("cats", "dogs")).place(path) == where
 
 
@@ -161,7 +162,7 @@ def test_where_a_image_stands(path, where):
     ("path", "where"),
     [("cats/a/1.jpg", ("train", "cats")), ("test/1.jpg", ("test", "")), ("1.jpg", ("train", ""))],
 )
-def test_where_a_image_stands_in_a_folder_still_to_be_divided(path, where):
+def test_where_an_image_stands_in_a_folder_still_to_be_divided(path, where):
     assert Layout({"test": "test"}, ("cats", "dogs")).place(path) == where
 
 
@@ -177,20 +178,20 @@ def copied(old, new):
 @pytest.mark.parametrize(
     ("where", "kind", "detail"),
     [
-        ("test/1.jpg", "leak", ""),
-        ("test/test/1.jpg", "leak", ""),
+        ("test/1.jpg", LEAK, "in test and train"),
+        ("test/test/1.jpg", LEAK, "in test and train"),
         (
             "test1/1.jpg",
-            "leak",
-            "test1/1.jpg is outside train, valid and test: training does not see it, but a test on it would flatter",
+            LEAK,
+            "in test1/ and train; training ignores test1/1.jpg, which is outside train, valid and test",
         ),
-        ("1.jpg", ONCE, "1.jpg is outside train, valid and test: training does not see it"),
+        ("1.jpg", ONCE, "training ignores 1.jpg, which is outside train, valid and test"),
         (
             "sample/cats/1.jpg",
             ONCE,
-            "sample/cats/1.jpg is outside train, valid and test: training does not see it",
+            "training ignores sample/cats/1.jpg, which is outside train, valid and test",
         ),
-        ("train/1.jpg", ONCE, "train/1.jpg is in no class folder: training does not see it"),
+        ("train/1.jpg", ONCE, "training ignores train/1.jpg, which is in no class folder"),
     ],
 )
 def test_a_copy_without_a_label_is_no_conflict(tmp_path, where, kind, detail):
@@ -198,7 +199,7 @@ def test_a_copy_without_a_label_is_no_conflict(tmp_path, where, kind, detail):
     copied(root / "train/cats/0.jpg", root / where)
     paths = sorted([where, "train/cats/0.jpg"])
     found = kinds(root)
-    assert [item["paths"] for item in found.pop("training does not see them", [])] == [[where]] * (kind == ONCE)
+    assert [item["paths"] for item in found.pop("ignored by training", [])] == [[where]] * (kind == ONCE)
     assert found == {kind: [{"paths": paths, "detail": detail}]}
 
 
@@ -209,8 +210,8 @@ def test_a_labelled_test_folder_is_looked_at(tmp_path):
     (root / "test/cats").mkdir()
     found = kinds(root)
     assert {kind: len(items) for kind, items in found.items()} == {
-        "leak": 3,
-        "label conflict": 3,
+        LEAK: 3,
+        CONFLICT: 3,
         "class without images": 1,
     }
     assert found["class without images"][0]["paths"] == ["test/cats"]
@@ -228,20 +229,20 @@ def test_leaks_through_linked_folders_are_found(tmp_path):
     whole, part = healthy(tmp_path / "a", 2), healthy(tmp_path / "b", 2)
     shutil.rmtree(whole / "valid")
     (whole / "valid").symlink_to("train")
-    assert {kind: len(items) for kind, items in kinds(whole).items()} == {"leak": 4}
+    assert {kind: len(items) for kind, items in kinds(whole).items()} == {LEAK: 4}
     shutil.rmtree(part / "valid/cats")
     (part / "valid/cats").symlink_to("../train/cats")
     (part / "valid/cats/notes.txt").write_text("x")
     found = kinds(part)
-    assert {kind: len(items) for kind, items in found.items()} == {"leak": 2, "no image": 2}
-    assert found["leak"][0]["paths"] == ["train/cats/0.jpg", "valid/cats/0.jpg"]
+    assert {kind: len(items) for kind, items in found.items()} == {LEAK: 2, "not an image": 2}
+    assert found[LEAK][0]["paths"] == ["train/cats/0.jpg", "valid/cats/0.jpg"]
 
 
 def test_loops_of_links_end(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
         folder.mkdir()
-        picture(0).save(folder / "1.jpg")
+        drawn(0).save(folder / "1.jpg")
     (a / "b").symlink_to(b)
     (b / "a").symlink_to(a)
     (a / "up").symlink_to(tmp_path)
@@ -271,34 +272,34 @@ def test_one_class_only(tmp_path, parts):
     for k, part in enumerate(parts):
         (tmp_path / part / "cats").mkdir(parents=True)
         for i in range(3):
-            picture(10 * k + i).save(tmp_path / part / f"cats/{i}.jpg")
+            drawn(10 * k + i).save(tmp_path / part / f"cats/{i}.jpg")
     found = kinds(tmp_path)
-    assert list(found) == ["one class only"]
-    assert found["one class only"][0]["paths"] == [f"{part}/cats".lstrip("/") for part in parts]
+    assert list(found) == ["only one class"]
+    assert found["only one class"][0]["paths"] == [f"{part}/cats".lstrip("/") for part in parts]
     assert run_command(doctor.main, [str(tmp_path)]) == 1
 
 
 def test_a_tiff_that_is_turned_as_it_is_decoded(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(1).save(tmp_path / "a.tif", exif=exif)
-    assert kinds(tmp_path) == {"turned by EXIF": [{"paths": ["a.tif"], "detail": "orientation 6"}]}
+    drawn(1).save(tmp_path / "a.tif", exif=exif)
+    assert kinds(tmp_path) == {"rotated by EXIF": [{"paths": ["a.tif"], "detail": "orientation 6"}]}
 
 
 def test_only_images_without_an_ending(tmp_path):
-    picture(1).save(tmp_path / "noext", format="JPEG")
-    picture(1).save(tmp_path / "camera.nef", format="TIFF")
+    drawn(1).save(tmp_path / "noext", format="JPEG")
+    drawn(1).save(tmp_path / "camera.nef", format="TIFF")
     found = kinds(tmp_path)
-    assert found.keys() == {"image without an image's ending", "no image"}
-    assert found["image without an image's ending"] == [{"paths": ["noext"], "detail": ".jpg by its content"}]
+    assert found.keys() == {"image without an image extension", "not an image"}
+    assert found["image without an image extension"] == [{"paths": ["noext"], "detail": ".jpg by its content"}]
 
 
 def test_odd_files_never_stop_the_page(tmp_path, capsys):
-    root = healthy(tmp_path / "pictures", 2)
+    root = healthy(tmp_path / "photos", 2)
     os.mkfifo(root / "train/cats/pipe.jpg")
     (root / "train/cats/gone.jpg").symlink_to("nowhere.jpg")
     (root / "train/cats/folder.jpg").mkdir()
-    frames = [picture(70), picture(71)]
+    frames = [drawn(70), drawn(71)]
     frames[0].save(root / "train/cats/frames.tif", save_all=True, append_images=frames[1:])
     page = tmp_path / "page.html"
     assert run_command(doctor.main, [str(root), "--html", str(page)]) == 1
@@ -306,8 +307,8 @@ def test_odd_files_never_stop_the_page(tmp_path, capsys):
     assert page.read_text().count("<img") == 1  # the first of two frames
 
 
-def test_an_output_never_replaces_a_image_and_is_checked_first(tmp_path, capsys, monkeypatch):
-    root = healthy(tmp_path / "pictures", 2)
+def test_an_output_never_replaces_an_image_and_is_checked_first(tmp_path, capsys, monkeypatch):
+    root = healthy(tmp_path / "photos", 2)
     photo = root / "train/cats/0.jpg"
     (tmp_path / "link.json").symlink_to(photo)
     copied(photo, tmp_path / "photo.txt")
@@ -335,28 +336,28 @@ def test_a_folder_taken_for_the_page_is_said(tmp_path, capsys):
 
 def test_images_of_two_classes_that_look_alike(tmp_path):
     root = healthy(tmp_path, 4)
-    picture(0).resize((60, 50)).save(root / "train/dogs/small.jpg")
-    item = kinds(root)["look alike"][0]
+    drawn(0).resize((60, 50)).save(root / "train/dogs/small.jpg")
+    item = kinds(root)["look-alikes"][0]
     assert item["paths"] == ["train/cats/0.jpg", "train/dogs/small.jpg"]
     assert item["detail"].endswith("in the classes cats, dogs: perhaps a label is wrong")
 
 
 def test_many_alike_images_are_one_finding(tmp_path):
-    frame = picture(5)
+    frame = drawn(5)
     for name in ("cats", "dogs"):
         (tmp_path / name).mkdir()
-        picture(len(name) + ord(name[0])).save(tmp_path / name / "other.jpg")
+        drawn(len(name) + ord(name[0])).save(tmp_path / name / "other.jpg")
     for i in range(40):
         frame.putpixel((i, 40), (i, i, i))
         frame.save(tmp_path / f"cats/{i:02}.png")
         copied(tmp_path / f"cats/{i:02}.png", tmp_path / f"cats/{i:02}again.png")
     report = doctor.diagnose(tmp_path, progress=False)
     found = {f["kind"]: f["items"] for f in report["findings"]}
-    assert len(found["the same twice"]) == 40
-    assert [len(item["paths"]) for item in found["look alike"]] == [40]
+    assert len(found["the same image twice"]) == 40
+    assert [len(item["paths"]) for item in found["look-alikes"]] == [40]
     said = next(line for line in doctor.lines(report) if "and 35 more" in line)
     assert "cats/00.png = cats/00again.png" not in said
-    assert said.endswith(found["look alike"][0]["detail"])
+    assert said.endswith(found["look-alikes"][0]["detail"])
 
 
 def test_ten_thousand_alike_images_are_linked_not_paired():
@@ -366,11 +367,12 @@ def test_ten_thousand_alike_images_are_linked_not_paired():
     thumbs[-2:] = rng.integers(0, 255, (1, 32, 32), np.uint8)
     hashes = np.zeros(10_000, np.uint64)
     started = time.perf_counter()
-    assert len(near_links(hashes, thumbs)) == 9_998
+    assert len(near_links(Groups(10_000), hashes, thumbs)) == 9_998
     assert time.perf_counter() - started < 60
     features = np.ones((3000, 4), np.float32)
     features[-2:] = (1, -1, 1, -1)
-    assert [(i, j) for i, j, _ in alike_features(features, cosine=0.99)][-2:] == [(0, 2997), (2998, 2999)]
+    links = feature_links(Groups(3000), features, cosine=0.99)
+    assert [(link.i, link.j) for link in links][-2:] == [(0, 2997), (2998, 2999)]
 
 
 def test_links_join_what_pairs_would():
@@ -381,15 +383,15 @@ def test_links_join_what_pairs_would():
     reached = unit @ unit.T >= 0.97
     for _ in range(60):
         reached = reached @ reached
-    links = alike_features(features, cosine=0.97, block=16)
-    of = np.array(group_of(60, [link[:2] for link in links]))
-    np.testing.assert_array_equal(of[:, None] == of, reached)
-    assert len(links) == 60 - len(set(of.tolist()))
+    groups = Groups(60)
+    links = feature_links(groups, features, cosine=0.97, block=16)
+    np.testing.assert_array_equal(groups.of[:, None] == groups.of, reached)
+    assert len(links) == 60 - len(set(groups.of.tolist()))
 
 
 def test_a_flat_folder_without_labels(tmp_path):
     for i in range(4):
-        picture(i).save(tmp_path / f"{i}.png")
+        drawn(i).save(tmp_path / f"{i}.png")
     assert doctor.diagnose(tmp_path, progress=False)["findings"] == []
 
 
@@ -403,7 +405,7 @@ def test_features_find_a_pair_that_the_hash_does_not_see(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_pretrained", lambda model: jax.tree.map(weights, models.shapes(model)))
     monkeypatch.setattr(doctor, "COSINE", 0.99)
     colours = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)]
-    pixels = [np.asarray(picture(i, (64, 64)).convert("L"))[..., None] * np.uint8(c) for i, c in enumerate(colours)]
+    pixels = [np.asarray(drawn(i, (64, 64)).convert("L"))[..., None] * np.uint8(c) for i, c in enumerate(colours)]
     for i, each in enumerate(pixels):
         Image.fromarray(each).save(tmp_path / f"{i}.png")
     Image.fromarray(np.roll(pixels[0], (32, 32), (0, 1))).save(tmp_path / "moved.png")
@@ -423,7 +425,7 @@ def test_features_find_mirrored_photos(tmp_path, photos):
                 ImageOps.mirror(photo).save(tmp_path / label / f"{i}mirrored.jpg", quality=90)
     assert kinds(tmp_path) == {}
     found = doctor.diagnose(tmp_path, backbone="efficientnet_lite0", progress=False)["findings"]
-    assert [f["kind"] for f in found] == ["look alike"]
+    assert [f["kind"] for f in found] == ["look-alikes"]
     pairs = [item["paths"] for item in found[0]["items"]]
     assert len(pairs) >= 4  # of 16: not every photo is above the bound, which is set so that none is false
     assert all(b == a.replace(".jpg", "mirrored.jpg") for a, b in pairs)
@@ -435,22 +437,19 @@ def test_missing_folder_is_a_user_error(tmp_path, capsys):
 
 
 def test_train_says_two_lines_at_most(tmp_path):
-    root = healthy(tmp_path / "pictures", 8)
+    root = healthy(tmp_path / "photos", 8)
     index = scan(root, cache_dir=tmp_path / "cache")
-    assert summary(findings(index)) == ["note: classes with fewer than 30 validation images (2)."]
+    assert summary(findings(index)) == ["note: few validation images (2)."]
     plant_few = {"valid/cats/leak.jpg": "train/cats/1.jpg", "train/dogs/conflict.jpg": "train/cats/2.jpg"}
     for new, old in plant_few.items():
         (root / new).write_bytes((root / old).read_bytes())
     said = summary(findings(scan(root, cache_dir=tmp_path / "cache")))
-    assert (
-        said[0]
-        == "WARNING: the same image in train and valid (1), the same image under two classes (1): the result is in doubt."
-    )
+    assert said[0] == f"WARNING: {LEAK} (1), {CONFLICT} (1): the result is in doubt."
     assert len(said) == 2
 
 
 def test_an_output_replaces_an_earlier_one_and_nothing_else(tmp_path, capsys):
-    root = healthy(tmp_path / "pictures", 2)
+    root = healthy(tmp_path / "photos", 2)
     table, report, page = root / "labels.csv", tmp_path / "d.json", tmp_path / "d.html"
     table.write_text("path,label\n")
     report.touch()
@@ -484,16 +483,16 @@ def test_an_output_replaces_an_earlier_one_and_nothing_else(tmp_path, capsys):
 )
 def test_formats_by_their_first_bytes(tmp_path, start, ending):
     (tmp_path / "nameless").write_bytes(start)
-    assert starts_like_a_image(tmp_path / "nameless") == ending
+    assert extension_by_content(tmp_path / "nameless") == ending
 
 
 def test_a_copy_elsewhere_hides_no_leak_of_near_copies(tmp_path):
     root = healthy(tmp_path, 4)
-    picture(0).resize((60, 50)).save(root / "valid/dogs/near.jpg")
+    drawn(0).resize((60, 50)).save(root / "valid/dogs/near.jpg")
     copied(root / "train/cats/0.jpg", root / "sample/cats/0.jpg")
     found = kinds(root)
-    assert found.keys() == {"look alike in two splits", ONCE, "training does not see them"}
-    item = found["look alike in two splits"][0]
+    assert found.keys() == {"look-alikes in two splits", ONCE, "ignored by training"}
+    item = found["look-alikes in two splits"][0]
     assert item["paths"] == ["train/cats/0.jpg", "valid/dogs/near.jpg"]
     assert item["detail"].endswith("in the classes cats, dogs: perhaps a label is wrong")
 
@@ -502,8 +501,8 @@ def test_what_only_exact_copies_cross_is_said_once(tmp_path):
     root = healthy(tmp_path, 4)
     copied(root / "train/cats/0.jpg", root / "valid/cats/leak.jpg")
     (root / "sample").mkdir()
-    picture(0).resize((60, 50)).save(root / "sample/near.jpg")
-    assert kinds(root).keys() == {"leak", "look alike", "training does not see them"}
+    drawn(0).resize((60, 50)).save(root / "sample/near.jpg")
+    assert kinds(root).keys() == {LEAK, "look-alikes", "ignored by training"}
 
 
 def test_little_on_an_even_ground_is_not_blank(tmp_path):
@@ -522,32 +521,32 @@ def test_little_on_an_even_ground_is_not_blank(tmp_path):
 
 
 def test_deep_greys_that_fill_little_of_their_range(tmp_path):
-    photo = np.asarray(picture(3).convert("L")).astype(np.uint16)
+    photo = np.asarray(drawn(3).convert("L")).astype(np.uint16)
     photo = (photo - photo.min()) * 4
     for name, pixels in (("dark", photo), ("narrow", photo + 30_000), ("blank", photo * 0 + 900), ("full", photo * 60)):
         Image.fromarray(pixels.astype(np.uint16)).save(tmp_path / f"{name}.png")
     found = kinds(tmp_path)
     assert [item["paths"] for item in found["blank"]] == [["blank.png"]]
-    dark, narrow = found["little of the range used"]
+    dark, narrow = found["narrow range of values"]
     assert (dark["paths"], narrow["paths"]) == (["dark.png"], ["narrow.png"])
     share = f"{100 * int(photo.max()) / 65535:.2g} % of what 16 bits hold"
-    assert dark["detail"] == f"its values fill only the lowest {share}: nearly black as it is read"
-    assert narrow["detail"] == f"its values fill only {share}: nearly even as it is read"
+    assert dark["detail"] == f"its values fill only the lowest {share}"
+    assert narrow["detail"] == f"its values fill only {share}"
 
 
-def test_a_image_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
+def test_an_image_too_large_for_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
     def short(*_):
         raise MemoryError
 
-    picture(0).save(tmp_path / "large.jpg")
-    monkeypatch.setattr(quality, "upright_with_remarks", short)
+    drawn(0).save(tmp_path / "large.jpg")
+    monkeypatch.setattr(files, "decode", short)
     assert kinds(tmp_path)["unreadable"][0]["detail"] == "too large for the memory that is free"
 
 
 def put(root, *paths):
     for k, path in enumerate(paths):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        picture(500_000 + k).save(root / path)
+        drawn(500_000 + k).save(root / path)
 
 
 FOUR = tuple(f"{name}/{i}.jpg" for name in ("cats", "dogs") for i in range(2))
@@ -557,7 +556,7 @@ FOUR = tuple(f"{name}/{i}.jpg" for name in ("cats", "dogs") for i in range(2))
     ("paths", "said"),
     [
         ([f"{s}/{p}" for s in ("train", "valid", "val") for p in FOUR], "both valid/ and val/ exist"),
-        ([f"valid/{p}" for p in FOUR], "found valid/, looked for train/ and valid/"),
+        ([f"valid/{p}" for p in FOUR], "has valid/ but no train/"),
         ([*FOUR, "test/cats/1.jpg", "test/dogs/1.jpg"], "has test/ but no train/"),
     ],
 )
@@ -573,8 +572,8 @@ def test_images_that_training_does_not_see(tmp_path, capsys):
     root = healthy(tmp_path, 2)
     put(root, "1.jpg", "train/2.jpg", "valid/3.jpg", "extra/cats/4.jpg", "extra/dogs/5.jpg", "test1/6.jpg")
     found = kinds(root)
-    assert list(found) == ["training does not see them"]
-    assert [(item["paths"], item["detail"]) for item in found["training does not see them"]] == [
+    assert list(found) == ["ignored by training"]
+    assert [(item["paths"], item["detail"]) for item in found["ignored by training"]] == [
         (["1.jpg"], "1 in the folder itself, outside train, valid and test"),
         (["extra/cats/4.jpg", "extra/dogs/5.jpg"], "2 in extra/, outside train, valid and test"),
         (["train/2.jpg"], "1 in train/, in no class folder"),
@@ -587,7 +586,7 @@ def test_images_that_training_does_not_see(tmp_path, capsys):
 def test_a_test_folder_that_training_leaves_alone(tmp_path):
     root = healthy(tmp_path, 2)
     put(root, "test/cats/1.jpg", "test/dogs/2.jpg", "test/unknown/3.jpg")
-    assert [item["paths"] for item in kinds(root)["test folder left alone"]] == [["test"]]
+    assert [item["paths"] for item in kinds(root)["test folder not used"]] == [["test"]]
     shutil.rmtree(root / "test")
     put(root, "test/test/1.jpg")  # without labels, as Kaggle has it
     assert kinds(root) == {}
@@ -605,7 +604,7 @@ def test_a_test_folder_that_training_leaves_alone(tmp_path):
 def test_nothing_is_said_of_folders_labelled_in_another_way(tmp_path, paths):
     put(tmp_path, *paths)
     (tmp_path / "labels.csv").write_text("path,label\n" + "".join(f"{path},x{len(path)}\n" for path in paths))
-    assert kinds(tmp_path).keys() == {"no image"}
+    assert kinds(tmp_path).keys() == {"not an image"}
 
 
 @pytest.mark.parametrize(
@@ -618,9 +617,9 @@ def test_nothing_is_said_of_folders_labelled_in_another_way(tmp_path, paths):
     ],
 )
 def test_what_was_understood_is_said(tmp_path, capsys, paths, said):
-    put(tmp_path / "pictures", *paths)
+    put(tmp_path / "photos", *paths)
     doubtful = "Train/a/1.jpg" in paths
-    argv = [str(tmp_path / "pictures"), "--json", str(tmp_path / "out.json")]
+    argv = [str(tmp_path / "photos"), "--json", str(tmp_path / "out.json")]
     assert run_command(doctor.main, argv) == int(doubtful)
     assert capsys.readouterr().out.splitlines()[1] == f"Understood as {said}."
     report = json.loads((tmp_path / "out.json").read_text())
@@ -632,8 +631,8 @@ def test_what_was_understood_is_said(tmp_path, capsys, paths, said):
 def test_one_class_spelt_in_two_ways(tmp_path, other):
     put(tmp_path, "train/café/1.jpg", "train/dogs/2.jpg", f"valid/{other}/3.jpg", "valid/dogs/4.jpg")
     found = kinds(tmp_path)
-    assert list(found) == ["one class spelt in two ways"]
-    item = found["one class spelt in two ways"][0]
+    assert list(found) == ["one class spelled in two ways"]
+    item = found["one class spelled in two ways"][0]
     assert sorted(item["paths"]) == sorted(["train/café", f"valid/{other}"])
     assert ascii("café") in item["detail"]
     assert ascii(other) in item["detail"]

@@ -1,4 +1,6 @@
-"""Augmentation on the device: pure JAX, each random number a function of (key, operation, epoch, row of the image).
+"""Augmentation on the device: pure JAX, each random number a function of (key, operation, epoch, index of the image).
+
+`train` and `evaluate.tta` make a function from a preset with `make_augment`, or from a user's function with `per_image`.
 
 The geometry is one affine map sampled once. dm-pix has the parts, but its `affine_transform` returns images of the
 source's size, interpolates between channels too, reflects borders by the slower `map_coordinates`, and ran at a tenth
@@ -17,7 +19,8 @@ import jax.numpy as jnp
 from jaxcats.common.errors import UserError
 from jaxcats.data.images import Preprocess
 
-ZOOM = 8 / 7  # also of the source image's side to the network's: 256 to 224
+ZOOM = 8 / 7  # also the ratio of the source image's side to the network's: 256 to 224
+Augment = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (images, epoch, index [B]) -> images
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class Augmentation:
     """What may happen to a training image, whose source is a square of side R; after fastai 0.7's `tfms_from_model`.
 
     Attributes:
-        flip: mirrored left-right with probability 1/2. Nothing more than `dihedral` does by itself.
+        flip: mirrored left-right with probability 1/2; of no effect with `dihedral`, which includes it.
         dihedral: one of the 8 symmetries of the square, uniformly.
-        crop: the window lies anywhere in the source, else in its centre. Needs a zoom above 1.
+        crop: the window lies anywhere in the source instead of in its centre. Needs a zoom above 1.
         zoom: the window's side is R/z, z uniform in [1, zoom]. Always drawn, whatever `p`: z = 1 is the whole source.
         rotate: degrees, uniform in +-rotate, about the centre of the source (the window is cut from the turned image);
             what lies outside is the source reflected in its edge. Positive is counter-clockwise.
@@ -35,7 +38,8 @@ class Augmentation:
             scale, x becomes clip((x - m) c' + m + b, 0, 1), c' = 1 + c, or 1 / (1 - c) where c is negative.
         p: probability of the rotation, and of the lighting, for each image in each epoch.
 
-    Raises UserError for values out of range.
+    Raises:
+        UserError: a value is out of range.
     """
 
     flip: bool = False
@@ -67,32 +71,88 @@ PRESETS: dict[str, Augmentation | None] = {
 }
 
 
-def source_size(how: Augmentation | None, size: int) -> int:
+def source_size(augmentation: Augmentation | None, size: int) -> int:
     """Side of the square images to augment: `size` where no window is cut, else 8/7 of it (224 from 256)."""
-    return size if how is None or how.zoom == 1 else round(size * 8 / 7)
+    return size if augmentation is None or augmentation.zoom == 1 else round(size * 8 / 7)
 
 
-def source_preprocess(preprocess: Preprocess, how: Augmentation | None) -> Preprocess:
-    """The Preprocess that delivers what `make_augment(how, size=preprocess.size)` takes.
+def source_preprocess(preprocess: Preprocess, augmentation: Augmentation | None) -> Preprocess:
+    """The Preprocess that delivers what `make_augment(augmentation, size=preprocess.size)` takes.
 
-    Where no window is cut it is `preprocess` itself. Otherwise it delivers the whole centre square of the image, its
-    shorter side resized to `source_size`, and the window is a part of that square. The policy says how this compares
-    with what evaluation frames. "lesson" evaluates that whole square, the window of z = 1: with zoom 8/7, things appear
-    in training as large as in evaluation or up to 8/7 larger. "weights" evaluates the square's middle, `crop_fraction`
-    of its side, the centred window of z = 1 / crop_fraction: with 7/8 and zoom 8/7, they appear as large as in
-    evaluation or down to 7/8 of it.
+    Where no window is cut it is `preprocess` itself. Otherwise it delivers the whole centre square of the image, with
+    sides of `source_size`, and the window is a part of that square. Evaluation frames this square as the policy says:
+    "lesson" evaluates the whole square, the window of z = 1, so that with zoom 8/7 things appear in training as large
+    as in evaluation or up to 8/7 larger. "weights" evaluates the middle of the square, `crop_fraction` of its side,
+    the centred window of z = 1 / crop_fraction; with 7/8 and zoom 8/7, things appear as large as in evaluation or down
+    to 7/8 of it.
     """
-    side = source_size(how, preprocess.size)
+    side = source_size(augmentation, preprocess.size)
     return preprocess if side == preprocess.size else dataclasses.replace(preprocess, size=side, policy="lesson")
 
 
+def make_augment(augmentation: Augmentation, *, key: jax.Array, size: int) -> Augment:
+    """A pure function `(images uint8 [B, R, R, C], epoch, index int32 [B]) -> images [B, size, size, C]`.
+
+    The result for an image depends only on (key, epoch, its index, its pixels): not on its place in the batch, on the
+    other images or on the devices. Adding or removing one operation leaves the choices of the others as they were.
+
+    Args:
+        key: base of all draws.
+        size: side of the output; images of `source_size(augmentation, size)` give windows without enlarging them.
+
+    Returns:
+        The function. Its output is uint8, the input's pixels in another order, where only mirroring is asked for and
+        R = size; otherwise float32 in 0..255.
+
+    Raises:
+        UserError: when traced, for images that are not square.
+
+    >>> augment = make_augment(PRESETS["side_on"], key=jax.random.key(0), size=224)
+    >>> augment(jnp.zeros((8, 256, 256, 3), jnp.uint8), 0, jnp.arange(8)).shape
+    (8, 224, 224, 3)
+    """
+
+    def augment(images: jax.Array, epoch: jax.Array, index: jax.Array) -> jax.Array:
+        side = images.shape[1]
+        if images.shape[2] != side:
+            raise UserError(f"augment: images of {side} x {images.shape[2]} pixels; they must be square.")
+        d = draw(augmentation, key=key, epoch=epoch, index=index)
+        if augmentation.zoom > 1 or augmentation.rotate or side != size:
+            out = sample(images, *affine(d, side=side, size=size), size=size)
+        else:
+            out = _symmetry(images, d) if augmentation.flip or augmentation.dihedral else images
+        if augmentation.lighting:
+            # Of the source, as in fastai. Each row's sum is exact in float32, so the order of summing can't matter.
+            total = images.astype(jnp.float32).sum((2, 3)).astype(jnp.uint32).sum(1)
+            out = relight(out, total.astype(jnp.float32) / images[0].size, d.brightness, d.contrast)
+        return out
+
+    return augment
+
+
+def per_image(change: Callable, *, key: jax.Array) -> Augment:
+    """`(images [B, S, S, 3], epoch, index [B]) -> images` from a function of one image.
+
+    Args:
+        change: `(image float32 [S, S, 3] from 0 to 255, key) -> image`.
+        key: base of the images' keys, each a function of it, the epoch and the image's index.
+    """
+
+    def apply(images: jax.Array, epoch: jax.Array, index: jax.Array) -> jax.Array:
+        epoch_key = jax.random.fold_in(key, epoch)
+        keys = jax.vmap(lambda row: jax.random.fold_in(epoch_key, row))(index)
+        return jax.vmap(change)(images.astype(jnp.float32), keys)
+
+    return apply
+
+
 class Draw(NamedTuple):
-    """The random choices for B images; where an operation is off, its neutral value.
+    """The random choices for B images; an operation that is off has its neutral value.
 
     Attributes:
         transpose, rows, columns: bool [B], whether rows and columns are swapped and then each mirrored.
         zoom: float32 [B], the source's side over the window's.
-        place: float32 [B, 2], where in the room there is the window lies, (down, right) in 0..1.
+        place: float32 [B, 2], position of the window in the room that it has, (down, right) in 0..1.
         angle: float32 [B], radians counter-clockwise.
         brightness, contrast: float32 [B], fastai's b and c.
     """
@@ -107,14 +167,14 @@ class Draw(NamedTuple):
     contrast: jax.Array
 
 
-def draw(how: Augmentation, *, key: jax.Array, epoch: jax.Array | int, index: jax.Array) -> Draw:
-    """The choices for images `index` int32 [B] in `epoch`; no image's depend on another's, nor on other operations."""
+def draw(augmentation: Augmentation, *, key: jax.Array, epoch: jax.Array | int, index: jax.Array) -> Draw:
+    """The choices for images `index` int32 [B] in `epoch`; those of an image and operation depend on no others."""
 
     def uniforms(operation: jax.Array, row: jax.Array) -> jax.Array:
-        of_epoch = jax.random.fold_in(jax.random.fold_in(key, operation), epoch)
-        return jax.random.uniform(jax.random.fold_in(of_epoch, row), (3,))
+        epoch_key = jax.random.fold_in(jax.random.fold_in(key, operation), epoch)
+        return jax.random.uniform(jax.random.fold_in(epoch_key, row), (3,))
 
-    # All operations at once, wanted or not: numbers cost nothing, and one program for each would be slow to compile.
+    # For all operations at once, used or not: numbers cost nothing, and a program for each would be slow to compile.
     names = ("flip", "dihedral", "zoom", "crop", "rotate", "lighting")
     numbers = jnp.array([zlib.crc32(name.encode()) for name in names], jnp.uint32)
     drawn = jax.vmap(jax.vmap(uniforms, (None, 0), 1), (0, None))(numbers, index)  # [operations, 3, B] in [0, 1)
@@ -125,21 +185,21 @@ def draw(how: Augmentation, *, key: jax.Array, epoch: jax.Array | int, index: ja
 
     no, zero = jnp.zeros(index.shape, bool), jnp.zeros(index.shape, jnp.float32)
     d = Draw(no, no, no, zero + 1, jnp.full((*index.shape, 2), 0.5), zero, zero, zero)
-    if how.dihedral:
+    if augmentation.dihedral:
         transpose, rows, columns = u["dihedral"] < 0.5
         d = d._replace(transpose=transpose, rows=rows, columns=columns)
-    elif how.flip:
+    elif augmentation.flip:
         d = d._replace(columns=u["flip"][0] < 0.5)
-    if how.zoom > 1:
-        d = d._replace(zoom=1 + u["zoom"][0] * (how.zoom - 1))
-    if how.crop:
+    if augmentation.zoom > 1:
+        d = d._replace(zoom=1 + u["zoom"][0] * (augmentation.zoom - 1))
+    if augmentation.crop:
         d = d._replace(place=u["crop"][:2].T)
-    if how.rotate:
+    if augmentation.rotate:
         chance, angle, _ = u["rotate"]
-        d = d._replace(angle=jnp.where(chance < how.p, signed(angle, jnp.pi / 180 * how.rotate), 0))
-    if how.lighting:
+        d = d._replace(angle=jnp.where(chance < augmentation.p, signed(angle, jnp.pi / 180 * augmentation.rotate), 0))
+    if augmentation.lighting:
         chance, *both = u["lighting"]
-        brightness, contrast = (jnp.where(chance < how.p, signed(x, how.lighting), 0) for x in both)
+        brightness, contrast = (jnp.where(chance < augmentation.p, signed(x, augmentation.lighting), 0) for x in both)
         d = d._replace(brightness=brightness, contrast=contrast)
     return d
 
@@ -170,8 +230,8 @@ def sample(images: jax.Array, matrix: jax.Array, shift: jax.Array, *, size: int)
 
     Args:
         matrix: [B, 2, 2], from (down, right) of an output pixel's centre, seen from the output's centre, to source pixels.
-        shift: [B, 2], added to that; the source's centre is (0, 0). Within a side of the source, points are reflected
-            once, so none may lie farther out.
+        shift: [B, 2], added to that; the source's centre is (0, 0). Points are reflected once, so none may lie farther
+            outside the source than its side.
     """
     side = images.shape[1]
     grid = jnp.arange(size, dtype=jnp.float32) - (size - 1) / 2
@@ -209,8 +269,8 @@ def relight(images: jax.Array, mean: jax.Array, brightness: jax.Array, contrast:
     return jnp.clip((images.astype(jnp.float32) - mean) * factor + shift, 0, 255)
 
 
-def _turned(images: jax.Array, d: Draw) -> jax.Array:
-    """The symmetries of `d` without resampling."""
+def _symmetry(images: jax.Array, d: Draw) -> jax.Array:
+    """The symmetries of `d`, without resampling."""
 
     def where(chosen: jax.Array, changed: jax.Array, images: jax.Array) -> jax.Array:
         return jnp.where(chosen[:, None, None, None], changed, images)
@@ -218,57 +278,3 @@ def _turned(images: jax.Array, d: Draw) -> jax.Array:
     images = where(d.transpose, images.swapaxes(1, 2), images)
     images = where(d.rows, images[:, ::-1], images)
     return where(d.columns, images[:, :, ::-1], images)
-
-
-def per_image(change: Callable, *, key: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """`(images [B, S, S, 3], epoch, index [B]) -> images` from a function of one image.
-
-    Args:
-        change: `(image float32 [S, S, 3] from 0 to 255, key) -> image`.
-        key: the image's own is a function of it, the epoch and the image's index.
-    """
-
-    def apply(images: jax.Array, epoch: jax.Array, index: jax.Array) -> jax.Array:
-        of_epoch = jax.random.fold_in(key, epoch)
-        keys = jax.vmap(lambda row: jax.random.fold_in(of_epoch, row))(index)
-        return jax.vmap(change)(images.astype(jnp.float32), keys)
-
-    return apply
-
-
-def make_augment(
-    how: Augmentation, *, key: jax.Array, size: int
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """A pure function `(images uint8 [B, R, R, C], epoch, index int32 [B]) -> images [B, size, size, C]`.
-
-    What becomes of an image depends on (key, epoch, its index, its pixels) alone: not on its place in the batch, on
-    the other images or on the devices; adding or removing one operation leaves the others' choices as they were.
-
-    Args:
-        key: base of all draws.
-        size: side of the output; images of `source_size(how, size)` give windows without enlarging them.
-
-    The output is uint8, the input's pixels moved about, where nothing but mirroring is asked for and R = size; else
-    float32 in 0..255. Raises UserError, when traced, for images that are not square.
-
-    >>> augment = make_augment(PRESETS["side_on"], key=jax.random.key(0), size=224)
-    >>> augment(jnp.zeros((8, 256, 256, 3), jnp.uint8), 0, jnp.arange(8)).shape
-    (8, 224, 224, 3)
-    """
-
-    def augment(images: jax.Array, epoch: jax.Array, index: jax.Array) -> jax.Array:
-        side = images.shape[1]
-        if images.shape[2] != side:
-            raise UserError(f"augment: images of {side} x {images.shape[2]} pixels; they must be square.")
-        d = draw(how, key=key, epoch=epoch, index=index)
-        if how.zoom > 1 or how.rotate or side != size:
-            out = sample(images, *affine(d, side=side, size=size), size=size)
-        else:
-            out = _turned(images, d) if how.flip or how.dihedral else images
-        if how.lighting:
-            # Of the source, as in fastai. Each row's sum is exact in float32, so the order of summing can't matter.
-            total = images.astype(jnp.float32).sum((2, 3)).astype(jnp.uint32).sum(1)
-            out = relight(out, total.astype(jnp.float32) / images[0].size, d.brightness, d.contrast)
-        return out
-
-    return augment

@@ -1,4 +1,8 @@
-"""Colours by an image's own ICC profile, as sRGB."""
+"""The one evaluation transform: an image file of any kind becomes the uint8 pixels that a network sees, in Pillow.
+
+Training, evaluation, export and predict get their pixels from `evaluation_pixels`. The index and doctor read files with
+`decode`, the same reading without the resize, which also says what is unusual about an image.
+"""
 
 import dataclasses
 import io
@@ -12,160 +16,16 @@ from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from jaxcats.common.errors import UserError, first_line
 
-# What a profile's colour space is called in Pillow, and the modes that can be converted by it.
-_MODES = {"RGB": ("RGB", "RGBA"), "CMYK": ("CMYK",), "GRAY": ("L", "LA")}
-
-
-@cache
-def _srgb() -> Any:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-
-
-def has_alpha(image: Image.Image) -> bool:
-    """Whether an image has transparency, as a channel or as one colour that stands for it."""
-    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
-
-
-def is_high_bit_depth(image: Image.Image) -> bool:
-    """Whether an image has greys of more than 8 bits."""
-    return image.mode.startswith(("I", "F"))
-
-
-def to_srgb(image: Image.Image) -> tuple[Callable[[Image.Image], Image.Image] | None, str]:
-    """How the colours of a decoded image, or of any part of it, become sRGB, and what to say of it, "" for nothing.
-
-    None for images that stay as they are, bit for bit: those without a profile, with sRGB's own, and with one that is
-    broken or of another kind than the image. Alpha is kept: what has any comes out RGBA, the rest RGB.
-    """
-    content = image.info.get("icc_profile")
-    if not content:
-        return None, ""
-    mode = _converted_as(image)
-    try:
-        profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(content))
-        name = " ".join(ImageCms.getProfileDescription(profile).split())
-        space = profile.profile.xcolor_space.strip()
-        if "sRGB" in name:
-            return None, ""
-        if is_high_bit_depth(image) and space == "GRAY":
-            return None, "colour profile not applied to deep greys"
-        if mode not in _MODES.get(space, ()):
-            return None, "colour profile of another kind left out"
-        colours = mode.removesuffix("A")
-        transform = ImageCms.buildTransform(profile, _srgb(), colours, "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None, "broken colour profile left out"
-
-    def convert(part: Image.Image) -> Image.Image:
-        # Transparency becomes a channel first: as one colour it would be looked for among the converted ones.
-        whole = part if part.mode == mode else part.convert(mode)
-        converted = transform.apply(whole if mode == colours else whole.convert(colours))
-        if mode != colours:
-            converted.putalpha(whole.getchannel("A"))
-        return converted
-
-    return convert, f"colours converted from {name[:80]}"
-
-
-def _converted_as(image: Image.Image) -> str:
-    """The mode that says the same as the image's own without a palette or a colour that stands for transparency."""
-    mode = "RGB" if image.mode == "P" else image.mode
-    return mode + "A" * (mode in ("L", "RGB") and "transparency" in image.info)
-
-
-# Pixels converted at a time: whole large images would be held once more for every step of their conversion.
-BAND = 2**18
-
-
-def to_rgb(image: Image.Image, colours: Callable[[Image.Image], Image.Image] | None, *, ours: bool) -> Image.Image:
-    """A decoded image of any mode as RGB: alpha laid on white, deep greys scaled.
-
-    Args:
-        image: it may be changed where it is `ours`.
-        colours: how any part of it becomes sRGB (see colour.to_srgb); None: it is so already.
-    """
-    if is_high_bit_depth(image):
-        return _by_bands(image, _deep_grey_to_rgb(image), Image.new("RGB", image.size))
-    veiled = has_alpha(image)
-    if colours is None and not veiled:
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-    def convert(part: Image.Image) -> Image.Image:
-        part = colours(part) if colours else part
-        return _on_white(part) if veiled else part
-
-    in_place = ours and image.mode == "RGB" and not veiled
-    out = _by_bands(image, convert, image if in_place else Image.new("RGB", image.size))
-    out.info.pop("icc_profile", None)  # which is applied now
-    return out
-
-
-def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image], into: Image.Image) -> Image.Image:
-    for box in _bands(image):
-        into.paste(convert(image.crop(box)), box)
-    return into
-
-
-def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    width, height = image.size
-    rows = max(1, BAND // width)
-    for top in range(0, height, rows):
-        yield 0, top, width, min(top + rows, height)
-
-
-def _on_white(part: Image.Image) -> Image.Image:
-    # Premultiplied and palette alpha have no direct way to RGBA in Pillow.
-    straight = {"La": "LA", "RGBa": "RGBA"}.get(part.mode, part.mode)
-    picture = part.convert(straight).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-
-
-def _deep_grey_to_rgb(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """How any part of it becomes RGB: 16 bits scaled by 257, floats from 0..1, an image beyond that by its own range.
-
-    Infinite values are the ends of the finite ones, NaN is 0, and what has the transparent value is white.
-    """
-    clear, (low, high) = image.info.get("transparency"), _finite_range(image)
-    base, span = 0.0, 1.0 if image.mode == "F" else 65535.0
-    if low < 0 or high > span:
-        base, span = low, max(high - low, 1e-12)
-
-    def convert(part: Image.Image) -> Image.Image:
-        values = _numbers(part)
-        grey = np.round((np.clip(values, low, high) - base) * (255.0 / span)).astype(np.uint8)
-        if isinstance(clear, int):
-            grey[values == clear] = 255
-        return Image.fromarray(grey).convert("RGB")
-
-    return convert
-
-
-def _finite_range(image: Image.Image) -> tuple[float, float]:
-    """Least and greatest of the values; for 16 bits those that are possible, as they are scaled the same anyway."""
-    if image.mode.startswith("I;16"):
-        return 0.0, 65535.0
-    low, high = math.inf, -math.inf
-    for box in _bands(image):
-        values = _numbers(image.crop(box))
-        finite = values[np.isfinite(values)]
-        low, high = min(low, finite.min(initial=math.inf)), max(high, finite.max(initial=-math.inf))
-    return (float(low), float(high)) if low <= high else (0.0, 0.0)
-
-
-def _numbers(part: Image.Image) -> np.ndarray:
-    values = np.asarray(part).astype(np.float64)
-    return np.where(np.isnan(values), 0.0, values)
-
-
 # Part of every key under which pixels or features made from them are cached: raise it when evaluation_pixels changes.
 TRANSFORM_VERSION = 3
-
 # A longer side beyond this many times the shorter one is not resized whole (a 1 x 65,535 strip would take gigabytes).
 STRIP_RATIO = 32
+# Pixels converted at a time: converting a large image whole would hold it once more for every step of the conversion.
+BAND = 2**18
 
 # Pillow refuses images of twice this many pixels: 200 megapixels, so that the largest phone cameras still pass.
 if Image.MAX_IMAGE_PIXELS is not None:
@@ -174,19 +34,27 @@ if Image.MAX_IMAGE_PIXELS is not None:
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# Raster formats only: Pillow would run Ghostscript on PostScript content, whatever the file's name says.
-FORMATS = {"JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "ICO"}
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_POLICIES = ("lesson", "weights")
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# The formats that are read, as Pillow names them, and their extensions. Raster formats only: Pillow would run Ghostscript
+# on PostScript content, whatever the file's name says. Pillow reads HEIC with a plug-in only; without it the reason says so.
+FORMATS = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "MPO": ("jpg", "jpeg", "jpe", "jfif"),
+    "PNG": ("png",),
+    "BMP": ("bmp",),
+    "DIB": ("bmp",),
+    "GIF": ("gif",),
+    "WEBP": ("webp",),
+    "TIFF": ("tif", "tiff"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "JPEG2000": ("jp2",),
+    "AVIF": ("avif",),
+    "HEIF": ("heic", "heif"),
+    "ICO": (),
 }
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+File = str | os.PathLike[str] | bytes  # a path, or a file's content
+Conversion = Callable[[Image.Image], Image.Image]
 
 
 class ImageError(ValueError):
@@ -200,7 +68,7 @@ class Preprocess:
     Attributes:
         size: side of the square input, in pixels.
         mean: per channel (red, green, blue), on pixels scaled to 0..1; subtracted.
-        std: per channel, likewise; divided by.
+        std: per channel, on the same scale; divided by.
         interpolation: Pillow's resampling filter for the resize.
         policy: "lesson" resizes the shorter side to `size`, "weights" to `size / crop_fraction` (what the weights were
             measured with); both then crop the centre.
@@ -221,63 +89,83 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
-        values = dataclasses.asdict(self)
-        return values | {"mean": list(self.mean), "std": list(self.std)}
+        return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocess":
-        """The record that `to_dict` wrote; absent fields take their defaults, unknown or impossible ones are errors."""
+        """The record that `to_dict` wrote; absent fields take their defaults.
+
+        Raises:
+            UserError: a field is unknown or has an impossible value.
+        """
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names))
         if unknown:
             raise UserError(f"preprocess: unknown field {unknown[0]!r}; the fields are {', '.join(names)}")
-        for key, choices in (("interpolation", tuple(_FILTERS)), ("policy", _POLICIES)):
+        for key, choices in (("interpolation", tuple(_FILTERS)), ("policy", ("lesson", "weights"))):
             if key in values and values[key] not in choices:
                 raise UserError(f"preprocess.{key}: {values[key]!r} is not one of {', '.join(choices)}")
         triples = {key: tuple(float(x) for x in values[key]) for key in ("mean", "std") if key in values}
         return cls(**{**values, **triples})
 
 
-def exif_orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none or it can't be read."""
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except Exception:  # Pillow raises many kinds on corrupt EXIF, and an image without its tag is still an image
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+def evaluation_pixels(source: File | Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """The one evaluation transform: upright RGB, shorter side resized, centre cropped.
+
+    The geometry is that of torchvision's Resize and CenterCrop on Pillow images, and the pixels are Pillow's, bit for
+    bit, except in strips more than 32 times as long as wide, where only the middle is resized. (Resizing just the
+    cropped box is no substitute: Pillow holds a box in float32, which changes bits in most photos.)
+
+    Args:
+        source: a path, a file's content, or a Pillow image, which stays unchanged.
+
+    Returns:
+        uint8 [size, size, 3].
+
+    Raises:
+        ImageError: the image can't be decoded.
+    """
+    image = _middle_of_strip(open_upright(source))
+    size, shorter = preprocess.size, preprocess.resize_to
+    width, height = image.size
+    # Rounded down, as torchvision does.
+    resized = (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
+    if resized != image.size:
+        image = image.resize(resized, _FILTERS[preprocess.interpolation])
+    left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
-@cache
-def _with_heif() -> bool:
-    """Teaches Pillow HEIC, where the plug-in is installed."""
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
-    pillow_heif.register_heif_opener()
-    return True
+def _middle_of_strip(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    limit = STRIP_RATIO * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
+    return image.crop((left, top, width - left, height - top))
 
 
-def _open(source: "str | os.PathLike[str] | bytes") -> Image.Image:
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    try:
-        return Image.open(file)
-    except UnidentifiedImageError:
-        if isinstance(source, bytes):
-            start = source[:12]
-        else:
-            with open(source, "rb") as opened:
-                start = opened.read(12)
-        if start[4:8] != b"ftyp" or start[8:12] in (b"avif", b"avis"):
-            raise
-        if not _with_heif():
-            raise ImageError('HEIC needs the extra "heic": pip install "jaxcats[heic]"') from None
-        return Image.open(file)
+def open_upright(source: File | Image.Image) -> Image.Image:
+    """An image as Pillow RGB, upright, whatever its mode.
+
+    The first frame of an animation is used, alpha is laid on white, greys of 16 bits are scaled to 8, and colours of
+    another profile are converted to sRGB.
+
+    Args:
+        source: a path, a file's content, or a Pillow image, which stays unchanged.
+
+    Raises:
+        ImageError: the image can't be decoded.
+    """
+    if isinstance(source, Image.Image):
+        return upright(source.copy())
+    with open_image(source) as image:
+        return upright(image)
 
 
 @contextmanager
-def open_image(source: "str | os.PathLike[str] | bytes") -> Iterator[Image.Image]:
-    """A file, or a file's content, opened by Pillow but not decoded yet; inside, every failure is an ImageError."""
+def open_image(source: File) -> Iterator[Image.Image]:
+    """An image opened by Pillow but not decoded yet; every failure inside the `with` block becomes an ImageError."""
     try:
         with _open(source) as image:
             if image.format not in FORMATS:
@@ -290,23 +178,33 @@ def open_image(source: "str | os.PathLike[str] | bytes") -> Iterator[Image.Image
         raise ImageError(bad_reason(error)) from error
 
 
-def open_upright(source: "str | os.PathLike[str] | bytes | Image.Image") -> Image.Image:
-    """An image as Pillow RGB, upright, whatever its mode: the first frame, alpha laid on white, 16-bit greys scaled,
-    colours of another profile than sRGB converted.
+def _open(source: File) -> Image.Image:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as opened:
+            start = opened.read(12)
+        if start[4:8] != b"ftyp" or start[8:12] in (b"avif", b"avis"):
+            raise
+        if not _register_heif():
+            raise ImageError('HEIC needs the extra "heic": pip install "jaxcats[heic]"') from None
+        return Image.open(file)
 
-    Args:
-        source: a path, a file's content, or a Pillow image (which is left as it was).
 
-    Raises ImageError with the reason.
-    """
-    if isinstance(source, Image.Image):
-        return upright(source, ours=False)
-    with open_image(source) as image:
-        return upright(image)
+@cache
+def _register_heif() -> bool:
+    """Lets Pillow read HEIC, where the plug-in is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def bad_reason(error: Exception) -> str:
-    """Why an image can't be used, in a few words, from whatever was raised while reading it."""
+    """Why an image can't be used, in a few words, from whatever was raised while it was read."""
     if isinstance(error, ImageError):
         return str(error)
     if isinstance(error, UnidentifiedImageError):
@@ -321,90 +219,212 @@ def bad_reason(error: Exception) -> str:
     return reason
 
 
-def upright_with_remarks(image: Image.Image, content: bytes) -> tuple[Image.Image, list[str]]:
-    """`upright`, and what is unusual about the image and what becomes of it; [] for nothing.
+def upright(image: Image.Image) -> Image.Image:
+    """Decodes an opened image, rotates it as its EXIF orientation says and makes it RGB; `image` itself may change."""
+    return _upright(image)[0]
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, int, str]:
+    """The upright RGB image, the EXIF orientation that it had, and a note on its colour profile."""
+    # Pillow itself turns TIFF as it loads it, and then forgets the orientation. A PNG's EXIF may follow its pixels.
+    stored = _exif_orientation(image) if image.format == "TIFF" else 1
+    image.load()
+    orientation = _exif_orientation(image)
+    if orientation > 1:
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except MemoryError:
+            raise
+        except Exception:  # corrupt EXIF, which Pillow writes anew after it has turned the pixels
+            pass
+    to_srgb, note = _srgb_conversion(image)
+    return _to_rgb(image, to_srgb), max(stored, orientation), note
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none or it can't be read."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # Pillow raises many kinds on corrupt EXIF, and an image without its tag is still an image
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An upright RGB image, the EXIF orientation (1 to 8) of its file, and what is unusual about it and what became of it."""
+
+    image: Image.Image
+    orientation: int
+    notes: tuple[str, ...]
+
+
+def decode(image: Image.Image, content: bytes) -> Decoded:
+    """Decodes an image as `evaluation_pixels` does before the resize, with notes on it.
 
     Args:
-        image: as `open_image(content)` gives it; it may be changed.
-        content: the file's, which the frames are counted in.
+        image: what `open_image(content)` gives; it may change.
+        content: the file's bytes, in which the frames are counted.
     """
-    picture, colours = _upright(image, ours=True)
-    said = [_said_of_frames(image, content)]
+    rgb, orientation, colour_note = _upright(image)
+    notes = [_frames_note(image, content)]
     if is_high_bit_depth(image):
-        said.append("more than 8 bits a pixel, scaled")
+        notes.append("more than 8 bits a pixel, scaled")
     elif image.mode == "CMYK":
-        said.append("CMYK, made RGB")
+        notes.append("CMYK, made RGB")
     ranges: Any = image.getextrema() if image.mode in ("LA", "RGBA") else [(0, 0)]
     opaque = ranges[-1][0] == 255  # as in every screenshot
     if has_alpha(image) and not opaque:
-        said.append("transparency laid on white")
-    return picture, [remark for remark in (*said, colours) if remark]
+        notes.append("transparency laid on white")
+    return Decoded(rgb, orientation, tuple(note for note in (*notes, colour_note) if note))
 
 
-def _said_of_frames(image: Image.Image, content: bytes) -> str:
+def _frames_note(image: Image.Image, content: bytes) -> str:
     if image.format == "MPO":  # the others are previews
         return ""
-    if image.format not in ("GIF", "TIFF"):
-        frames = getattr(image, "n_frames", 1)
-    else:
-        # Counting moves from frame to frame, and would leave an image at the damaged one: hence a second opening.
-        with _open(content) as again:
-            try:
-                frames = getattr(again, "n_frames", 1)
-            except MemoryError:
-                raise
-            except Exception:  # of as many kinds as in open_image
-                return "first of several frames, later ones damaged"
+    # Counting may move from frame to frame, and would leave an image at a damaged one: hence a second opening.
+    with _open(content) as reopened:
+        try:
+            frames = getattr(reopened, "n_frames", 1)
+        except MemoryError:
+            raise
+        except Exception:  # of as many kinds as in open_image
+            return "first of several frames, later ones damaged"
     return f"first of {frames:,} frames" if frames > 1 else ""
 
 
-def upright(image: Image.Image, *, ours: bool = True) -> Image.Image:
-    """An opened Pillow image decoded, turned by its EXIF orientation and made RGB.
+def has_alpha(image: Image.Image) -> bool:
+    """Whether an image has transparency, as a channel or as one colour that stands for it."""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
-    It may be changed where it is `ours`, which a large one with a colour profile takes half the memory for.
+
+def is_high_bit_depth(image: Image.Image) -> bool:
+    """Whether an image has greys of more than 8 bits."""
+    return image.mode.startswith(("I", "F"))
+
+
+def _to_rgb(image: Image.Image, to_srgb: Conversion | None) -> Image.Image:
+    """A decoded image of any mode as RGB: alpha laid on white, high bit depths scaled, colours converted to sRGB.
+
+    An RGB image is converted in place, so that a large one takes half the memory.
     """
-    return _upright(image, ours=ours)[0]
+    if is_high_bit_depth(image):
+        return _by_bands(image, _grey_conversion(image), Image.new("RGB", image.size))
+    transparent = has_alpha(image)
+    if to_srgb is None and not transparent:
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+    def convert(part: Image.Image) -> Image.Image:
+        part = to_srgb(part) if to_srgb else part
+        return _on_white(part) if transparent else part
+
+    in_place = image.mode == "RGB" and not transparent
+    rgb = _by_bands(image, convert, image if in_place else Image.new("RGB", image.size))
+    rgb.info.pop("icc_profile", None)  # it has been applied
+    return rgb
 
 
-def _upright(image: Image.Image, *, ours: bool) -> tuple[Image.Image, str]:
-    # Loading comes first: a PNG's EXIF may follow its pixels, and Pillow turns TIFF upright itself as it loads.
-    image.load()
-    orientation = exif_orientation(image)
-    turned = image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
-    colours, said = to_srgb(turned)
-    return to_rgb(turned, colours, ours=ours or turned is not image), said
+def _by_bands(image: Image.Image, convert: Conversion, into: Image.Image) -> Image.Image:
+    for box in _bands(image):
+        into.paste(convert(image.crop(box)), box)
+    return into
 
 
-def evaluation_pixels(source: "str | os.PathLike[str] | bytes | Image.Image", preprocess: Preprocess) -> np.ndarray:
-    """The one evaluation transform: upright RGB, shorter side resized, centre cropped; uint8 [size, size, 3].
+def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    width, height = image.size
+    rows = max(1, BAND // width)
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
 
-    The geometry is that of torchvision's Resize and CenterCrop on Pillow images, and the pixels are Pillow's, bit for
-    bit, except in strips more than 32 times as long as wide, where only the middle is resized. (Resizing just the
-    cropped box is no substitute: Pillow holds a box in float32, which changes bits in most photos.)
 
-    Raises ImageError with the reason.
+def _on_white(part: Image.Image) -> Image.Image:
+    # Pillow can't convert premultiplied and palette alpha to RGBA directly.
+    straight = {"La": "LA", "RGBa": "RGBA"}.get(part.mode, part.mode)
+    rgba = part.convert(straight).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _grey_conversion(image: Image.Image) -> Conversion:
+    """How any part of an image of high bit depth becomes RGB.
+
+    16 bits are divided by 257, floats multiplied by 255; an image with values beyond 0..65535, or 0..1, is scaled by its
+    own range. Infinite values are the ends of the finite ones, NaN is 0, and the transparent value becomes white.
     """
-    size, method = preprocess.size, _FILTERS[preprocess.interpolation]
-    image = _middle_of_strip(open_upright(source))
-    width, height = image.size
-    wide, high = resized_sides(width, height, preprocess.resize_to)
-    top, left = round((high - size) / 2.0), round((wide - size) / 2.0)
-    if (wide, high) != (width, height):
-        image = image.resize((wide, high), method)
-    return np.array(image.crop((left, top, left + size, top + size)))
+    transparent, (low, high) = image.info.get("transparency"), _finite_range(image)
+    base, span = 0.0, 1.0 if image.mode == "F" else 65535.0
+    if low < 0 or high > span:
+        base, span = low, max(high - low, 1e-12)
+
+    def convert(part: Image.Image) -> Image.Image:
+        values = _numbers(part)
+        grey = np.round((np.clip(values, low, high) - base) * (255.0 / span)).astype(np.uint8)
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
+
+    return convert
 
 
-def resized_sides(width: int, height: int, shorter: int) -> tuple[int, int]:
-    """Width and height once the shorter side is `shorter` (torchvision's rounding: down)."""
-    if width <= height:
-        return shorter, int(shorter * height / width)
-    return int(shorter * width / height), shorter
+def _finite_range(image: Image.Image) -> tuple[float, float]:
+    """Least and greatest finite value; for 16 bits what is possible, as they are scaled the same anyway."""
+    if image.mode.startswith("I;16"):
+        return 0.0, 65535.0
+    low, high = math.inf, -math.inf
+    for box in _bands(image):
+        values = _numbers(image.crop(box))
+        finite = values[np.isfinite(values)]
+        low, high = min(low, finite.min(initial=math.inf)), max(high, finite.max(initial=-math.inf))
+    return (float(low), float(high)) if low <= high else (0.0, 0.0)
 
 
-def _middle_of_strip(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    limit = STRIP_RATIO * min(width, height)
-    if max(width, height) <= limit:
-        return image
-    left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
-    return image.crop((left, top, width - left, height - top))
+def _numbers(part: Image.Image) -> np.ndarray:
+    values = np.asarray(part).astype(np.float64)
+    return np.where(np.isnan(values), 0.0, values)
+
+
+# The colour spaces of profiles, and the Pillow modes that they can convert.
+_PROFILE_MODES = {"RGB": ("RGB", "RGBA"), "CMYK": ("CMYK",), "GRAY": ("L", "LA")}
+
+
+def _srgb_conversion(image: Image.Image) -> tuple[Conversion | None, str]:
+    """How any part of a decoded image becomes sRGB, and a note on it.
+
+    None for images that stay as they are, bit for bit: those without a profile, with sRGB's own, and with one that is
+    broken or of another kind than the image. Alpha is kept: images with alpha come out RGBA, the others RGB.
+    """
+    content = image.info.get("icc_profile")
+    if not content:
+        return None, ""
+    # The mode without a palette, and with a channel for a colour that stands for transparency.
+    mode = "RGB" if image.mode == "P" else image.mode
+    if mode in ("L", "RGB") and "transparency" in image.info:
+        mode += "A"
+    try:
+        profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        name = " ".join(ImageCms.getProfileDescription(profile).split())
+        space = profile.profile.xcolor_space.strip()
+        if "sRGB" in name:
+            return None, ""
+        if is_high_bit_depth(image) and space == "GRAY":
+            return None, "colour profile not applied to deep greys"
+        if mode not in _PROFILE_MODES.get(space, ()):
+            return None, "colour profile of another kind left out"
+        opaque_mode = mode.removesuffix("A")
+        transform = ImageCms.buildTransform(profile, _srgb(), opaque_mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None, "broken colour profile left out"
+
+    def convert(part: Image.Image) -> Image.Image:
+        # Transparency becomes a channel first: as one colour it would be looked for among the converted ones.
+        whole = part if part.mode == mode else part.convert(mode)
+        converted = transform.apply(whole if mode == opaque_mode else whole.convert(opaque_mode))
+        if mode != opaque_mode:
+            converted.putalpha(whole.getchannel("A"))
+        return converted
+
+    return convert, f"colours converted from {name[:80]}"
+
+
+@cache
+def _srgb() -> Any:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))

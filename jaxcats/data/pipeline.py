@@ -1,4 +1,4 @@
-"""Batches of images through tf.data, each by Pillow's evaluation transform: every one in order, or in a given order.
+"""Batches of images through tf.data, with the pixels of the evaluation transform, in order or in a given order.
 
 TensorFlow is imported when the first batch is asked for, and never sees a GPU.
 """
@@ -42,113 +42,101 @@ def evaluation_batches(
         indices: rows of `split`, in the order wanted; None is all of them.
         workers: decoding threads; None is one per core.
 
-    Yields {"image": uint8 [B, S, S, 3], "label": int32 [B], "mask": bool [B], "index": int32 [B]}; padding has zero
-    pixels, label 0, mask False and index -1. Raises UserError naming a file that can no longer be read.
+    Yields:
+        {"image": uint8 [B, S, S, 3], "label": int32 [B], "mask": bool [B], "index": int32 [B]}; padding has zero pixels,
+        label 0, mask False and index -1.
+
+    Raises:
+        UserError: a file can no longer be read, or has changed; names it.
     """
     rows = np.arange(len(split)) if indices is None else np.asarray(indices)
     steps = -(-len(rows) // batch_size)
     order = np.full(steps * batch_size, -1, np.int32)
     order[: len(rows)] = rows
-    return _closed_at_exit(_pillow_batches(split, order.reshape(steps, batch_size), preprocess, workers))
+    return training_batches(split, preprocess=preprocess, order=order.reshape(steps, batch_size), workers=workers)
 
 
 def training_batches(
     split: Split, *, preprocess: Preprocess, order: np.ndarray, workers: int | None = None
 ) -> Generator[Batch, None, None]:
-    """One batch per row of `order`, an int array [steps, B] of rows of `split`; the mask is True throughout.
+    """One batch per row of `order`, an int array [steps, B] of rows of `split`; -1 is padding.
 
-    The pixels are those of evaluation under `preprocess`; what is random about them is done on the device (augment.py).
-    Batches and errors are those of `evaluation_batches`.
+    Pixels, batches and errors are those of `evaluation_batches`; augmentation is done on the device (augment.py).
     """
-    return _closed_at_exit(_pillow_batches(split, np.asarray(order, np.int32), preprocess, workers))
+    batches = _batches(split, preprocess, np.asarray(order, np.int32), workers or os.cpu_count() or 1)
+    _open_batches.add(batches)
+    return batches
 
 
-def _pillow_batches(
-    split: Split, order: np.ndarray, preprocess: Preprocess, workers: int | None
-) -> Generator[Batch, None, None]:
+def _batches(split: Split, preprocess: Preprocess, order: np.ndarray, workers: int) -> Generator[Batch, None, None]:
     tf = _tensorflow()
-    workers = workers or os.cpu_count() or 1
-    size, broken = preprocess.size, list[UserError]()
+    size, errors = preprocess.size, list[UserError]()  # TensorFlow passes on only the text of an error
 
     # A thread pool under a whole batch loses less to the interpreter than one numpy_function per image.
     with ThreadPoolExecutor(workers) as pool:
 
-        def pixels(rows: np.ndarray) -> np.ndarray:
+        def read_batch(rows: np.ndarray) -> np.ndarray:
             images = np.zeros((len(rows), size, size, 3), np.uint8)
 
-            def put(place: int) -> None:
+            def read(place: int) -> None:
                 if rows[place] >= 0:
-                    images[place] = _read(split, rows[place], preprocess, broken)
+                    try:
+                        images[place] = _read(split, int(rows[place]), preprocess)
+                    except UserError as error:
+                        errors.append(error)
+                        raise
 
             try:
-                tasks = [pool.submit(put, place) for place in range(len(rows))]
+                tasks = [pool.submit(read, place) for place in range(len(rows))]
             except RuntimeError:  # the pool is shut down, and TensorFlow, not yet stopped, asks for one more batch
                 for place in range(len(rows)):
-                    put(place)
+                    read(place)
             else:
                 for task in tasks:
                     task.result()
             return images
 
-        def batch(rows: "tf.Tensor") -> "tf.Tensor":
-            return tf.ensure_shape(tf.numpy_function(pixels, [rows], tf.uint8), [order.shape[1], size, size, 3])
+        def to_images(rows: "tf.Tensor") -> "tf.Tensor":
+            return tf.ensure_shape(tf.numpy_function(read_batch, [rows], tf.uint8), [order.shape[1], size, size, 3])
 
-        dataset = tf.data.Dataset.from_tensor_slices(order).map(batch, num_parallel_calls=2).prefetch(2)
-        yield from _run(split, order, dataset, workers, broken)
-
-
-def _run(
-    split: Split, order: np.ndarray, dataset: "tf.data.Dataset", workers: int, broken: list[UserError]
-) -> Generator[Batch, None, None]:
-    """Images of the dataset joined with the rest of each batch; TensorFlow's errors become the user's."""
-    tf = _tensorflow()
-    options = tf.data.Options()
-    options.deterministic = True
-    options.autotune.enabled = False
-    options.threading.private_threadpool_size = workers + 1
-    options.threading.max_intra_op_parallelism = 1  # the cores beside the decoding are JAX's
-    images = iter(dataset.with_options(options).as_numpy_iterator())
-    for rows in order:
-        try:
-            image = next(images)
-        except tf.errors.OpError as error:
-            raise (broken[0] if broken else error) from None
-        mask = rows >= 0
-        label = np.where(mask, split.labels[rows], 0).astype(np.int32)
-        yield {"image": image, "label": label, "mask": mask, "index": rows.copy()}
+        dataset = tf.data.Dataset.from_tensor_slices(order).map(to_images, num_parallel_calls=2).prefetch(2)
+        options = tf.data.Options()
+        options.deterministic = True
+        options.autotune.enabled = False
+        options.threading.private_threadpool_size = workers + 1
+        options.threading.max_intra_op_parallelism = 1  # the other cores are JAX's
+        images = iter(dataset.with_options(options).as_numpy_iterator())
+        for rows in order:
+            try:
+                image = next(images)
+            except tf.errors.OpError as error:
+                raise (errors[0] if errors else error) from None
+            mask = rows >= 0
+            label = np.where(mask, split.labels[rows], 0).astype(np.int32)
+            yield {"image": image, "label": label, "mask": mask, "index": rows.copy()}
 
 
-def _read(split: Split, row: Any, preprocess: Preprocess, broken: list[UserError]) -> np.ndarray:
-    """An image's pixels; a failure is kept in `broken`, since TensorFlow passes on only its text.
+def _read(split: Split, row: int, preprocess: Preprocess) -> np.ndarray:
+    """An image's pixels.
 
-    Another image in the place of the one that was indexed is a failure too: its features would be kept under the
-    content of the old one, and its side of a split was never drawn.
+    A file that has changed since it was indexed is an error too: its features would be cached under the hash of the old
+    content, and its split was drawn for the old content.
     """
-    path = os.path.join(split.root, split.paths[int(row)])
+    path = os.path.join(split.root, split.paths[row])
     way_out = "put the file back, or start again to index the folder as it is"
     try:
         content = Path(path).read_bytes()
-        if hashlib.sha256(content).hexdigest() != split.hashes[int(row)]:
-            changed = UserError(f"{path}: has changed since the folder was indexed; {way_out} (data.rehash: true)")
-            broken.append(changed)
-            raise changed
-        return evaluation_pixels(content, preprocess)
-    except UserError:
-        raise
+        if hashlib.sha256(content).hexdigest() == split.hashes[row]:
+            return evaluation_pixels(content, preprocess)
     except Exception as error:
         reason = bad_reason(error)
-        broken.append(
-            UserError(f"{path}: could be read when the folder was indexed and can't be now ({reason}); {way_out}")
-        )
-        raise
+        raise UserError(
+            f"{path}: could be read when the folder was indexed and can't be now ({reason}); {way_out}"
+        ) from error
+    raise UserError(f"{path}: has changed since the folder was indexed; {way_out} (data.rehash: true)")
 
 
 _open_batches: "weakref.WeakSet[Any]" = weakref.WeakSet()
-
-
-def _closed_at_exit(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
-    _open_batches.add(batches)
-    return batches
 
 
 def _close_all() -> None:

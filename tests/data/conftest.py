@@ -20,9 +20,9 @@ def photo():
 
     def make(seed: int, width: int = 60, height: int = 44) -> Image.Image:
         small = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), np.uint8)
-        picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-        picture.paste((250, 10, 10), (0, 0, width // 3, height // 4))
-        return picture
+        image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+        image.paste((250, 10, 10), (0, 0, width // 3, height // 4))
+        return image
 
     return make
 
@@ -31,14 +31,14 @@ def photo():
 def encoded(photo):
     """encoded(image or seed, format, orientation=..., **options): a file's content."""
 
-    def make(picture, kind: str = "JPEG", *, orientation: int | None = None, **options) -> bytes:
-        picture = photo(picture) if isinstance(picture, int) else picture
+    def make(image, kind: str = "JPEG", *, orientation: int | None = None, **options) -> bytes:
+        image = photo(image) if isinstance(image, int) else image
         if orientation is not None:
             exif = Image.Exif()
             exif[ORIENTATION] = orientation
             options["exif"] = exif
         buffer = io.BytesIO()
-        picture.save(buffer, kind, **options)
+        image.save(buffer, kind, **options)
         return buffer.getvalue()
 
     return make

@@ -65,7 +65,7 @@ def test_it_looks_as_it_should(name, tmp_path):
 def test_what_is_unusual_is_noted_and_nothing_else(name, tmp_path):
     (tmp_path / name).write_bytes(KINDS[name])
     record, seen = inspect_file(tmp_path / name), inspect_image(tmp_path / name)  # the second is doctor's
-    assert (record.bad, seen.bad) == (None, "")
+    assert (record.bad, seen.sha256) == (None, record.sha256)
     said = [detail for kind, detail in seen.notes if kind in ("unusual image", "wrong extension")]
     assert "; ".join(said) == record.note
     if name in NOTES:
@@ -76,9 +76,9 @@ def test_what_is_unusual_is_noted_and_nothing_else(name, tmp_path):
 
 def test_srgbs_own_profile_changes_no_bit(tmp_path):
     profile = image_kinds.ImageCms.ImageCmsProfile(image_kinds.ImageCms.createProfile("sRGB")).tobytes()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     for name, options in (("with.png", {"icc_profile": profile}), ("without.png", {})):
-        (tmp_path / name).write_bytes(image_kinds.encoded(picture, "PNG", **options))
+        (tmp_path / name).write_bytes(image_kinds.encoded(image, "PNG", **options))
     pixels = [evaluation_pixels(tmp_path / name, Preprocess(size=32)) for name in ("with.png", "without.png")]
     np.testing.assert_array_equal(*pixels)
 
@@ -88,8 +88,8 @@ def test_the_colour_of_transparency_is_looked_for_before_colours_are_converted()
         ("RGB", (200, 30, 40), image_kinds.swapped_profile()),
         ("L", 90, image_kinds.linear_grey_profile()),
     ):
-        picture = Image.new(mode, (8, 8), colour)
-        content = image_kinds.encoded(picture, "PNG", transparency=colour, icc_profile=profile)
+        image = Image.new(mode, (8, 8), colour)
+        content = image_kinds.encoded(image, "PNG", transparency=colour, icc_profile=profile)
         assert (np.asarray(open_upright(content)) == 255).all()
 
 
@@ -107,8 +107,8 @@ def test_a_grey_profile_on_deep_greys_is_said_to_be_not_applied(tmp_path):
 def test_large_images_are_converted_in_bands_as_if_at_once(mode, orientation, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (900, 701, 4), np.uint8)
     profile = image_kinds.linear_grey_profile() if mode == "LA" else image_kinds.swapped_profile()
-    picture = Image.fromarray(pixels).convert(mode)
-    content = image_kinds.encoded(picture, "PNG", orientation=orientation, icc_profile=profile, compress_level=0)
+    image = Image.fromarray(pixels).convert(mode)
+    content = image_kinds.encoded(image, "PNG", orientation=orientation, icc_profile=profile, compress_level=0)
     in_bands = open_upright(content)
     assert in_bands.width * in_bands.height > 2 * images.BAND
     monkeypatch.setattr(images, "BAND", 2**30)
@@ -116,13 +116,13 @@ def test_large_images_are_converted_in_bands_as_if_at_once(mode, orientation, mo
 
 
 def test_the_image_of_a_caller_is_left_as_it_was_and_none_is_converted_twice():
-    picture = Image.open(io.BytesIO(KINDS["jpeg_profile.jpg"]))
-    before = np.array(picture)
-    first, second = (np.asarray(open_upright(picture)) for _ in range(2))
+    image = Image.open(io.BytesIO(KINDS["jpeg_profile.jpg"]))
+    before = np.array(image)
+    first, second = (np.asarray(open_upright(image)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(np.asarray(picture), before)
+    np.testing.assert_array_equal(np.asarray(image), before)
     assert (first != before).any()
-    np.testing.assert_array_equal(np.asarray(upright(upright(picture))), first)
+    np.testing.assert_array_equal(np.asarray(upright(upright(image))), first)
 
 
 def test_the_index_keeps_the_notes_and_the_findings_say_them(tmp_path):
@@ -132,7 +132,7 @@ def test_the_index_keeps_the_notes_and_the_findings_say_them(tmp_path):
             for name in names:
                 (tmp_path / part / kind / name).write_bytes(KINDS[name])
     for _ in range(2):  # from the files, and from the cache
-        (said,) = [f for f in findings(scan(tmp_path)) if f["what"] == "unusual images"]
+        (said,) = [f for f in findings(scan(tmp_path)) if f["what"] == "unusual image"]
         assert said["examples"] == [f"{part}/a/gif_moving.gif: first of 3 frames" for part in ("train", "valid")]
 
 
@@ -141,8 +141,8 @@ def test_heic_without_the_plug_in_says_what_to_install(tmp_path):
     code = f"""
 import sys; sys.modules["pillow_heif"] = None
 from pathlib import Path
-from jaxcats.data.files import look_at
-print(look_at(Path({str(tmp_path / "photo.heic")!r})).bad)
+from jaxcats.data.files import inspect_file
+print(inspect_file(Path({str(tmp_path / "photo.heic")!r})).bad)
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said == 'HEIC needs the extra "heic": pip install "jaxcats[heic]"\n'
@@ -166,7 +166,7 @@ MIB = {  # as measured, and a tenth more
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
-@pytest.mark.parametrize("what", ["evaluation_pixels(path, Preprocess())", "look_at(path)"])
+@pytest.mark.parametrize("what", ["evaluation_pixels(path, Preprocess())", "inspect_file(path)"])
 @pytest.mark.parametrize("name", MIB)
 def test_forty_megapixels_take_bounded_memory(name, what, tmp_path):
     """Decoded it is 150 MiB (16-bit greys half of that): turning it, or making it RGB, needs another, nothing a third."""
@@ -175,8 +175,8 @@ def test_forty_megapixels_take_bounded_memory(name, what, tmp_path):
     code = f"""
 import re
 from pathlib import Path
-from jaxcats.data.files import look_at
-from jaxcats.data.preprocess import Preprocess, evaluation_pixels
+from jaxcats.data.files import inspect_file
+from jaxcats.data.images import Preprocess, evaluation_pixels
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 path = Path({str(path)!r})
 before = peak()
@@ -190,9 +190,9 @@ print(peak() - before)
 
 
 def test_transparency_that_nothing_shows_through_is_not_noted(tmp_path):
-    picture = Image.new("RGBA", (64, 64), (10, 20, 30, 255))
-    picture.save(tmp_path / "a.png")
+    image = Image.new("RGBA", (64, 64), (10, 20, 30, 255))
+    image.save(tmp_path / "a.png")
     assert inspect_file(tmp_path / "a.png").note == ""
-    picture.putpixel((5, 5), (10, 20, 30, 254))
-    picture.save(tmp_path / "a.png")
+    image.putpixel((5, 5), (10, 20, 30, 254))
+    image.save(tmp_path / "a.png")
     assert inspect_file(tmp_path / "a.png").note == "transparency laid on white"

@@ -13,12 +13,12 @@ SMALL = Preprocess(size=32)
 WEIGHTS = Preprocess(size=32, interpolation="bicubic", policy="weights", crop_fraction=0.875)
 
 
-def plain_pillow(picture: Image.Image, *, size: int, shorter: int, method: Image.Resampling) -> np.ndarray:
+def plain_pillow(image: Image.Image, *, size: int, shorter: int, method: Image.Resampling) -> np.ndarray:
     """The definition: resize the whole image, then cut out the centre."""
-    width, height = picture.size
+    width, height = image.size
     sides = (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
     left, top = round((sides[0] - size) / 2.0), round((sides[1] - size) / 2.0)
-    return np.asarray(picture.resize(sides, method).crop((left, top, left + size, top + size)))
+    return np.asarray(image.resize(sides, method).crop((left, top, left + size, top + size)))
 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 44), (44, 60), (33, 33), (32, 47), (31, 200), (500, 375), (9, 5)])
@@ -61,7 +61,7 @@ def test_orientations_come_out_upright(photo, encoded, kind, orientation):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_corrupt_exif_is_no_reason_to_refuse_a_image(encoded):
+def test_corrupt_exif_is_no_reason_to_refuse_an_image(encoded):
     assert open_upright(encoded(1, exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff garbage")).size == (60, 44)
 
 
@@ -73,16 +73,16 @@ def image_of(mode: str, colour) -> Image.Image:
 
 
 def palette(colour, *, transparent: bool) -> bytes:
-    picture = Image.new("P", (8, 8), 0)
-    picture.putpalette(colour)
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette(colour)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", **({"transparency": 0} if transparent else {}))
+    image.save(buffer, "PNG", **({"transparency": 0} if transparent else {}))
     return buffer.getvalue()
 
 
-def saved(picture: Image.Image, kind: str, **options) -> bytes:
+def saved(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -116,9 +116,9 @@ def saved(picture: Image.Image, kind: str, **options) -> bytes:
     ],
 )
 def test_every_kind_of_image_becomes_rgb(content, expected):
-    picture = open_upright(content)
-    assert (picture.mode, picture.size) == ("RGB", (8, 8))
-    np.testing.assert_allclose(np.asarray(picture)[4, 4], expected, atol=2)
+    image = open_upright(content)
+    assert (image.mode, image.size) == ("RGB", (8, 8))
+    np.testing.assert_allclose(np.asarray(image)[4, 4], expected, atol=2)
 
 
 def test_adobe_inverted_cmyk_is_not_a_negative(photo):
@@ -169,8 +169,8 @@ def test_infinite_greys_are_the_ends_of_the_finite_ones(values, expected):
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (40_000, 1), (2, 30_000)])
 def test_strips_give_a_square_and_no_gigabytes(width, height):
-    picture = Image.new("RGB", (width, height), RED)
-    pixels = evaluation_pixels(picture, Preprocess())
+    image = Image.new("RGB", (width, height), RED)
+    pixels = evaluation_pixels(image, Preprocess())
     assert pixels.shape == (224, 224, 3)
     assert (pixels == np.array(RED, np.uint8)).all()
 
@@ -228,7 +228,7 @@ def test_an_impossible_record_is_an_error(values, message):
 
 def test_neither_tensorflow_nor_jax_is_imported():
     code = (
-        "import sys; import jaxcats.data.preprocess, jaxcats.data.index, jaxcats.data.pipeline; "
+        "import sys; import jaxcats.data.images, jaxcats.data.index, jaxcats.data.pipeline; "
         "print(sorted({'tensorflow', 'jax'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from jaxcats.common.errors import UserError
 from jaxcats.common.signals import Stopped
 from jaxcats.data import files, index
 from jaxcats.data.index import cache_folder, scan, scan_labelled, scan_unlabelled
+from jaxcats.data.labels import Labelled, Row
 
 
 def saved_caches(kind="index"):
@@ -67,6 +67,7 @@ def test_links_that_loop_end_and_broken_ones_are_listed(two_classes):
     (cats / "again").symlink_to(cats)
     (cats / "up").symlink_to(two_classes)
     (cats / "gone.jpg").symlink_to(two_classes / "nothing.jpg")
+    (cats / "itself").symlink_to(cats / "itself")
     index = scan(two_classes)
     assert [(file.path, file.reason) for file in index.bad] == [("train/cats/gone.jpg", "broken link")]
     assert sum(path.startswith("train/cats/cat") for path in index.splits["train"].paths) == 3
@@ -189,7 +190,7 @@ def test_while_it_looks_the_cache_is_saved_every_minute(tmp_path, monkeypatch):
         saved.append(len(files._load_records(store)))
 
     monkeypatch.setattr(files, "_save_records", noted)
-    files.examine(tmp_path, paths, cache_dir=tmp_path / "cache", progress=False)
+    files.inspect_files(tmp_path, paths, cache_dir=tmp_path / "cache", progress=False)
     assert saved == sorted(saved)
     assert saved[-1] == 400
     assert len(saved) > 35
@@ -358,18 +359,20 @@ def test_one_empty_class(two_classes):
 def test_a_class_without_usable_images(two_classes):
     for path in (two_classes / "train/dogs").iterdir():
         path.write_bytes(b"x")
-    with pytest.raises(UserError, match=r"train/dogs: none of its 3 images can be used: .*dog0\.jpg \(not an image"):
+    with pytest.raises(
+        UserError, match=r"class dogs: none of its 3 train images can be used: .*dog0\.jpg \(not an image"
+    ):
         scan(two_classes)
 
 
-def test_a_large_class_without_usable_images_is_said_at_once():
+def test_a_large_class_without_usable_images_is_said_at_once(monkeypatch):
     """Of 30,000 files in one class: not 30,000 times 30,000 steps."""
-    paths = [f"train/dogs/{i}.jpg" for i in range(30_000)]
-    bad = [index.BadFile(path, "empty") for path in paths]
-    found = SimpleNamespace(parts={"train": [paths]}, classes=("dogs",), places={"train": "train/"})
+    rows = [Row("cats/0.jpg", "cats"), *(Row(f"dogs/{i}.jpg", "dogs") for i in range(30_000))]
+    records = [files.FileRecord(1, 1, "0" * 64), *[files.FileRecord(1, 1, bad="empty")] * 30_000]
+    monkeypatch.setattr(index, "inspect_files", lambda *_, **__: (records, 0))
     started = time.process_time()
-    with pytest.raises(UserError, match=r"none of its 30,000 images can be used: train/dogs/0\.jpg \(empty\)"):
-        index._usable("train", found, {}, bad)
+    with pytest.raises(UserError, match=r"none of its 30,000 train images can be used: dogs/0\.jpg \(empty\)"):
+        index._read_files(Path("photos"), Labelled(("cats", "dogs"), rows, []), {})
     assert time.process_time() - started < 5
 
 
@@ -381,19 +384,19 @@ def test_every_file_bad(two_classes):
 
 
 def test_one_class_only(folder):
-    with pytest.raises(UserError, match=r"train: only one class \(cats\)"):
+    with pytest.raises(UserError, match=r"only one class \(cats\)"):
         scan(folder({"train/cats/a.jpg": 1, "valid/cats/b.jpg": 2}))
 
 
 def test_valid_lacks_a_class(two_classes):
     (two_classes / "valid/dogs").rename(two_classes / "gone")
-    with pytest.raises(UserError, match=r"valid: its class folders differ.*missing dogs.*expected exactly cats, dogs"):
+    with pytest.raises(UserError, match=r"valid: its classes differ.*missing dogs.*expected exactly cats, dogs"):
         scan(two_classes)
 
 
 def test_valid_has_a_class_more(two_classes, folder):
     folder({"valid/mice/a.jpg": 1})
-    with pytest.raises(UserError, match=r"valid: its class folders differ.*unknown mice"):
+    with pytest.raises(UserError, match=r"valid: its classes differ.*unknown mice"):
         scan(two_classes)
 
 
@@ -404,7 +407,7 @@ def test_two_validation_folders(two_classes, folder):
 
 
 def test_a_fraction_beside_a_validation_folder(two_classes):
-    with pytest.raises(UserError, match=r"has its own valid/; leave valid_fraction out"):
+    with pytest.raises(UserError, match=r"already has a valid split; leave valid_fraction out"):
         scan(two_classes, valid_fraction=0.2)
 
 
@@ -421,7 +424,7 @@ def test_labels_follow_the_classifiers_order_of_classes(two_classes):
 def test_a_folder_with_other_classes_is_refused(two_classes):
     with pytest.raises(UserError, match=r"those of the classifier: missing mice, unknown dogs"):
         scan_labelled(two_classes, classes=("cats", "mice"))
-    with pytest.raises(UserError, match=r"missing mice; expected exactly cats, dogs, mice"):
+    with pytest.raises(UserError, match=r"missing mice, unknown none; expected exactly cats, dogs, mice"):
         scan_labelled(two_classes, classes=("cats", "dogs", "mice"))
 
 

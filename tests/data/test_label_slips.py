@@ -38,7 +38,7 @@ def sides(index):
     return {content: name for name, split in every for content in split.hashes}
 
 
-def test_a_image_without_a_label_is_as_bad_as_one_that_is_broken(heap, encoded):
+def test_an_image_without_a_label_is_as_bad_as_one_that_is_broken(heap, encoded):
     (heap / "catalogue.jpg").write_bytes(encoded(99))
     (heap / "dog.9.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"2 of 21 images can't be used: catalogue\.jpg .*; dog\.9\.jpg"):
@@ -145,7 +145,7 @@ def test_groups_made_too_late_are_said(heap, capsys, tmp_path):
         for i in range(10):  # nine of a kind turn out to be the same animal
             (heap / f"{kind}.{i}.jpg").rename(heap / f"{kind}.{kind * (i > 0) or 'other'}.{i}.jpg")
     assert sides(scan(heap, **how)) == first  # old images never change sides
-    assert "2 groups have images on several sides, for example cat: they were split before" in capsys.readouterr().err
+    assert "2 groups have images in several splits, for example cat: they were split before" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_class_that_shares_its_groups_with_a_larger_one_gets_its_share(folder)
         assert set(index.splits["valid"].labels.tolist()) == {0, 1}
         assert set(index.splits["train"].labels.tolist()) == {0, 1}
     one = r"(?P<group>dog|cat\.k[01])\."  # all dogs in one group: no side is left for them
-    with pytest.raises(UserError, match="only one group; valid_fraction needs two"):
+    with pytest.raises(UserError, match="only 1 group; 2 splits need at least 2"):
         scan(root, labels=NAME, group=one, valid_fraction=0.2)
 
 

@@ -70,7 +70,7 @@ def test_names_in_train_and_valid_folders(flat):
     assert [len(s) for s in (*index.splits.values(), index.test)] == [6, 2, 2]
 
 
-def test_the_folder_a_image_lies_in_at_any_depth(folder):
+def test_the_folder_an_image_lies_in_at_any_depth(folder):
     names = [f"site{i % 2}/day{i % 3}/{kind}/{i}.jpg" for kind in ("cat", "dog") for i in range(4)]
     root = folder({name: seed for seed, name in enumerate([*names, "loose.jpg"])})
     index = scan(root, labels="parent", valid_fraction=0.25)
@@ -156,7 +156,7 @@ def test_rows_that_cannot_be_used_are_listed_with_their_reasons(flat, table):
         ('path,label\n"cat.0.jpg,cat\n', "line 2: can't be read as CSV"),
         (b"path,label\ncat.0.jpg,K\xe4tzchen\n", r"line 2: is not UTF-8"),
         ("path,label,split\ncat.0.jpg,cat,train\n", "only one class"),
-        ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\ncat.1.jpg,cat,valid\n", "valid has no images of dog"),
+        ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\ncat.1.jpg,cat,valid\n", "valid: its classes differ from those of train: missing dog"),
         ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\ncat.1.jpg,cow,test\n", "test has classes that train lacks: cow"),
         ("path,label,split\ncat.0.jpg,cat,valid\n", "no training images"),
         ("path,label,split\ncat.0.jpg,cat,train\ndog.0.jpg,dog,train\n", "set valid_fraction"),
@@ -186,17 +186,17 @@ def test_blank_lines_before_the_header_are_skipped(flat, table, blank):
     assert bad == [("dog.0.jpg", f"has no label (line {blank.count(chr(10)) + 4})")]
 
 
-@pytest.mark.parametrize("further", ["path", "label", "split"])
-def test_a_further_column_may_be_called_like_another(flat, table, further):
+@pytest.mark.parametrize("column", ["path", "label", "split"])
+def test_the_column_of_groups_may_be_called_like_another(flat, table, column):
     table("path,label,split,file,kind,part\np0,l0,s0,cat.0.jpg,cat,train\np1,l1,s1,dog.0.jpg,dog,valid\n")
     named = {"path": "file", "label": "kind", "split": "part"}
-    rows, bad = read_table(flat, "labels.csv", named, further={further})
+    rows, bad = read_table(flat, "labels.csv", named, group=column)
     assert [(r.path, r.label, r.split) for r in rows] == [("cat.0.jpg", "cat", "train"), ("dog.0.jpg", "dog", "valid")]
-    assert [dict(r.further) for r in rows] == [{further: f"{further[0]}{i}"} for i in range(2)]
+    assert [r.group for r in rows] == [f"{column[0]}{i}" for i in range(2)]
     assert not bad
     table("path,label,split\ncat.0.jpg,cat,train\n")  # the very column that is a path, label or split already
-    (row,), _ = read_table(flat, "labels.csv", {}, further={further})
-    assert row.further == {further: getattr(row, further)}
+    (row,), _ = read_table(flat, "labels.csv", {}, group=column)
+    assert row.group == getattr(row, column)
 
 
 def test_an_empty_split_is_none_where_others_have_one(flat, table):
@@ -268,7 +268,7 @@ def test_parquet_columns_that_hold_no_text_are_refused_by_name(flat, parquet):
     parquet(label=["cat", "dog"], animal=[[1], [2]])
     assert len(read_table(flat, "labels.parquet", {})[0]) == 2
     with pytest.raises(UserError, match="column 'animal' is of type list"):
-        read_table(flat, "labels.parquet", {}, further={"animal"})
+        read_table(flat, "labels.parquet", {}, group="animal")
 
 
 def test_parquet_columns_of_text_numbers_and_truths(flat, parquet):
@@ -319,7 +319,8 @@ def test_another_folder_is_judged_by_the_same_rule(flat):
     assert [("dog", "cat")[label] for label in split.labels] == [path[:3] for path in split.paths]
     assert len(bad) == 1
     with pytest.raises(
-        UserError, match=r"its classes differ from those of the classifier: missing bird; expected exactly"
+        UserError,
+        match=r"its classes differ from those of the classifier: missing bird, unknown none; expected exactly",
     ):
         scan_labelled(flat, classes=("dog", "cat", "bird"), labels=NAME)
 

@@ -15,7 +15,7 @@ SMALL = Preprocess(size=32)
 
 
 @pytest.fixture
-def pictures(folder, encoded, photo):
+def images(folder, encoded, photo):
     """11 images of many kinds and shapes, labelled."""
     root = folder(
         {
@@ -44,8 +44,8 @@ def joined(batches):
 
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 16])
-def test_every_image_counts_once(pictures, batch_size, workers):
-    batches = list(evaluation_batches(pictures, preprocess=SMALL, batch_size=batch_size, workers=workers))
+def test_every_image_counts_once(images, batch_size, workers):
+    batches = list(evaluation_batches(images, preprocess=SMALL, batch_size=batch_size, workers=workers))
     assert len(batches) == -(-11 // batch_size)
     for batch in batches:
         assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
@@ -57,16 +57,16 @@ def test_every_image_counts_once(pictures, batch_size, workers):
     whole = joined(batches)
     mask = whole["mask"]
     assert whole["index"][mask].tolist() == list(range(11))
-    assert whole["label"][mask].tolist() == pictures.labels.tolist()
+    assert whole["label"][mask].tolist() == images.labels.tolist()
     assert not whole["image"][~mask].any()
     assert set(whole["index"][~mask]) <= {-1}
     assert set(whole["label"][~mask]) <= {0}
 
 
-def test_pixels_through_tf_data_are_those_without(pictures):
-    batch = joined(evaluation_batches(pictures, preprocess=SMALL, batch_size=4))
-    for row, path in enumerate(pictures.paths):
-        np.testing.assert_array_equal(batch["image"][row], evaluation_pixels(pictures.root / path, SMALL))
+def test_pixels_through_tf_data_are_those_without(images):
+    batch = joined(evaluation_batches(images, preprocess=SMALL, batch_size=4))
+    for row, path in enumerate(images.paths):
+        np.testing.assert_array_equal(batch["image"][row], evaluation_pixels(images.root / path, SMALL))
 
 
 def test_real_photos_through_tf_data_are_plain_pillow(real_photos):
@@ -74,30 +74,30 @@ def test_real_photos_through_tf_data_are_plain_pillow(real_photos):
     rows = np.arange(0, len(split), 25)
     batch = joined(evaluation_batches(split, preprocess=Preprocess(), batch_size=16, indices=rows))
     for row, pixels in zip(rows, batch["image"], strict=False):
-        picture = Image.open(split.root / split.paths[row])
-        width, height = picture.size
+        image = Image.open(split.root / split.paths[row])
+        width, height = image.size
         wide, high = (224, int(224 * height / width)) if width <= height else (int(224 * width / height), 224)
         left, top = round((wide - 224) / 2), round((high - 224) / 2)
-        resized = picture.resize((wide, high), Image.Resampling.BILINEAR)
+        resized = image.resize((wide, high), Image.Resampling.BILINEAR)
         np.testing.assert_array_equal(pixels, np.asarray(resized.crop((left, top, left + 224, top + 224))))
 
 
-def test_indices_choose_and_order(pictures):
-    batch = joined(evaluation_batches(pictures, preprocess=SMALL, batch_size=2, indices=[7, 0, 3]))
+def test_indices_choose_and_order(images):
+    batch = joined(evaluation_batches(images, preprocess=SMALL, batch_size=2, indices=[7, 0, 3]))
     assert batch["index"].tolist() == [7, 0, 3, -1]
-    np.testing.assert_array_equal(batch["image"][0], evaluation_pixels(pictures.root / pictures.paths[7], SMALL))
+    np.testing.assert_array_equal(batch["image"][0], evaluation_pixels(images.root / images.paths[7], SMALL))
 
 
-def test_nothing_to_evaluate_gives_no_batches(pictures):
-    assert list(evaluation_batches(pictures, preprocess=SMALL, batch_size=2, indices=[])) == []
+def test_nothing_to_evaluate_gives_no_batches(images):
+    assert list(evaluation_batches(images, preprocess=SMALL, batch_size=2, indices=[])) == []
 
 
 ORDER = np.array([[3, 9, 0], [6, 1, 10], [2, 5, 8]])
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_training_sees_evaluations_pixels_in_the_order_given(pictures, workers):
-    batches = list(training_batches(pictures, preprocess=SMALL, order=ORDER, workers=workers))
+def test_training_sees_evaluations_pixels_in_the_order_given(images, workers):
+    batches = list(training_batches(images, preprocess=SMALL, order=ORDER, workers=workers))
     assert [batch["index"].tolist() for batch in batches] == ORDER.tolist()
     batch = joined(batches)
     assert {key: value.dtype for key, value in batch.items()} == {
@@ -107,23 +107,23 @@ def test_training_sees_evaluations_pixels_in_the_order_given(pictures, workers):
         "index": np.int32,
     }
     assert batch["mask"].all()
-    assert batch["label"].tolist() == pictures.labels[ORDER.ravel()].tolist()
+    assert batch["label"].tolist() == images.labels[ORDER.ravel()].tolist()
     for row, pixels in zip(ORDER.ravel(), batch["image"], strict=True):
-        np.testing.assert_array_equal(pixels, evaluation_pixels(pictures.root / pictures.paths[row], SMALL))
+        np.testing.assert_array_equal(pixels, evaluation_pixels(images.root / images.paths[row], SMALL))
 
 
-def test_an_epoch_continues_from_its_middle(pictures):
-    whole, rest = (joined(training_batches(pictures, preprocess=SMALL, order=order)) for order in (ORDER, ORDER[1:]))
+def test_an_epoch_continues_from_its_middle(images):
+    whole, rest = (joined(training_batches(images, preprocess=SMALL, order=order)) for order in (ORDER, ORDER[1:]))
     for key in whole:
         np.testing.assert_array_equal(rest[key], whole[key][3:])
 
 
-def test_training_images_come_in_the_size_asked_for(pictures):
+def test_training_images_come_in_the_size_asked_for(images):
     """Augmentation cuts its window from an image larger than the network's."""
     larger = Preprocess(size=37)
-    batch = joined(training_batches(pictures, preprocess=larger, order=ORDER))
+    batch = joined(training_batches(images, preprocess=larger, order=ORDER))
     assert batch["image"].shape == (9, 37, 37, 3)
-    path = pictures.root / pictures.paths[3]
+    path = images.root / images.paths[3]
     np.testing.assert_array_equal(batch["image"][0], evaluation_pixels(path, larger))
 
 
@@ -132,18 +132,18 @@ def both_kinds(split):
     yield evaluation_batches(split, preprocess=SMALL, batch_size=4)
 
 
-def test_a_file_that_went_away_is_named(pictures):
-    (pictures.root / pictures.paths[1]).unlink()
-    for batches in both_kinds(pictures):
+def test_a_file_that_went_away_is_named(images):
+    (images.root / images.paths[1]).unlink()
+    for batches in both_kinds(images):
         with pytest.raises(UserError, match=r"train/cats/b\.jpg: .*can't be now \(no such file"):
             list(batches)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "d.png"])
-def test_a_file_that_was_spoilt_is_named(pictures, name):
-    path = pictures.root / "train/cats" / name
+def test_a_file_that_was_spoilt_is_named(images, name):
+    path = images.root / "train/cats" / name
     path.write_bytes(path.read_bytes()[:200])
-    for batches in both_kinds(pictures):
+    for batches in both_kinds(images):
         with pytest.raises(UserError, match=f"train/cats/{name}: ") as caught:
             list(batches)
         assert "\n" not in str(caught.value)
@@ -156,7 +156,7 @@ def test_batches_asked_for_while_the_interpreter_exits_are_quiet(folder):
 import atexit, time
 from jaxcats.data import pipeline
 from jaxcats.data.index import scan_unlabelled
-from jaxcats.data.preprocess import Preprocess, evaluation_pixels
+from jaxcats.data.images import Preprocess, evaluation_pixels
 
 def slowly(path, preprocess):
     time.sleep(0.05)
@@ -179,7 +179,7 @@ def test_stopping_early_is_quiet_and_leaves_tensorflow_without_a_gpu(folder):
 import sys
 from jaxcats.data.index import scan_unlabelled
 from jaxcats.data.pipeline import evaluation_batches, training_batches
-from jaxcats.data.preprocess import Preprocess
+from jaxcats.data.images import Preprocess
 split, _ = scan_unlabelled({str(root)!r})
 batches = evaluation_batches(split, preprocess=Preprocess(size=32), batch_size=2)
 assert "tensorflow" not in sys.modules

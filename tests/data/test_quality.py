@@ -10,6 +10,8 @@ from folders import write_images
 from jaxcats.data.index import FolderIndex, Split, scan
 from jaxcats.data.quality import FEW, counts, findings
 
+LEAK, CONFLICT = "the same image in two splits", "the same image under two classes"
+
 
 def found(root) -> dict[str, dict]:
     return {f["what"]: f for f in findings(scan(root))}
@@ -33,14 +35,9 @@ def test_copies_are_told_apart_by_where_they_are(large):
     shutil.copy(large / "valid/dogs/dogs.2.jpg", large / "valid/dogs/thrice.jpg")
     (large / "train/cats/broken.jpg").write_bytes(b"no image")
     seen = found(large)
-    assert list(seen) == [
-        "the same image in train and valid",
-        "the same image under two classes",
-        "files left out",
-        "the same image twice in a split",
-    ]
+    assert list(seen) == [LEAK, CONFLICT, "file left out", "the same image twice"]
     leak, conflict, bad, twice = seen.values()
-    assert leak["examples"] == ["train/cats/cats.0.jpg = valid/cats/leak.jpg"]
+    assert leak["examples"] == ["train/cats/cats.0.jpg = valid/cats/leak.jpg: in train and valid"]
     assert conflict["examples"] == ["train/cats/cats.1.jpg = train/dogs/conflict.jpg"]
     assert bad["examples"][0].startswith("train/cats/broken.jpg: ")
     assert twice["examples"] == ["valid/dogs/again.jpg = valid/dogs/dogs.2.jpg = valid/dogs/thrice.jpg"]
@@ -50,7 +47,7 @@ def test_copies_are_told_apart_by_where_they_are(large):
 
 def test_a_leak_across_classes_is_both(large):
     shutil.copy(large / "train/cats/cats.0.jpg", large / "valid/dogs/both.jpg")
-    assert {"the same image in train and valid", "the same image under two classes"} == set(found(large))
+    assert {LEAK, CONFLICT} == set(found(large))
 
 
 def test_many_leaks_take_no_longer_each(tmp_path):
@@ -72,5 +69,8 @@ def test_unequal_and_small_classes(large):
     for path in sorted((large / "valid/cats").iterdir())[5:]:
         path.unlink()
     seen = found(large)
-    assert seen["unequal classes"]["examples"] == ["cats: 35 training images; dogs: 10"]
-    assert seen[f"classes with fewer than {FEW} validation images"]["examples"] == ["cats: 5"]
+    assert seen["class imbalance"]["examples"] == [
+        "train: 35 images of cats, 10 of dogs",
+        "valid: 30 images of dogs, 5 of cats",
+    ]
+    assert seen["few validation images"]["examples"] == ["cats: 5"]
