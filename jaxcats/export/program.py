@@ -26,7 +26,6 @@ from jaxcats.evaluate.predictions import USED
 from jaxcats.evaluate.run import Run
 from jaxcats.evaluate.tta import preset
 from jaxcats.export import artifact
-from jaxcats.models import registry
 from jaxcats.train.features import source_hash
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ def make_program(model: models.Model, preprocess: Preprocess) -> bytes:
 
 def _cache_key(model: models.Model, preprocess: Preprocess) -> str | None:
     """Hashes everything that decides the program; None for a network from outside this package: its code is not hashed."""
-    code = source_hash(registry.get(model.name))
+    code = source_hash(model.backbone)
     if code is None:
         return None
     config: Any = jax.config
