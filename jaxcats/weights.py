@@ -8,7 +8,6 @@ from pathlib import Path
 from jaxcats.common.cli import Parser, run_command
 from jaxcats.common.errors import UserError, nearest, unwritable
 
-DESCRIPTION = "Pretrained weights: list the known ones, download them ahead of a run, check and convert files."
 ACTIONS = {
     "list": "list the weights that have a name, and say which of them are on this machine",
     "fetch": "download weights now, for a machine that will be offline",
@@ -21,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     if not argv or argv[0] in ("-h", "--help"):
         actions = "\n".join(f"  {action:8} {text}" for action, text in ACTIONS.items())
-        print(f"usage: python -m jaxcats.weights ACTION ...\n\n{DESCRIPTION}\n\n{actions}")
+        print(f"usage: python -m jaxcats.weights ACTION ...\n\nList, download, check and convert weights.\n\n{actions}")
         return
     action, *rest = argv
     if action not in ACTIONS:
@@ -89,8 +88,8 @@ def _check(parser: Parser, argv: Sequence[str]) -> None:
     tensors = pretrained.read_tensors(file.path)
     # A file with a classifier, or a part of one, is compared with the published network with as many classes.
     prefix = registry.get(backbone).classifier
-    classifier = [tensors[name] for name in (f"{prefix}.weight", f"{prefix}.bias") if name in tensors]
-    classes = max(1, *classifier[0].shape[:1]) if classifier else 0
+    classifier = tensors.get(f"{prefix}.weight", tensors.get(f"{prefix}.bias"))
+    classes = 0 if classifier is None else max(1, *classifier.shape[:1])
     model = models.create(backbone, classes or 2, head="classifier" if classes else "linear")
     arrays = models.to_state_dict(model, *models.load_pretrained(model, file))
     if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:

@@ -131,28 +131,24 @@ def _winograd_backward(residuals, gradient):
     images, kernel = residuals
     gradient = lax.optimization_barrier(gradient)
     images_gradient = winograd(gradient, kernel[::-1, ::-1].swapaxes(2, 3))
-    part = next(k for k in (8, 4, 2, 1) if len(images) % k == 0)  # images, which fit into the processor's cache
-
-    def add_part(total, pair):
-        return jax.tree.map(jnp.add, total, _tile_products(*pair)), None
-
-    start = [[jnp.zeros(kernel.shape[2:])] * 4] * 4
-    parts = tuple(x.reshape(-1, part, *x.shape[1:]) for x in (images, gradient))
-    products = lax.scan(add_part, start, parts)[0]
-    kernel_gradient = _along_both_axes(_transform_products_to_kernel, products)
-    return images_gradient, jnp.stack([jnp.stack(row) for row in kernel_gradient])
-
-
-def _tile_products(images: jax.Array, gradient: jax.Array) -> Grid:
-    """The gradient of the transformed kernel: 4 x 4 arrays [C,F], sums over all tiles."""
-    tiles = _along_both_axes(_transform_tile, _tiles(images, size=4, before=1))
-    slopes = _along_both_axes(_transform_slopes, _tiles(gradient, size=2, before=0))
 
     def sum_products(x: jax.Array, y: jax.Array) -> jax.Array:
+        """The sum over all tiles of the products of each channel of x with each of y: [C,F]."""
         x, y = (array.reshape(-1, array.shape[-1]) for array in (x, y))
         return lax.dot_general(x, y, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
-    return jax.tree.map(sum_products, tiles, slopes)
+    def add_part(total, pair):
+        some_images, some_gradient = pair
+        tiles = _along_both_axes(_transform_tile, _tiles(some_images, size=4, before=1))
+        slopes = _along_both_axes(_transform_slopes, _tiles(some_gradient, size=2, before=0))
+        return jax.tree.map(jnp.add, total, jax.tree.map(sum_products, tiles, slopes)), None
+
+    part = next(k for k in (8, 4, 2, 1) if len(images) % k == 0)  # images, which fit into the processor's cache
+    parts = tuple(x.reshape(-1, part, *x.shape[1:]) for x in (images, gradient))
+    start = [[jnp.zeros(kernel.shape[2:])] * 4] * 4
+    products = lax.scan(add_part, start, parts)[0]  # the gradient of the transformed kernel
+    kernel_gradient = _along_both_axes(_transform_products_to_kernel, products)
+    return images_gradient, jnp.stack([jnp.stack(row) for row in kernel_gradient])
 
 
 def _along_both_axes(transform: Callable[[list], list], grid: Grid) -> Grid:

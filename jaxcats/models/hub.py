@@ -7,7 +7,6 @@ import os
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from jaxcats.common.errors import RunError, UserError, is_full, unwritable
 
@@ -33,17 +32,15 @@ def locate(place: str, *, download: bool = True) -> Path:
     hub = _import_hub()
     try:
         path = hub.try_to_load_from_cache(repo, file)
-        if isinstance(path, str):
-            return Path(path)
-        if not download:
-            raise UserError(f"hf:{place}: is not on this machine; run: jaxcats weights fetch hf:{place}")
-        # One request, not repeated: hf_hub_download alone asks for minutes before it says that there is no network.
-        hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
-        return Path(hub.hf_hub_download(repo, file))
-    except UserError:
-        raise
+        if download and not isinstance(path, str):
+            # One request, not repeated: hf_hub_download alone asks for minutes before it says that there is no network.
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
+            path = hub.hf_hub_download(repo, file)
     except Exception as error:  # the library that sends the requests differs between versions, and so do its errors
         raise _explain(error, repo, file) from None
+    if not isinstance(path, str):
+        raise UserError(f"hf:{place}: is not on this machine; run: jaxcats weights fetch hf:{place}")
+    return Path(path)
 
 
 def expected_sha256(path: Path) -> str | None:
@@ -72,44 +69,39 @@ def _import_hub() -> ModuleType:
 
 
 def _explain(error: Exception, repo: str, file: str) -> Exception:
-    """The error to raise instead: one line that says what is wrong with a download, and the way out."""
+    """The error to raise instead: one line that says what is wrong and the way out.
+
+    A UserError is what will be the same tomorrow, a RunError what may pass.
+    """
     hub = _import_hub()
     errors, place, endpoint = hub.errors, f"hf:{repo}/{file}", re.sub("//.*@", "//", hub.constants.ENDPOINT)
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # what kept hf_hub_download from asking the hub
-    response: Any = getattr(error, "response", None)
-    if response is not None:
-        return _explain_response(error, response.status_code, repo, file)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+
+    # The hub answered. It says 401 for a repository that does not exist, too, so that nobody can guess private names.
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return UserError(f"{place}: the hub has no file {file} in {repo}; check the name, or {WAYS_OUT}")
+    no_repository = isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError)
+    if no_repository or status == 404:
+        return UserError(f"{place}: the hub has no {repo} that you may read; check the name, or {WAYS_OUT}")
+    if status in (401, 403) and hub.get_token() is None:
+        return UserError(f"{place}: the hub asks for a login to read {repo}: run `hf auth login` or set HF_TOKEN")
+    if status in (401, 403):
+        problem = f"the hub does not let you read {repo} ({status}): accept its terms on its page"
+        return UserError(f"{place}: {problem}, or give another token (`hf auth login` or HF_TOKEN)")
+    if status is not None:
+        problem = "refuses more requests for now" if status == 429 else "or a proxy before it is out of order"
+        return RunError(f"{place}: the hub {problem} (HTTP {status}): try again in some minutes, or {WAYS_OUT}")
+
+    # No answer of the hub.
     if is_full(error) or (isinstance(error, OSError) and error.filename):
         cache = f"{place}: the cache {hub.constants.HF_HUB_CACHE} (HF_HOME chooses another folder)"
         return unwritable(cache, error if isinstance(error, OSError) else OSError(0, reason(error)))
     unreachable = f"{file} of {repo} is not in the cache and the Hugging Face hub can't be reached"
-    if isinstance(error, errors.HFValidationError):
-        return UserError(f"weights {place}: not the name of a repository ({reason(error)})")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return UserError(f"{unreachable} (offline mode: HF_HUB_OFFLINE is set): {WAYS_OUT}")
-    if isinstance(error, errors.FileMetadataError | ValueError | ImportError):  # a wrong HF_ENDPOINT or proxy setting
-        return UserError(
-            f"{place}: {endpoint} does not work as the hub ({reason(error)}): check HF_ENDPOINT, or {WAYS_OUT}"
-        )
+    if isinstance(error, errors.FileMetadataError | ValueError | ImportError):  # a wrong name, HF_ENDPOINT or proxy
+        problem = f"{endpoint} cannot be asked for it ({reason(error)})"
+        return UserError(f"{place}: {problem}: check the name and HF_ENDPOINT, or {WAYS_OUT}")
     return RunError(f"{unreachable} at {endpoint} ({reason(error)}): {WAYS_OUT}")
-
-
-def _explain_response(error: Exception, status: int, repo: str, file: str) -> Exception:
-    hub = _import_hub()
-    place = f"hf:{repo}/{file}"
-    # The hub answers 401 for a repository that does not exist, so that nobody can guess the names of private ones.
-    missing = isinstance(error, hub.errors.RepositoryNotFoundError) and not isinstance(error, hub.errors.GatedRepoError)
-    if isinstance(error, hub.errors.RemoteEntryNotFoundError):
-        return UserError(f"{place}: the hub has no file {file} in {repo}; check the name, or {WAYS_OUT}")
-    if missing or status == 404:
-        return UserError(f"{place}: the hub has no {repo} that you may read; check the name, or {WAYS_OUT}")
-    if status in (401, 403):
-        if hub.get_token() is None:
-            return UserError(f"{place}: the hub asks for a login to read {repo}: run `hf auth login` or set HF_TOKEN")
-        return UserError(
-            f"{place}: the hub does not let you read {repo} ({status}): accept its terms on its page, or give another "
-            "token (`hf auth login` or HF_TOKEN)"
-        )
-    problem = "refuses more requests for now" if status == 429 else "or a proxy before it is out of order"
-    return RunError(f"{place}: the hub {problem} (HTTP {status}): try again in some minutes, or {WAYS_OUT}")

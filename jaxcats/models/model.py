@@ -7,7 +7,7 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -51,14 +51,12 @@ def create(
         UserError: an unknown name, head or dtype, no classes or channels, or another network's weights.
     """
     backbone = registry.get(name)
-    if head not in HEADS:
-        raise UserError(f"head: {registry.unknown(head, HEADS)}")
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype: {registry.unknown(dtype, ('float32', 'bfloat16'))}")
-    if num_classes < 1:
-        raise UserError(f"num_classes is {num_classes}; expected 1 or more")
-    if channels < 1:
-        raise UserError(f"channels is {channels}; expected 1 or more")
+    for key, value, choices in (("head", head, HEADS), ("dtype", dtype, get_args(Dtype))):
+        if value not in choices:
+            raise UserError(f"{key}: {registry.unknown(value, choices)}")
+    for key, count in (("num_classes", num_classes), ("channels", channels)):
+        if count < 1:
+            raise UserError(f"{key} is {count}; expected 1 or more")
     source = pretrained.known_source(registry.sources(name, weights), weights)
     preprocess = source.preprocess if source else backbone.preprocess
     if channels == 1:
@@ -91,11 +89,6 @@ class Model:
         """F, the number of pooled features that the head takes."""
         return self.backbone.channels * (2 if self.head == "lesson" else 1)
 
-    @property
-    def stride(self) -> int:
-        """The pixels of an image's side for each pixel of the feature map; also the smallest side of an image."""
-        return self.backbone.stride
-
     def backbone_module(self) -> nn.Module:
         """The Linen module of the backbone, called as module(images, train=...)."""
         return self.backbone.build(jnp.dtype(self.dtype))
@@ -109,7 +102,7 @@ class Model:
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Random (params, batch_stats): Kaiming-normal (fan out) convolutions, BatchNorm 1 and 0, the head's own."""
         backbone_key, head_key = jax.random.split(key)
-        shape = (1, self.stride, self.stride, self.channels)
+        shape = (1, self.backbone.stride, self.backbone.stride, self.channels)
         params, batch_stats = _init(self.backbone_module(), shape, backbone_key)
         head_params, head_stats = self.init_head(head_key)
         return {"backbone": params, "head": head_params}, {"backbone": batch_stats, "head": head_stats}
@@ -202,11 +195,10 @@ class Model:
         return jax.tree_util.tree_map_with_path(group, params)
 
     def _feature_map(self, params, batch_stats, images, *, bn_train: bool):
-        if images.ndim != 4 or images.shape[3] != self.channels or min(images.shape[1:3]) < self.stride:
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}; expected [N,H,W,{self.channels}] with sides of at least "
-                f"{self.stride}"
-            )
+        shape, smallest = tuple(images.shape), self.backbone.stride
+        if len(shape) != 4 or shape[3] != self.channels or min(shape[1:3]) < smallest:
+            expected = f"[N,H,W,{self.channels}] with sides of at least {smallest}"
+            raise ValueError(f"images have shape {shape}; expected {expected}")
         variables = {"params": params["backbone"], "batch_stats": batch_stats["backbone"]}
         # Mutable either way, so that the result always has the stored averages in it, changed or not.
         result, stats = self.backbone_module().apply(variables, images, train=bn_train, mutable=["batch_stats"])

