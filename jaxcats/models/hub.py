@@ -59,10 +59,7 @@ def reason(error: Exception) -> str:
 
 def _import_hub() -> ModuleType:
     try:
-        import huggingface_hub
-        import huggingface_hub.constants
-        import huggingface_hub.errors
-        import huggingface_hub.file_download
+        import huggingface_hub.file_download  # and with it the modules errors and constants, which read the environment
     except ValueError as error:
         raise UserError(f"an HF_ variable of the environment cannot be used ({reason(error)}); correct it") from None
     return huggingface_hub

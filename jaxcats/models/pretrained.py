@@ -249,15 +249,11 @@ def from_state_dict(tensors: dict[str, np.ndarray], shapes: dict, *, origin: str
     expected = set(leaves)
     given = {name for name in tensors if not name.endswith("num_batches_tracked")}
     optional = {f"{naming['classifier']}.{leaf}" for leaf in ("weight", "bias")}
-    problems = {
-        "missing": sorted(expected - given),
-        "unexpected": sorted(given - expected - optional),
-        "misfit": sorted(misfits),
-    }
+    problems = {"missing": expected - given, "unexpected": given - expected - optional, "misfit": set(misfits)}
     if any(problems.values()):
         # The file of another network shares no name with this one: its hundreds of names would fill the screen.
         brief = not expected & given
-        lists = "; ".join(f"{kind}: {_join(names, brief=brief)}" for kind, names in problems.items() if names)
+        lists = "; ".join(f"{kind}: {_join(sorted(names), brief=brief)}" for kind, names in problems.items() if names)
         raise UserError(f"{origin}: not the weights of this network. {lists}{_advice_on_prefix(given, expected)}")
     return jax.device_put(traverse_util.unflatten_dict(filled))
 
