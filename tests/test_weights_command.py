@@ -217,7 +217,10 @@ def test_a_data_parallel_file_is_the_same_network(tmp_path):
         (["check", "absent.pth"], "weight file absent.pth does not exist"),
         (["check", "absent.safetensors"], "weight file absent.safetensors does not exist"),
         (["check", "hf:a"], "expected hf:OWNER/REPO/FILE"),
-        (["check", "hf:a", "--backbone", "resnet18"], "expected hf:OWNER/REPO/FILE"),
+        (
+            ["check", "hf:nobody/nothing/a.npz"],
+            "is not on this machine; run: jaxcats weights fetch hf:nobody/nothing/a.npz",
+        ),
         (["check", GOLDEN / "tiny_zip.pth"], "--backbone: is required for a file; one of efficientnet_lite0"),
         (["check", GOLDEN / "tiny_zip.pth", "--backbone", "resnet"], "backbone: unknown value 'resnet'"),
         (["check", GOLDEN / "tiny_zip.pth", "--backbone", "resnet18"], "as resnet18: not the weights of this network."),

@@ -57,8 +57,8 @@ def create(
     for key, count in (("num_classes", num_classes), ("channels", channels)):
         if count < 1:
             raise UserError(f"{key} is {count}; expected 1 or more")
-    source = pretrained.known_source(registry.sources(name, weights), weights)
-    preprocess = source.preprocess if source else backbone.preprocess
+    source = pretrained.known_source(registry.sources(name, weights), weights) or backbone.source
+    preprocess = source.preprocess if source else Preprocess()  # ImageNet's usual statistics
     if channels == 1:
         mean, std = (sum(preprocess.mean) / 3,), (sum(preprocess.std) / 3,)
     else:

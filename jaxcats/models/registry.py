@@ -51,11 +51,6 @@ class Backbone:
         """All its weights, the default first."""
         return ((self.source,) if self.source else ()) + self.more
 
-    @property
-    def preprocess(self) -> Preprocess:
-        """The preprocessing of its default weights; ImageNet's usual statistics if it has no weights."""
-        return self.source.preprocess if self.source else Preprocess()
-
 
 _BACKBONES: dict[str, Backbone] = {}
 
