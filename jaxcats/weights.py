@@ -4,33 +4,33 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxcats.common.cli import Parser, run_command
 from jaxcats.common.errors import UserError, nearest, unwritable
 
-DESCRIPTION = "Pretrained weights: what is known, fetching them ahead, checking and converting files."
 ACTIONS = {
-    "list": "the weights known by name, and which of them are here",
-    "fetch": "get weights now, for a machine that will be offline",
-    "check": "whether a file is the published one and fits its network",
-    "convert": "write a .pth file's tensors as .safetensors, which any program can read safely",
+    "list": "list the weights that have a name, and say which of them are on this machine",
+    "fetch": "download weights now, for a machine that will be offline",
+    "check": "check that a file is the published one and fits its network",
+    "convert": "write the tensors of a .pth file as .safetensors, which any program can read safely",
 }
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: python -m jaxcats.weights ACTION ...\n\n{DESCRIPTION}\n")
-        print("\n".join(f"  {name:8} {what}" for name, what in ACTIONS.items()))
+        actions = "\n".join(f"  {action:8} {text}" for action, text in ACTIONS.items())
+        print(f"usage: python -m jaxcats.weights ACTION ...\n\nList, download, check and convert weights.\n\n{actions}")
         return
     action, *rest = argv
     if action not in ACTIONS:
-        raise UserError(
-            f"there is no action '{action}'.{nearest(action, list(ACTIONS))} Actions: {', '.join(ACTIONS)}."
-        )
+        hint = nearest(action, list(ACTIONS))
+        raise UserError(f"there is no action '{action}'.{hint} Actions: {', '.join(ACTIONS)}.")
     parser = Parser(prog=f"python -m jaxcats.weights {action}", description=ACTIONS[action].capitalize() + ".")
     {"list": _list, "fetch": _fetch, "check": _check, "convert": _convert}[action](parser, rest)
+
+
+# The actions import models/ when they run: it loads JAX, which --help and a slip in the options do without.
 
 
 def _list(parser: Parser, argv: Sequence[str]) -> None:
@@ -39,70 +39,67 @@ def _list(parser: Parser, argv: Sequence[str]) -> None:
 
     rows = [("name", "parameters", "size", "top-1", "at", "licence", "here", "source")]
     for name, backbone in sorted(registry.named_weights().items(), key=lambda pair: (len(pair[1]), pair[1])):
-        record = registry.get(backbone)
-        source = next(s for s in record.sources if s.name == name)
-        path = pretrained.present(source.location, backbone=backbone)
-        count, size = ("?", "?") if not (n := record.parameters) else (f"{n / 1e6:.1f} M", f"{4 * n / 1e6:.0f} MB")
-        top1, at = f"{source.top1:.2f} %" if source.top1 else "?", f"{source.preprocess.size} px"
-        rows.append((name, count, size, top1, at, source.licence or "?", "yes" if path else "no", source.location))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        count = registry.get(backbone).parameters
+        millions, megabytes = (f"{count / 1e6:.1f} M", f"{4 * count / 1e6:.0f} MB") if count else ("?", "?")
+        source = next(s for s in registry.get(backbone).sources if s.name == name)
+        top1, size = f"{source.top1:.2f} %" if source.top1 else "?", f"{source.preprocess.size} px"
+        try:
+            pretrained.locate(source.location, backbone=backbone, download=False)
+            here = "yes"
+        except UserError:
+            here = "no"
+        rows.append((name, millions, megabytes, top1, size, source.licence or "?", here, source.location))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\ntop-1: on ImageNet's validation images at that size, as published. A backbone's first row is its default.")
     print(
-        "\ntop-1: of ImageNet's validation images, as published, at that size. A backbone's first row is its default."
-    )
-    print(
-        "Use one: --model.backbone resnet50 --model.weights resnet50.a1_in1k; fetch it ahead: jaxcats weights fetch NAME"
+        "Use one: --model.backbone resnet50 --model.weights resnet50.a1_in1k. Download it: jaxcats weights fetch NAME"
     )
 
 
 def _fetch(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("what", nargs="+", help="a name that list gives, a backbone's name, or hf:OWNER/REPO/FILE")
-    for what in parser.parse_args(argv).what:
-        backbone, source = _meant(what)
-        from jaxcats.models import pretrained
+    for name in parser.parse_args(argv).what:
+        from jaxcats.models import pretrained, registry
 
-        file = pretrained.find(source, what if not source else None, backbone=backbone)
-        known = "" if _vouched(file, source) else "; its hash is not known here"
-        print(f"{what}: {file.path} ({file.path.stat().st_size / 1e6:.1f} MB, sha256 {file.sha256}{known})")
-    print("Offline, it is found there; elsewhere, copy the file and give it: --model.weights FILE")
+        backbone, location = _resolve(name)
+        file = pretrained.find(registry.get(backbone).sources if backbone else (), location, backbone=backbone)
+        unverified = "" if file.verified_by else "; its hash is not known here"
+        print(f"{name}: {file.path} ({file.path.stat().st_size / 1e6:.1f} MB, sha256 {file.sha256}{unverified})")
+    print("Offline, it is found there. On another machine, copy the file and give it: --model.weights FILE")
 
 
 def _check(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("what", help="a name that list gives, or a file")
-    parser.add_argument("--backbone", help="the network it should fit (a name says so itself)")
+    parser.add_argument("--backbone", help="the network that it should fit (a name says so itself)")
     options = parser.parse_args(argv)
-    import jax.numpy as jnp
     import numpy as np
 
     from jaxcats import models
     from jaxcats.models import pretrained, registry
 
-    backbone, source = _meant(options.what, path=True)
+    backbone, location = _resolve(options.what, files=True)
+    pretrained.locate(location, backbone=backbone, download=False)
     backbone = options.backbone or backbone
-    location = source[0].location if source else options.what
-    if location.startswith("hf:"):
-        if not pretrained.present(location, backbone=backbone):
-            raise UserError(f"{options.what}: is not here; get it with: jaxcats weights fetch {options.what}")
-    elif not location.startswith("package:"):
-        pretrained.local(location)
     if not backbone:
         raise UserError(f"--backbone: is required for a file; one of {', '.join(registry.names())}.")
-    record = registry.get(backbone)
-    file = pretrained.find(source or record.sources, None if source else options.what, backbone=backbone)
+    file = pretrained.find(registry.get(backbone).sources, location, backbone=backbone)
     tensors = pretrained.read_tensors(file.path)
-    # With a classifier, in full or in part, all of it is held against the published network of so many classes.
-    classifier = [tensors[name] for leaf in ("weight", "bias") if (name := f"{record.classifier}.{leaf}") in tensors]
-    classes = max(1, *classifier[0].shape[:1]) if classifier else 0
+    # A file with a classifier, or a part of one, is compared with the published network with as many classes.
+    prefix = registry.get(backbone).classifier
+    classifier = tensors.get(f"{prefix}.weight", tensors.get(f"{prefix}.bias"))
+    classes = 0 if classifier is None else max(1, *classifier.shape[:1])
     model = models.create(backbone, classes or 2, head="classifier" if classes else "linear")
-    models.load_pretrained(model, file)
-    floats = {name: array for name, array in tensors.items() if jnp.issubdtype(array.dtype, jnp.floating)}
-    bad = [name for name, array in floats.items() if not np.isfinite(array).all()]
-    if bad:
-        raise UserError(f"{file.path}: holds what is not a number, in {', '.join(bad[:5])}; fetch it again")
+    arrays = models.to_state_dict(model, *models.load_pretrained(model, file))
+    if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise UserError(f"{file.path}: has values that are not finite numbers, in {', '.join(bad[:5])}; fetch it again")
     head = f"a classifier of {classes:,} classes" if classes else "no classifier"
-    how = _vouched(file, record.sources) or "its hash is not known here"
-    print(f"{file.path}: fits {backbone}; {len(tensors)} tensors, {head}; sha256 {file.sha256}, {how}")
+    origin = {"published": "that of the published file", "hub": "that of the hub", None: "its hash is not known here"}
+    print(
+        f"{file.path}: fits {backbone}; {len(tensors)} tensors, {head};",
+        f"sha256 {file.sha256}, {origin[file.verified_by]}",
+    )
 
 
 def _convert(parser: Parser, argv: Sequence[str]) -> None:
@@ -113,63 +110,38 @@ def _convert(parser: Parser, argv: Sequence[str]) -> None:
     from safetensors.numpy import save
 
     from jaxcats.common import io
-    from jaxcats.models import pretrained
+    from jaxcats.models import hub, pretrained
 
-    source, target = Path(options.source), Path(os.path.expanduser(options.target))
+    source, target = pretrained.check_path(options.source), Path(os.path.expanduser(options.target))
     if target.suffix.lower() != ".safetensors":
         raise UserError(f"{target}: expected a file that ends in .safetensors")
     if target.exists():
         raise UserError(f"{target}: exists already; give another name, or remove it first")
-    path = pretrained.local(source)
-    tensors = {name: np.asarray(array, order="C") for name, array in pretrained.read_tensors(path).items()}
-    for name, array in tensors.items():
-        if name == "__metadata__":
-            raise UserError(f"{path}: '{name}' is a name that a .safetensors file keeps for itself")
-        try:
-            save({name: array[..., :0] if array.ndim else array})  # it knows its kinds of numbers
-        except Exception:
-            raise UserError(
-                f"{path}: '{name}' is of a kind ({array.dtype}) that a .safetensors file can't hold"
-            ) from None
+    tensors = {name: np.asarray(array, order="C") for name, array in pretrained.read_tensors(source).items()}
+    if "__metadata__" in tensors:
+        raise UserError(f"{source}: has a tensor '__metadata__', a name that .safetensors files reserve")
     try:
         io.write_bytes(target, save(tensors, metadata={"format": "pt"}))
     except OSError as error:
         raise unwritable(str(target), error) from None
+    except Exception as error:  # safetensors does not know all of NumPy's dtypes
+        raise UserError(f"{source}: a .safetensors file can't hold its tensors ({hub.reason(error)})") from None
     print(f"Written: {target} ({len(tensors)} tensors, {target.stat().st_size / 1e6:.1f} MB)")
 
 
-def _meant(what: str, *, path: bool = False) -> tuple[str, Sequence[Any]]:
-    """(backbone, its one source) of a name; ("", ()) for hf:OWNER/REPO/FILE, and for a path where one may be given."""
-    from jaxcats.models import registry
+def _resolve(name: str, *, files: bool = False) -> tuple[str, str]:
+    """(backbone, location) of named weights or of a backbone's default weights; ("", name) for any other location."""
+    from jaxcats.models import pretrained, registry
 
     named = registry.named_weights()
-    if what in named:
-        return named[what], [s for s in registry.get(named[what]).sources if s.name == what]
-    if what in registry.names() and registry.get(what).sources:
-        return what, registry.get(what).sources[:1]
-    if what.startswith(("hf:", "package:")) or (path and _is_file(what)):
-        return "", ()
-    choices = [*named, *registry.names()]
-    raise UserError(
-        f"{what}: not known.{nearest(what, choices)} Expected a name that `jaxcats weights list` gives, or hf:OWNER/REPO/FILE"
-        + (", or a file" if path else "")
-    )
-
-
-def _is_file(what: str) -> bool:
-    from jaxcats.models import pretrained
-
-    return Path(what).suffix.lower() in pretrained.EXTENSIONS or Path(os.path.expanduser(what)).exists()
-
-
-def _vouched(file: Any, sources: Sequence[Any]) -> str:
-    """Whose hash a weight file has; empty where nobody's is known."""
-    from jaxcats.models import hub
-
-    if file.sha256 in [source.sha256 for source in sources]:
-        return "that of the published file"
-    own = file.source.startswith("hf:") and hub.expected_sha256(file.path) == file.sha256
-    return "the hub's own" if own else ""
+    backbone = named.get(name, name)
+    if backbone in registry.names() and (sources := registry.get(backbone).sources):
+        return backbone, next((s for s in sources if s.name == name), sources[0]).location
+    is_file = files and (Path(name).suffix.lower() in pretrained.EXTENSIONS or Path(name).expanduser().exists())
+    if name.startswith(("hf:", "package:")) or is_file:
+        return "", name
+    expected = f"a name that `jaxcats weights list` gives, or hf:OWNER/REPO/FILE{', or a file' if files else ''}"
+    raise UserError(f"{name}: not known.{nearest(name, [*named, *registry.names()])} Expected {expected}")
 
 
 if __name__ == "__main__":

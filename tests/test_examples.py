@@ -88,12 +88,12 @@ def test_a_loss_of_the_user(script, pictures, tmp_path):
     ]
     code, out, _ = script("loss", *argv, *BARE)
     assert code == 0
-    assert "Functions of your own: head: loss_fn loss.focal" in out
+    assert "User functions: head: loss_fn loss.focal" in out
     names = {"head": {"loss_fn": "loss.focal"}}
     assert json.loads((run / "versions.json").read_text())["own"] == names
     assert json.loads((run / "metrics.json").read_text())["checkpoint"]["own"] == names
     loaded = load_run(run)
-    assert loaded.user_functions == own
+    assert loaded.user_functions == names
 
     plain = ["--resume", "--workdir", str(run)]
     assert run_command(train_command.main, plain) == 2

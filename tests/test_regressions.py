@@ -417,7 +417,8 @@ def test_a_name_can_be_registered_again_with_other_layers(pictures, tmp_path, re
         widths: tuple[int, ...] = (6, 8)
 
     retiny(Other, stride=4)
-    params, stats = models.shapes(model)
+    assert models.shapes(model)[0]["backbone"]["conv1"]["kernel"].shape == (3, 3, 4, 8)  # a model holds its backbone
+    params, stats = models.shapes(models.create("tiny", 2, head="linear"))
     assert params["backbone"]["conv1"]["kernel"].shape == (3, 3, 6, 8)
     assert set(stats["backbone"]) == {"bn0", "bn1"}
     assert fit(pictures, tmp_path / "run") == 0

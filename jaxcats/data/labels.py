@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcats.common.config import compiled, label_kind
-from jaxcats.common.errors import UserError, first_line, nearest
+from jaxcats.common.errors import UserError, nearest
 from jaxcats.data.files import IMAGE_EXTENSIONS, list_images, subfolders
 
 # What folders and cells of a table may call a split.
@@ -368,7 +368,7 @@ def _parquet_lines(file: Path, wanted: set[str]) -> Lines:
                 raise UserError(f"{problem}; save it as text, or name another with data.columns or data.group.")
         table: Any = pq.read_table(file, columns=names)
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: can't be read as Parquet ({str(error).splitlines()[0]}).") from None
+        raise UserError(f"{file}: can't be read as Parquet ({first_line(error)}).") from None
     yield "header", list(schema.names)
     cells_of = {name: _column_texts(file, name, table[name]) for name in names}
     columns = [cells_of.get(name) or [""] * len(table) for name in schema.names]

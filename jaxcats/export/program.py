@@ -17,7 +17,7 @@ import numpy as np
 import jaxcats
 from jaxcats import models
 from jaxcats.common.config import to_tree
-from jaxcats.common.errors import UserError
+from jaxcats.common.errors import UserError, first_line
 from jaxcats.common.io import cache_folder, write_bytes
 from jaxcats.common.versions import versions
 from jaxcats.core.step import normalise
@@ -26,7 +26,6 @@ from jaxcats.evaluate.predictions import CHOSEN_ON_VALIDATION
 from jaxcats.evaluate.run import Run
 from jaxcats.evaluate.tta import tta_preset
 from jaxcats.export import artifact
-from jaxcats.models import registry
 from jaxcats.train.features import source_hash
 
 if TYPE_CHECKING:
@@ -155,7 +154,7 @@ def make_program(model: models.Model, preprocess: Preprocess) -> bytes:
         artifact.check_program(exported)
         program = bytes(exported.serialize())
     except (ValueError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"{model.name}: this network can't be exported: {reason}.") from None
     if key:
         with contextlib.suppress(OSError):
@@ -165,7 +164,7 @@ def make_program(model: models.Model, preprocess: Preprocess) -> bytes:
 
 def _cache_key(model: models.Model, preprocess: Preprocess) -> str | None:
     """Hashes everything that decides the program; None for a network from outside this package: its code is not hashed."""
-    code = source_hash(registry.get(model.name))
+    code = source_hash(model.backbone)
     if code is None:
         return None
     config: Any = jax.config

@@ -1,6 +1,7 @@
-"""Convolution: the one place that chooses how it is computed, and the convolution-BatchNorm pair that networks use."""
+"""Convolution and BatchNorm as the networks use them; `conv2d` is the one place that chooses how to convolve."""
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from jaxcats.models.cpu_kernels import normalise, shifted_depthwise, winograd
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-Padding = str | int
+Padding = Literal["SAME"] | int
 
 # torchvision's kaiming_normal_(mode="fan_out").
 dense_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -29,47 +30,37 @@ def conv2d(images: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Pa
     top, left = (_pads(size, window=window, stride=stride, padding=padding) for size in images.shape[1:3])
     pads = top, left
     depthwise = kernel.shape[2] == 1 and channels > 1
+    # On a GPU float32 would become TF32 by default; half-size floats are the user's own choice.
+    precision = lax.Precision.HIGHEST if images.dtype == jnp.float32 else None
 
     def xla(images, kernel):
-        groups = channels if depthwise else 1
-        return lax.conv_general_dilated(
-            images,
-            kernel,
-            (stride, stride),
-            pads,
-            dimension_numbers=DIMENSIONS,
-            feature_group_count=groups,
-            precision=precision,
-        )
+        options = {"feature_group_count": channels if depthwise else 1, "precision": precision}
+        return lax.conv_general_dilated(images, kernel, (stride, stride), pads, dimension_numbers=DIMENSIONS, **options)
 
-    def shifted(images, kernel):
-        return shifted_depthwise(images, kernel, stride, pads)
-
-    # Half-size floats are asked for by dtype; float32 must not become TF32 on a GPU behind the user's back.
-    precision = lax.Precision.HIGHEST if images.dtype == jnp.float32 else None
-    if window == 1 and not any(any(p) for p in pads):
-        # A matrix product is up to six times faster than XLA's 1x1 convolution on CPU. Of matrices: the weights' gradient
-        # of one over three axes at once is another one after a transpose that takes longer than the product.
+    if window == 1 and pads == ((0, 0), (0, 0)):
+        # On CPU a matrix product is up to six times faster than XLA's 1x1 convolution. The pixels are one axis: with
+        # three, the gradient of the weights would be a product after a transpose that takes longer than the product.
         pixels = images[:, ::stride, ::stride]
         product = jnp.dot(pixels.reshape(-1, channels), kernel[0, 0], precision=precision)
         return product.reshape(*pixels.shape[:-1], kernel.shape[-1])
-    if not depthwise:
-        plain = window == 3 and stride == 1 and pads == ((1, 1), (1, 1)) and images.dtype == jnp.float32
-        if plain and min(images.shape[1:3]) >= 8 and min(kernel.shape[2:]) >= 64:  # where it is faster
-            return lax.platform_dependent(images, kernel, cpu=winograd, default=xla)
-        return xla(images, kernel)
-    return lax.platform_dependent(images, kernel, cpu=shifted, default=xla)
+    if depthwise:
+        shifted = partial(shifted_depthwise, stride=stride, pads=pads)
+        return lax.platform_dependent(images, kernel, cpu=shifted, default=xla)
+    plain_3x3 = window == 3 and stride == 1 and pads == ((1, 1), (1, 1)) and images.dtype == jnp.float32
+    if plain_3x3 and min(images.shape[1:3]) >= 8 and min(kernel.shape[2:]) >= 64:  # where Winograd is faster
+        return lax.platform_dependent(images, kernel, cpu=winograd, default=xla)
+    return xla(images, kernel)
 
 
 def _pads(size: int, *, window: int, stride: int, padding: Padding) -> tuple[int, int]:
-    if padding != "SAME":
-        return int(padding), int(padding)
+    if isinstance(padding, int):
+        return padding, padding
     total = max((-(-size // stride) - 1) * stride + window - size, 0)
     return total // 2, total - total // 2
 
 
 class Conv(nn.Module):
-    """A convolution without bias; its only parameter is `kernel`, float32, computed in `dtype`."""
+    """A convolution without bias: its only parameter is `kernel` in float32, its arithmetic is in `dtype`."""
 
     features: int
     window: int = 3
@@ -83,24 +74,21 @@ class Conv(nn.Module):
         inputs = 1 if self.depthwise else images.shape[-1]
         init = depthwise_kernel_init if self.depthwise else dense_kernel_init
         kernel = self.param("kernel", init, (self.window, self.window, inputs, self.features), jnp.float32)
-        if self.is_initializing():  # tracing the arithmetic would take most of a short run's time, for its shape alone
-            sides = (
-                (size + sum(_pads(size, window=self.window, stride=self.stride, padding=self.padding)) - self.window)
-                // self.stride
-                + 1
-                for size in images.shape[1:3]
-            )
+        if self.is_initializing():
+            # Only the shape matters: tracing the arithmetic would take most of a short run's time.
+            options = {"window": self.window, "stride": self.stride, "padding": self.padding}
+            padded = (size + sum(_pads(size, **options)) for size in images.shape[1:3])
+            sides = ((size - self.window) // self.stride + 1 for size in padded)
             return jnp.zeros((len(images), *sides, self.features), self.dtype)
         images, kernel = images.astype(self.dtype), kernel.astype(self.dtype)
         return conv2d(images, kernel, stride=self.stride, padding=self.padding)
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm of images [N,H,W,C] with float32 statistics and arithmetic, its result in `dtype`.
+    """BatchNorm of images [N,H,W,C] with float32 statistics and arithmetic, and its result in `dtype`.
 
-    As flax.linen.BatchNorm with `use_fast_variance=False`: the momentum is one minus torch's, and the batch's biased
-    variance is averaged where torch averages the unbiased one (n / (n - 1) times as large), so that the running
-    variances differ by that factor's share, by definition.
+    It is flax.linen.BatchNorm with `use_fast_variance=False`. The momentum is one minus torch's. The running variance
+    averages the biased variance of each batch, where torch averages the unbiased one, n / (n - 1) times as large.
     """
 
     momentum: float = 0.9
@@ -118,10 +106,10 @@ class BatchNorm(nn.Module):
             return images.astype(self.dtype)
         averages = None if train else (mean.value, variance.value)
         result: Any = normalise(images.astype(wide), scale, bias, averages, self.epsilon)
-        out, *found = result
+        out, *moments = result
         if train:
-            for average, now in zip((mean, variance), found, strict=True):
-                average.value = self.momentum * average.value + (1 - self.momentum) * lax.stop_gradient(now)
+            for average, moment in zip((mean, variance), moments, strict=True):
+                average.value = self.momentum * average.value + (1 - self.momentum) * lax.stop_gradient(moment)
         return out.astype(self.dtype)
 
 
@@ -139,8 +127,6 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train: bool):
-        conv = Conv(
-            self.features, self.window, self.stride, self.padding, self.depthwise, dtype=self.dtype, name="conv"
-        )
-        norm = BatchNorm(self.momentum, self.epsilon, self.dtype, name="bn")
-        return norm(conv(images), train=train)
+        shape = self.features, self.window, self.stride, self.padding
+        x = Conv(*shape, depthwise=self.depthwise, dtype=self.dtype, name="conv")(images)
+        return BatchNorm(self.momentum, self.epsilon, self.dtype, name="bn")(x, train=train)

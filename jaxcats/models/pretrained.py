@@ -1,12 +1,12 @@
 """Pretrained weights: where they are, whether they are the right ones, and how torch's names map to ours."""
 
+import hashlib
 import importlib.util
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +21,23 @@ from jaxcats.models.torch_file import load_torch_file
 
 EXTENSIONS = (".safetensors", ".pth", ".pt", ".npz")
 
+# Our names of a layer's arrays, and torch's.
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where a backbone's weights come from and what is known of them.
+    """Where a backbone's weights come from and what is known about them.
 
     Attributes:
         location: "hf:owner/repo/file" on the Hugging Face hub, "package:module/file" in an installed Python package,
             or a path.
-        preprocess: what the network expects of its pixels.
-        sha256: of the file, where known; a file that differs is refused. (A file of the hub is held against the hash
-            that the hub gives for it.)
+        preprocess: the resizing and normalisation that the network was trained with.
+        sha256: the file's hash, where it is known; a file with another hash is refused. (A file of the hub is compared
+            with the hash that the hub gives for it.)
         licence: of the weights.
         top1: ImageNet accuracy in percent at `preprocess`'s size and crop, as published.
-        name: by which `find` and the configuration know them.
+        name: by which `find` and the configuration know the weights.
     """
 
     location: str
@@ -49,7 +50,12 @@ class WeightSource:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A weight file on this machine: its path, hash, where it came from, and what its source says of it."""
+    """A weight file on this machine, and what its source says about it.
+
+    Attributes:
+        verified_by: whose hash the file was compared with: the one "published" in its WeightSource, the one that the
+            "hub" gave, or None where no hash is known.
+    """
 
     path: Path
     sha256: str
@@ -57,87 +63,83 @@ class WeightFile:
     preprocess: Preprocess
     licence: str | None = None
     top1: float | None = None
+    verified_by: Literal["published", "hub"] | None = None
+
+
+# --- finding a file ---
+
+
+def find(sources: Sequence[WeightSource], source: str | os.PathLike | None = None, *, backbone: str) -> WeightFile:
+    """Find a weight file, download it if need be, and check its hash.
+
+    Args:
+        sources: the known weights of the backbone, its default first.
+        source: the name of one of them, a location, a path, or None for the default.
+        backbone: the name of the network, for errors.
+
+    Raises:
+        UserError: the file does not exist or is not the right one; the message names the way out.
+        RunError: what may pass: no network, no room on the disk, a hub that is out of order.
+    """
+    chosen = known_source(sources, source)
+    if source is None and chosen is None:
+        raise UserError(f"{backbone} has no weights of its own: {hub.WAYS_OUT}")
+    location = chosen.location if chosen else os.fspath(source or "")
+    path = locate(location, backbone=backbone, names=[s.name for s in sources if s.name])
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    known = chosen or next((s for s in sources if s.sha256 == sha256), None)  # a copy of a known file
+    facts = known or WeightSource(location, sources[0].preprocess if sources else Preprocess())
+    expected = facts.sha256 or (hub.expected_sha256(path) if location.startswith("hf:") else None)
+    if expected not in (None, sha256):
+        raise UserError(
+            f"{path.resolve()}: sha256 is {sha256}, expected {expected}; the file is damaged or not the published one: "
+            "delete it and fetch it again"
+        )
+    verified_by = "published" if facts.sha256 else "hub" if expected else None
+    return WeightFile(path, sha256, location, facts.preprocess, facts.licence, facts.top1, verified_by)
 
 
 def known_source(sources: Sequence[WeightSource], source: str | os.PathLike | None = None) -> WeightSource | None:
-    """Which of a backbone's sources is meant by a name, a location, or None (the first); None for anything else."""
+    """The one of a backbone's sources with this name or location; the first for None; None for any other file."""
     if source is None:
         return sources[0] if sources else None
     return next((s for s in sources if os.fspath(source) in (s.name, s.location)), None)
 
 
-def find(sources: Sequence[WeightSource], source: str | os.PathLike | None = None, *, backbone: str) -> WeightFile:
-    """Find, fetch if need be, and hash a weight file.
-
-    Args:
-        sources: the backbone's, its own first.
-        source: the name of one of them, a location, a path, or None for the first.
-        backbone: what to call the network in an error.
+def locate(location: str, *, backbone: str, names: Sequence[str] = (), download: bool = True) -> Path:
+    """The path of a location's file on this machine, downloaded from the hub if need be and wanted.
 
     Raises:
-        UserError: not found or not right, with the way out.
-        RunError: what may be otherwise later: no network, no room, a hub that is out of order.
+        UserError, RunError: as for `find`; `names` are the names that would have been possible, too.
     """
-    meant = known_source(sources, source)
-    if source is None and meant is None:
-        raise UserError(f"{backbone} has no weights of its own: {hub.WAYS_OUT}")
-    location = meant.location if meant else os.fspath(source or "")
-    path = _locate(location, backbone=backbone, names=[s.name for s in sources if s.name])
-    digest = hub.sha256_of(path)
-    # A copy of a known file is known by its hash.
-    known = meant or next((s for s in sources if s.sha256 == digest), None)
-    expected = hub.expected_sha256(path) if location.startswith("hf:") else None
-    expected = known.sha256 if known and known.sha256 else expected
-    if expected not in (None, digest):
-        raise UserError(
-            f"{path.resolve()}: sha256 is {digest}, expected {expected}; the file is damaged or not the published one: "
-            "delete it and fetch it again"
-        )
-    facts = known or (sources[0] if sources else WeightSource(location, Preprocess()))
-    return WeightFile(
-        path, digest, location, facts.preprocess, *((known.licence, known.top1) if known else (None, None))
-    )
-
-
-def _locate(location: str, *, backbone: str, names: Sequence[str] = ()) -> Path:
-    scheme, _, rest = location.partition(":")
+    scheme, _, place = location.partition(":")
     if scheme == "hf":
-        return hub.locate(rest)
-    if scheme == "package":
-        return _from_package(rest, backbone=backbone)
-    return local(location, names=names)
+        return hub.locate(place, download=download)
+    return _locate_in_package(place, backbone=backbone) if scheme == "package" else check_path(location, names=names)
 
 
-def local(path: str | os.PathLike, *, names: Sequence[str] = ()) -> Path:
-    """A weight file that is there and of a known kind; raises UserError otherwise, with the names it may have been."""
+def check_path(path: str | os.PathLike, *, names: Sequence[str] = ()) -> Path:
+    """The path of a weight file, with ~ expanded.
+
+    Raises:
+        UserError: the file does not exist or has an unknown extension; `names` are the names that were possible, too.
+    """
     path = Path(os.path.expanduser(path))
     if not path.is_file():
-        reason = "is a folder, not a file" if path.is_dir() else "does not exist"
-        known = f", or one of {', '.join(names)}.{nearest(path.name, list(names))}" if names else ""
-        raise UserError(f"weight file {path} {reason}; expected a {', '.join(EXTENSIONS)} file{known}")
+        problem = "is a folder, not a file" if path.is_dir() else "does not exist"
+        choices = f", or one of {', '.join(names)}.{nearest(path.name, list(names))}" if names else ""
+        raise UserError(f"weight file {path} {problem}; expected a {', '.join(EXTENSIONS)} file{choices}")
     if path.suffix.lower() not in EXTENSIONS:
         raise UserError(f"weight file {path}: unknown extension {path.suffix!r}; expected {', '.join(EXTENSIONS)}")
     return path
 
 
-def present(location: str, *, backbone: str) -> Path | None:
-    """The file of a location if it is on this machine; nothing is fetched. Raises UserError for what is no name of a hub's."""
-    if location.startswith("hf:"):
-        return hub.cached(location[3:])
-    try:
-        return _locate(location, backbone=backbone)
-    except UserError:
-        return None
-
-
-def _from_package(place: str, *, backbone: str) -> Path:
+def _locate_in_package(place: str, *, backbone: str) -> Path:
     module, _, file = place.partition("/")
     if not module or not file or "." in module:
-        raise UserError(f"weights package:{place}: expected package:MODULE/PATH/IN/IT, as in package:my_weights/a.pth")
-    try:
-        spec = importlib.util.find_spec(module)  # does not run a top-level package
-    except ValueError:
-        spec = None
+        raise UserError(f"weights package:{place}: expected package:MODULE/FILE, as in package:my_weights/a.pth")
+    spec = importlib.util.find_spec(module)  # does not run a top-level package
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"the weights of {backbone} are in the Python package {module}, which is not installed here: "
@@ -150,15 +152,29 @@ def _from_package(place: str, *, backbone: str) -> Path:
     return path
 
 
-# --- reading ---
+# --- reading a file ---
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors, .pth, .pt or .npz file by name, less DataParallel's "module." before each.
+    """The arrays of a .safetensors, .pth, .pt or .npz file by name, without the "module." that DataParallel puts before.
 
-    Raises UserError naming the file and the reason.
+    Raises:
+        UserError: names the file and the reason why it cannot be read.
     """
-    tensors = _read(path)
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".safetensors":
+            # NumPy knows bfloat16 by its name since jax has imported ml_dtypes.
+            tensors = safetensors.numpy.load_file(path)
+        elif suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                tensors = dict(archive)
+        else:  # .pth, .pt, or torch's file under another name in a repository or package
+            tensors = load_torch_file(path)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and NumPy raise many kinds for a damaged file
+        raise UserError(f"{path}: not a readable {suffix} file ({hub.reason(error)})") from None
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     if all(name.startswith("module.") for name in tensors):
@@ -166,57 +182,12 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    suffix = path.suffix.lower()
-    if suffix in (".pth", ".pt"):
-        return load_torch_file(path)
-    try:
-        if suffix == ".safetensors":
-            # bfloat16 is known to NumPy by its name since jax has imported ml_dtypes.
-            return safetensors.numpy.load_file(path)
-        if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-    except MemoryError:
-        raise UserError(f"{path}: does not fit in memory") from None
-    except Exception as error:  # either library raises many kinds for a damaged file
-        raise UserError(f"{path}: not a readable {suffix} file ({hub.reason(error)})") from None
-    raise UserError(f"weight file {path}: unknown extension {suffix!r}; expected {', '.join(EXTENSIONS)}")
-
-
-# --- names ---
-
-
-def torch_names(tree: dict, *, torch_module: Callable[[tuple[str, ...]], str], classifier: str) -> dict[tuple, str]:
-    """Torch's name of every leaf of a params or batch_stats tree, by the leaf's path ("backbone", ..., "kernel")."""
-    names = {}
-    for path in traverse_util.flatten_dict(tree):
-        part, *modules, leaf = path
-        module = torch_module(tuple(modules)) if part == "backbone" else classifier
-        names[path] = f"{module}.{_LEAVES[leaf]}"
-    return names
+# --- torch's names and layout ---
 
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
-    """A kernel HWIO as OIHW, a dense kernel [in,out] as [out,in]; a vector as it is."""
+    """A convolution's kernel HWIO as OIHW, a dense kernel [in,out] as [out,in]; a vector as it is."""
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-
-
-def with_channels(tensors: dict[str, np.ndarray], channels: int) -> dict[str, np.ndarray]:
-    """Torch's tensors for images of another number of channels: the first convolution [O,3,h,w] as [O,channels,h,w].
-
-    One channel gets the sum over the three (thrice their average), so that a grey image gives exactly what it gives
-    as RGB. Otherwise the three are repeated in turn and scaled by 3 / channels, which keeps the size of what comes out.
-    """
-
-    def changed(kernel: np.ndarray) -> np.ndarray:
-        if kernel.ndim != 4 or kernel.shape[1] != 3:  # only a first convolution takes three channels
-            return kernel
-        if channels == 1:
-            return kernel.sum(1, keepdims=True)
-        return kernel[:, np.arange(channels) % 3] * np.asarray(3 / channels, kernel.dtype)
-
-    return tensors if channels == 3 else {name: changed(array) for name, array in tensors.items()}
 
 
 def from_torch_layout(array: np.ndarray) -> np.ndarray:
@@ -224,86 +195,101 @@ def from_torch_layout(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
-def to_state_dict(trees: list[dict], **names: Any) -> dict[str, np.ndarray]:
-    """The leaves of params and batch_stats under torch's names and in its layout; `names` as for `torch_names`."""
-    state = {}
-    for tree in trees:
-        leaves = traverse_util.flatten_dict(tree)
-        for path, name in torch_names(tree, **names).items():
-            state[name] = np.ascontiguousarray(to_torch_layout(np.asarray(leaves[path])))
-    return state
+def with_channels(tensors: dict[str, np.ndarray], channels: int) -> dict[str, np.ndarray]:
+    """Torch's tensors for images with `channels` channels: the first convolution [O,3,h,w] becomes [O,channels,h,w].
+
+    One channel gets the sum of the three, so that a grey image gives exactly what it gives as RGB. More channels
+    repeat the three in turn, scaled by 3 / channels, which keeps the size of the activations.
+    """
+
+    def convert(kernel: np.ndarray) -> np.ndarray:
+        if kernel.ndim != 4 or kernel.shape[1] != 3:  # only a first convolution takes three channels
+            return kernel
+        if channels == 1:
+            return kernel.sum(1, keepdims=True)
+        return kernel[:, np.arange(channels) % 3] * np.asarray(3 / channels, kernel.dtype)
+
+    return tensors if channels == 3 else {name: convert(array) for name, array in tensors.items()}
 
 
-def from_state_dict(tensors: dict[str, np.ndarray], shapes: list[dict], *, origin: str, **names: Any) -> list[dict]:
-    """Fill trees of shapes with torch's tensors, strictly; raises UserError listing everything that doesn't fit.
+def to_state_dict(tree: dict, **naming: Any) -> dict[str, np.ndarray]:
+    """The leaves of {"params": ..., "batch_stats": ...} under torch's names and in its layout.
 
     Args:
-        tensors: by torch's names; `num_batches_tracked` is ignored, and so is the classifier where no tree has it.
-        shapes: trees of arrays or ShapeDtypeStructs, such as params and batch_stats.
-        origin: what to call the tensors in an error.
-        names: as for `torch_names`.
+        tree: nested dicts of arrays; the part "head", if it is there, is the published classifier.
+        naming: `torch_module` and `classifier` of the Backbone.
+    """
+    leaves = _by_torch_name(tree, **naming).items()
+    return {name: np.ascontiguousarray(to_torch_layout(np.asarray(leaf))) for name, (_, leaf) in leaves}
+
+
+def from_state_dict(tensors: dict[str, np.ndarray], shapes: dict, *, origin: str, **naming: Any) -> dict:
+    """Fill a tree of shapes with torch's tensors, strictly.
+
+    Args:
+        tensors: by torch's names; `num_batches_tracked` is ignored, and so is the classifier where the tree has none.
+        shapes: as `to_state_dict`'s tree, of arrays or ShapeDtypeStructs.
+        origin: what the tensors are called in an error.
+        naming: as for `to_state_dict`.
 
     Returns:
-        The same trees with float32 arrays.
+        The same tree with float32 arrays.
+
+    Raises:
+        UserError: lists every tensor that is missing, unexpected, or of another shape or kind.
     """
-    flat = [traverse_util.flatten_dict(tree) for tree in shapes]
-    wanted = [torch_names(tree, **names) for tree in shapes]
-    expected = {name for tree in wanted for name in tree.values()}
-    optional = {f"{names['classifier']}.weight", f"{names['classifier']}.bias"}
-    given = {name for name in tensors if not name.endswith("num_batches_tracked")}
-    misfits = []
-    trees = []
-    for tree, leaves in zip(wanted, flat, strict=True):
-        filled = {}
-        for path, name in tree.items():
-            if name not in tensors:
-                continue
-            leaf: Any = leaves[path]
-            array, misfit = _fitted(from_torch_layout(tensors[name]), leaf.shape, variance=path[-1] == "var")
-            if misfit:
-                misfits.append(f"{name} {misfit}")
+    leaves, filled, misfits = _by_torch_name(shapes, **naming), {}, []
+    for name, (path, leaf) in leaves.items():
+        if name in tensors:
+            array = from_torch_layout(tensors[name])
+            if problem := _misfit(array, leaf.shape, is_variance=path[-1] == "var"):
+                misfits.append(f"{name} {problem}")
             else:
-                filled[path] = array
-        trees.append(traverse_util.unflatten_dict(filled))
-    problems = {
-        "missing": sorted(expected - given),
-        "unexpected": sorted(given - expected - optional),
-        "misfit": sorted(misfits),
-    }
+                filled[path] = np.array(array, np.float32, order="C")
+    expected = set(leaves)
+    given = {name for name in tensors if not name.endswith("num_batches_tracked")}
+    optional = {f"{naming['classifier']}.{leaf}" for leaf in ("weight", "bias")}
+    problems = {"missing": expected - given, "unexpected": given - expected - optional, "misfit": set(misfits)}
     if any(problems.values()):
+        # The file of another network shares no name with this one: its hundreds of names would fill the screen.
         brief = not expected & given
-        listed = "; ".join(f"{kind}: {_listed(found, brief=brief)}" for kind, found in problems.items() if found)
-        raise UserError(f"{origin}: not the weights of this network. {listed}{_prefix(given, expected)}")
-    return jax.device_put(trees)
+        lists = "; ".join(f"{kind}: {_join(sorted(names), brief=brief)}" for kind, names in problems.items() if names)
+        raise UserError(f"{origin}: not the weights of this network. {lists}{_advice_on_prefix(given, expected)}")
+    return jax.device_put(traverse_util.unflatten_dict(filled))
 
 
-def _fitted(array: np.ndarray, shape: tuple[int, ...], *, variance: bool) -> tuple[np.ndarray, str]:
-    """(the array in float32, what is wrong with it); shapes are said as torch has them."""
+def _by_torch_name(tree: dict, *, torch_module: Callable[[tuple[str, ...]], str], classifier: str) -> dict[str, Any]:
+    """(path, leaf) of every leaf of {"params": ..., "batch_stats": ...} by torch's name."""
+    leaves = {}
+    for path, leaf in traverse_util.flatten_dict(tree).items():
+        _, part, *modules, kind = path
+        module = torch_module(tuple(modules)) if part == "backbone" else classifier
+        leaves[f"{module}.{_LEAVES[kind]}"] = path, leaf
+    return leaves
+
+
+def _misfit(array: np.ndarray, shape: tuple[int, ...], *, is_variance: bool) -> str:
+    """What is wrong with an array, in torch's terms; an empty string if it fits."""
     if array.shape != shape:
         has, wanted = (to_torch_layout(np.empty(s, "V0")).shape for s in (array.shape, shape))
-        return array, f"has shape {has} instead of {wanted}"
+        return f"has shape {has} instead of {wanted}"
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        return array, f"is {array.dtype}, not a floating-point number"
-    with np.errstate(over="ignore"):
-        single = np.array(array, np.float32, order="C")
-    if array.dtype.itemsize > 4 and (np.isinf(single) & ~np.isinf(array)).any():
-        return array, f"is {array.dtype}, with values that are infinite in float32"
-    if variance and (single < 0).any():
-        return array, "is a variance, and negative somewhere"
-    return single, ""
+        return f"is {array.dtype}, not a floating-point number"
+    if array.dtype.itemsize > 4 and (np.abs(array[np.isfinite(array)]) > np.finfo(np.float32).max).any():
+        return f"is {array.dtype}, with values that are infinite in float32"
+    if is_variance and (array < 0).any():
+        return "is a variance, and negative somewhere"
+    return ""
 
 
-def _listed(names: list[str], *, brief: bool) -> str:
-    """All of them, or a count and the first five, where another network's would fill the screen."""
+def _join(names: list[str], *, brief: bool) -> str:
     return f"{len(names)} ({', '.join(names[:5])}, ...)" if brief and len(names) > 20 else ", ".join(names)
 
 
-def _prefix(given: set[str], expected: set[str]) -> str:
-    """The end of an error: what stands before every name and nowhere else, as in a Lightning checkpoint."""
-    modules = zip(*(name.split(".")[:-1] for name in given), strict=False)
-    prefix = ""
-    for same in itertools.takewhile(lambda same: len(set(same)) == 1, modules):
-        prefix += f"{same[0]}."
-        if expected & {name.removeprefix(prefix) for name in given}:
+def _advice_on_prefix(given: set[str], expected: set[str]) -> str:
+    """The end of the error if a prefix before every name, as in a Lightning checkpoint, is all that is wrong."""
+    prefixes = {name.removesuffix(end) for name in given for end in expected if name.endswith(f".{end}")}
+    for prefix in sorted(prefixes, key=len):
+        if all(name.startswith(prefix) for name in given):
             return f". Every name begins with '{prefix}': write the file without it"
     return ""

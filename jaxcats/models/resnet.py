@@ -1,4 +1,7 @@
-"""ResNet 18, 34, 50, 101 and 152, equal to torchvision's (He et al. 2015; the stride on the 3x3 of the bottleneck)."""
+"""ResNet 18, 34, 50, 101 and 152 (He et al. 2015, arXiv:1512.03385), equal to torchvision's.
+
+As there, a bottleneck has its stride on the 3x3 convolution and not on the first 1x1.
+"""
 
 from typing import Any
 
@@ -11,7 +14,7 @@ FIRST_GROUP = ("stem", "layer1", "layer2")
 
 
 class Block(nn.Module):
-    """A residual block: two 3x3 convolutions, or as a bottleneck 1x1, 3x3, 1x1 with four times the width going out."""
+    """A residual block: two 3x3 convolutions; or a bottleneck, 1x1, 3x3 and 1x1, whose output has four times the width."""
 
     width: int
     stride: int
@@ -20,20 +23,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train: bool):
-        features = self.width * 4 if self.bottleneck else self.width
+        def conv_norm(x, features: int, window: int, stride: int, name: str):
+            return ConvNorm(features, window, stride, window // 2, dtype=self.dtype, name=name)(x, train=train)
+
         if self.bottleneck:
-            convs = [(self.width, 1, 1), (self.width, 3, self.stride), (features, 1, 1)]
+            features = 4 * self.width
+            x = nn.relu(conv_norm(images, self.width, 1, 1, "conv1"))
+            x = nn.relu(conv_norm(x, self.width, 3, self.stride, "conv2"))
+            x = conv_norm(x, features, 1, 1, "conv3")
         else:
-            convs = [(features, 3, self.stride), (features, 3, 1)]
-        x = images
-        for number, (width, window, stride) in enumerate(convs, start=1):
-            conv = ConvNorm(width, window, stride, window // 2, dtype=self.dtype, name=f"conv{number}")
-            x = conv(x, train=train)
-            if number < len(convs):
-                x = nn.relu(x)
+            features = self.width
+            x = nn.relu(conv_norm(images, features, 3, self.stride, "conv1"))
+            x = conv_norm(x, features, 3, 1, "conv2")
         shortcut = images
         if self.stride != 1 or images.shape[-1] != features:
-            shortcut = ConvNorm(features, 1, self.stride, dtype=self.dtype, name="shortcut")(images, train=train)
+            shortcut = conv_norm(images, features, 1, self.stride, "shortcut")
         return nn.relu(x + shortcut)
 
 
@@ -55,7 +59,7 @@ class Stage(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The network up to its last feature map: images [N,H,W,channels] to [N,H/32,W/32,512 or 2048]."""
+    """The network up to its last feature map: images [N,H,W,channels] to [N,H/32,W/32,512], or 2048 with bottlenecks."""
 
     blocks: tuple[int, int, int, int]
     bottleneck: bool = False
@@ -67,13 +71,14 @@ class ResNet(nn.Module):
         x = nn.relu(ConvNorm(64, 7, 2, 3, dtype=self.dtype, name="stem")(images, train=train))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]  (declared as str, takes pairs)
         for number, blocks in enumerate(self.blocks):
-            stride, width = (1 if number == 0 else 2), 64 * 2**number
-            x = Stage(blocks, width, stride, self.bottleneck, self.dtype, name=f"layer{number + 1}")(x, train=train)
+            stride = 1 if number == 0 else 2
+            stage = Stage(blocks, 64 * 2**number, stride, self.bottleneck, self.dtype, name=f"layer{number + 1}")
+            x = stage(x, train=train)
         return x
 
 
 def torch_module(path: tuple[str, ...]) -> str:
-    """The name of torchvision's module for ours, such as ("layer1", "block0", "conv2", "bn") -> "layer1.0.bn2"."""
+    """Torchvision's name of one of our modules: ("layer1", "block0", "conv2", "bn") -> "layer1.0.bn2"."""
     kind = path[-1]
     if path[0] == "stem":
         return f"{kind}1"

@@ -13,7 +13,6 @@ from jaxcats.core import mesh
 from jaxcats.core.step import make_eval_step, normalise
 from jaxcats.data.images import Preprocess
 from jaxcats.data.index import Split
-from jaxcats.models import registry
 from jaxcats.train.drivers import Batches, array_batches, image_batches, one_batch_late
 from jaxcats.train.experiment import head_on_features
 
@@ -46,8 +45,7 @@ class Evaluator:
         self.arrays = None if features is None else {"label": split.labels, "features": features}
         self.decoding: dict[str, Any] = {"preprocess": preprocess, "batch_size": batch_size, "workers": workers}
         on_features = features is not None
-        backbone = registry.get(model.name)
-        self.eval_step = _eval_program(model, backbone, preprocess, on_features, mesh.has_many_devices())
+        self.eval_step = _eval_program(model, preprocess, on_features, mesh.has_many_devices())
 
     def __call__(self, params: Any, batch_stats: Any) -> np.ndarray:
         batches = array_batches(self.arrays, ARRAY_BATCH) if self.arrays else image_batches(self.split, **self.decoding)
@@ -79,10 +77,8 @@ def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: 
 
 
 @functools.cache  # A notebook evaluates the same network after every fit: one program for all.
-def _eval_program(
-    model: models.Model, backbone: models.Backbone, preprocess: Preprocess, on_features: bool, many_devices: bool
-) -> Callable:
-    """The jitted evaluation step; `backbone` and `many_devices` are part of the key alone."""
+def _eval_program(model: models.Model, preprocess: Preprocess, on_features: bool, many_devices: bool) -> Callable:
+    """The jitted evaluation step; `many_devices` is part of the key alone."""
     apply_fn = head_on_features(model) if on_features else model.apply
     eval_step = make_eval_step(apply_fn=apply_fn, preprocess=normalise(preprocess.mean, preprocess.std))
     return jit(eval_step, convolutions=not on_features, **mesh.replicated_outputs())

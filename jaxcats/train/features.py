@@ -31,7 +31,6 @@ from jaxcats.core.state import tree_hash
 from jaxcats.core.step import normalise
 from jaxcats.data.images import TRANSFORM_VERSION, Preprocess
 from jaxcats.data.index import Split
-from jaxcats.models import registry
 from jaxcats.train.drivers import decoding, image_batches, one_batch_late
 from jaxcats.train.experiment import Experiment
 
@@ -98,7 +97,7 @@ def backbone_features(
         "transform": TRANSFORM_VERSION,
         "pillow": PIL.__version__,
         "batch_size": batch_size,  # changes the last bits
-        "program": source_hash(registry.get(model.name)) or _lowered(run, *jax.eval_shape(lambda: weights), shape),
+        "program": source_hash(model.backbone) or _lowered(run, *jax.eval_shape(lambda: weights), shape),
         "compiler": compiler_options(jax.default_backend()),
         "platform": jax.default_backend(),
     }

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import seeded
 
-from jaxcats import models
 from jaxcats.models import efficientnet_lite, resnet
 from jaxcats.models.conv import ConvNorm
 
@@ -22,7 +21,7 @@ def block_outputs(model, params, batch_stats, images):
         )
 
     variables = {"params": params["backbone"], "batch_stats": batch_stats["backbone"]}
-    module = models._module(model, "backbone")
+    module = model.backbone_module()
     _, state = module.apply(variables, images, train=False, capture_intermediates=wanted, mutable=["intermediates"])
     parts = state["intermediates"]
     names = sorted(parts, key=lambda name: (name != "stem", name == "tail", name))

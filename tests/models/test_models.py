@@ -53,7 +53,7 @@ def test_model_is_a_hashable_description(name, head, size):
     assert model == models.create(name, 2, head=head)
     assert hash(model) == hash(models.create(name, 2, head=head))
     assert model != models.create(name, 3, head=head)
-    assert (model.feature_size, model.stride, model.min_size) == (size, 32, 32)
+    assert (model.feature_size, model.backbone.stride) == (size, 32)
     assert model.preprocess.interpolation == ("bicubic" if name == "efficientnet_lite0" else "bilinear")
 
 

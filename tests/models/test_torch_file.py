@@ -41,8 +41,9 @@ def zipped(table: bytes, *, storage: bytes = b"", extra: dict[str, bytes] | None
 
 
 def legacy(table: bytes, *, keys=("0",), storage: bytes = struct.pack("<q", 0), little=True):
-    head = [torch_file.LEGACY_MAGIC, torch_file.LEGACY_PROTOCOL, {"little_endian": little}]
-    return b"".join(pickle.dumps(part, 2) for part in head) + table + pickle.dumps(list(keys), 2) + storage
+    head = [torch_file.LEGACY_PROTOCOL, {"little_endian": little}]
+    parts = b"".join(pickle.dumps(part, 2) for part in head)
+    return torch_file.LEGACY_MAGIC + parts + table + pickle.dumps(list(keys), 2) + storage
 
 
 def tensor_table(shape, strides, *, offset=0, count=4, kind="FloatStorage", view=False) -> bytes:
@@ -165,7 +166,6 @@ def test_truncated_anywhere_is_refused(tmp_path, name):
         refused(tmp_path, data[:end])
 
 
-@pytest.mark.filterwarnings("ignore:.*invalid.*escape")  # pickletools decodes opcodes that we then refuse
 @pytest.mark.parametrize("name", ["tensors_zip", "tensors_legacy", "tensors_nested"])
 def test_damaged_bytes_never_crash(tmp_path, name):
     """Every single-byte change either is refused or gives arrays no larger than the file."""
@@ -187,7 +187,7 @@ def test_damaged_bytes_never_crash(tmp_path, name):
     [
         (b"", "not a file by torch.save"),
         (b"<!DOCTYPE html>", "begins with b'<!DOCTYP'"),
-        (b"PK\x03\x04 nothing", "damaged or truncated zip"),
+        (b"PK\x03\x04 nothing", "damaged or truncated (File is not a zip file)"),
         (zipped(b"\x80\x02]."), "no state dict"),
         (zipped(b"\x80\x02}" + text("epoch") + b"K\x03s."), "'epoch' is not a named tensor"),
         (zipped(b"\x80\x02}K\x03K\x03s."), "'3' is not a named tensor"),
@@ -200,8 +200,9 @@ def test_damaged_bytes_never_crash(tmp_path, name):
         (zipped(tensor_table((1,), (1,)), storage=bytes(99), compress=zipfile.ZIP_DEFLATED), "compressed"),
         (zipped(tensor_table((1,), (1,)), extra={"x/data.pkl": b""}), "one data.pkl"),
         (legacy(tensor_table((1,), (1,)), little=False), "big-endian"),
-        (legacy(tensor_table((1,), (1,)), keys=()), "numbers of 'a' are not in it"),
-        (legacy(tensor_table((1,), (1,)), keys=(1,)), "no list of storages"),
+        (legacy(tensor_table((1,), (1,)), keys=[]), "'a' of shape (1,) does not fit into its storage of 0 numbers"),
+        (legacy(tensor_table((1,), (1,)), keys=[1]), "damaged or truncated (1)"),
+        (legacy(tensor_table((1,), (1,)), keys=["0", "0"], storage=bytes(16)), "damaged or truncated: storage '0'"),
         (legacy(tensor_table((1,), (1,)), storage=struct.pack("<q", 2**61)), "truncated: storage '0'"),
         (legacy(tensor_table((1,), (1,)), storage=struct.pack("<q", -1)), "truncated: storage '0'"),
     ],
@@ -219,5 +220,68 @@ def test_what_is_said_of_a_damaged_file_is_short(tmp_path):
 
 
 def test_a_table_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_file, "MAX_OPCODES", 1000)
-    assert "implausibly long" in refused(tmp_path, zipped(b"\x80\x02" + b"N" * 2000 + b"."))
+    monkeypatch.setattr(torch_file, "MAX_TABLE", 1000)
+    table = b"\x80\x02" + b"N" * 2000 + b"."
+    assert "of at most 1,000 bytes" in refused(tmp_path, zipped(table))
+    assert "damaged or truncated" in refused(tmp_path, legacy(table))
+
+
+DOUBLED = b"K\x01\x85\x94" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86\x94" for i in range(60))
+NAMED = b"ccollections\nOrderedDict\n"
+
+
+@pytest.mark.parametrize(
+    ("table", "word"),
+    [
+        (b"N\x94r\xff\xff\xff\x7f}.", "nothing"),  # a memo of 2**31 places: read, since ours is a dictionary
+        (b"}" + DOUBLED + b"K\x01s.", "neither text nor numbers"),  # a key whose hash takes 2**60 steps
+        (b"}" + b")" + b"\x85" * 500_000 + b"K\x01s.", "neither text nor numbers"),  # and one too deep to be hashed
+        (
+            b"}" + b"".join(b"\x8a\x09" + (i * (2**61 - 1)).to_bytes(9, "little") + b"N" for i in range(9)) + b"s.",
+            "keys",
+        ),
+        (b"}G" + bytes(8) + b"Ns.", "neither text nor numbers"),
+        (b"]" * 500_000 + b"a" * 499_999 + b".", "no state dict"),  # deep, but nothing descends into it
+        (b"}\x94" + text("model") + b"h\x00s.", "'model' is not a named tensor"),  # a cycle
+        (b"\x82\x01.", "uses EXT1"),
+        (b"\x83\x01\x00.", "uses EXT2"),
+        (NAMED + b")\x81.", "uses NEWOBJ"),
+        (NAMED + b")}\x92.", "uses NEWOBJ_EX"),
+        (b"(iposix\nsystem\n.", "uses INST"),
+        (b"(" + NAMED + b"o.", "uses OBJ"),
+        (b"}2.", "uses DUP"),
+        (b"\x8f\x91.", "uses EMPTY_SET"),
+        (b"\x96" + bytes(8) + b".", "uses BYTEARRAY8"),
+        (b"\x8b\xff\xff\xff\x7f.", "uses LONG4"),
+        (b"\xfe.", "damaged or truncated"),
+        (text("a\nb") + text("c\nd") + b"\x93.", "it asks for a b.c d, which is no part of a tensor"),
+        (NAMED + b"}" + text("name") + text("x") + b"sb.", "sets attributes of something"),
+        (NAMED + b"]\x85R.", "calls collections.OrderedDict in an unknown way"),
+        (b"ctorch\nFloatStorage\n)R.", "calls torch.FloatStorage in an unknown way"),
+        (b"ctorch._utils\n_rebuild_parameter\n}\x85R.", "calls torch._utils._rebuild_parameter in an unknown way"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n)R.", "_rebuild_tensor_v2 in an unknown way"),
+        (b"ctorch\nSize\n" + b"]\x85R.", "sizes that are not whole numbers"),
+        (b"N)R.", "damaged or truncated"),
+        (text("x") + b"Q.", "damaged or truncated"),
+        (b"}Q.", "damaged or truncated"),
+        (b"(" + text("storage") + text("FloatStorage") + text("0") + text("cpu") + b"K\x01tQ.", "damaged or truncated"),
+        (b"\x95" + b"\xff" * 8 + b"}.", "damaged or truncated"),
+        (b"X\xff\xff\xff\x7fabc.", "damaged or truncated"),
+    ],
+)
+def test_a_hostile_table_is_refused_at_once(tmp_path, table, word):
+    """What a pickle can do without calling anything: fill the memory, take for ever, overflow the stack, change a class."""
+    if word == "nothing":
+        path = tmp_path / "harmless.pth"
+        path.write_bytes(zipped(b"\x80\x02" + table))
+        assert load_torch_file(path) == {}
+    else:
+        assert word in refused(tmp_path, zipped(b"\x80\x02" + table))
+
+
+def test_one_storage_of_two_kinds_is_refused(tmp_path):
+    def entry(name: str, kind: str) -> bytes:
+        return tensor_table((1,), (1,), kind=kind)[3:-1].replace(text("a"), text(name))
+
+    table = b"\x80\x02}" + entry("a", "FloatStorage") + entry("b", "HalfStorage") + b"."
+    assert "no storage" in refused(tmp_path, zipped(table, storage=bytes(16)))
