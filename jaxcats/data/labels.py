@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcats.common.config import compiled, label_kind
-from jaxcats.common.errors import UserError, nearest
+from jaxcats.common.errors import UserError, first_line, nearest
 from jaxcats.data.files import IMAGE_EXTENSIONS, list_images, subfolders
 
 # What folders and cells of a table may call a split.
