@@ -1,15 +1,13 @@
 """`python -m jaxcats.doctor FOLDER`: what is wrong with a folder of images, and what to do about it; no file is changed."""
 
-import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcats.common.cli import Parser, command_line, run_command
+from jaxcats.common.cli import Parser, run_command
 from jaxcats.common.errors import UserError, one_line, unwritable
 
 DESCRIPTION = (
@@ -51,8 +49,7 @@ def read_options(argv: Sequence[str]) -> Any:
         UserError: an output can't be written, or would replace a file that doctor did not write.
     """
     parser = Parser(prog="python -m jaxcats.doctor", description=DESCRIPTION)
-    # Optional to argparse, for a better answer to --html FOLDER.
-    parser.add_argument("folder", nargs="?", help="any folder: with train/ and valid/, with class folders, or flat")
+    parser.add_argument("folder", help="any folder: with train/ and valid/, with class folders, or flat")
     parser.add_argument("--json", metavar="FILE", help="write every finding to this file")
     page = "write a page that shows the images (without a name: doctor.html)"
     parser.add_argument("--html", nargs="?", const="doctor.html", metavar="FILE", help=page)
@@ -60,23 +57,12 @@ def read_options(argv: Sequence[str]) -> Any:
     parser.add_argument("--backbone", help=backbone)
     options = parser.parse_args(argv)
     targets = {"json": options.json, "html": options.html}
-    if options.folder is None:
-        for name, file in targets.items():
-            if file and os.path.isdir(file):
-                command = f"{command_line('doctor')} {shlex.quote(file)} --{name}"
-                raise UserError(f"--{name} {file}: is a folder, not a file to write; give the folder first: {command}")
-        parser.error("the following arguments are required: folder")
     from jaxcats.data.files import check_targets
-    from jaxcats.data.quality import extension_by_content
 
     check_targets(targets, [options.folder])
     for name, file in targets.items():
-        if file and extension_by_content(file):
-            raise UserError(f"--{name} {file}: is an image; name another file to write.")
         if file and not is_replaceable(file, JSON_START if name == "json" else HTML_START):
-            raise UserError(
-                f"--{name} {file}: exists, and doctor --{name} did not write it; name another file to write."
-            )
+            raise UserError(f"--{name} {file}: doctor --{name} did not write this file; name another file to write.")
     return options
 
 
@@ -150,17 +136,12 @@ def feature_reader(root: Path, backbone: str) -> Callable[[Sequence[str], Sequen
     model, preprocess = experiment.create_model(config, 2)
     params, batch_stats = models.load_pretrained(model)
 
+    weights: dict[str, Any] = {"params": params, "batch_stats": batch_stats, "preprocess": preprocess}
+    reading: dict[str, Any] = {"batch_size": config.feature_batch, "workers": None, "cache_dir": cache_dir}
+
     def features(paths: Sequence[str], hashes: Sequence[str]) -> Any:
-        return backbone_features(
-            model,
-            Split(root, tuple(paths), np.zeros(len(paths), np.int32), tuple(hashes)),
-            params=params,
-            batch_stats=batch_stats,
-            cache_dir=cache_dir,
-            preprocess=preprocess,
-            batch_size=config.feature_batch,
-            workers=None,
-        ).features
+        split = Split(root, tuple(paths), np.zeros(len(paths), np.int32), tuple(hashes))
+        return backbone_features(model, split, **weights, **reading).features
 
     return features
 

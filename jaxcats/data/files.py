@@ -3,11 +3,11 @@
 `index` and `quality` use it; `check_targets` keeps the outputs of predict and doctor from replacing a user's file.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import TypeVar
 
 import PIL
 from PIL import Image
@@ -23,8 +24,9 @@ from jaxcats.common.errors import UserError
 from jaxcats.common.io import cache_name, remove_stale_temporaries, warn, write_bytes
 from jaxcats.data.images import FORMATS, Decoded, ImageError, bad_reason, decode, open_image
 
+T = TypeVar("T")
 IMAGE_EXTENSIONS = frozenset(f".{extension}" for extensions in FORMATS.values() for extension in extensions)
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 SAVE_SECONDS = 60.0  # the work that a killed process can lose
 MOST_VISITS = 1000  # of one folder, by different paths of links
 QUEUE = 4096  # files given to the decoding threads at a time: a queue of all would be larger than the index itself
@@ -42,10 +44,6 @@ class FileRecord:
     size: int
     mtime_ns: int
     sha256: str = ""
-    width: int = 0
-    height: int = 0
-    mode: str = ""
-    format: str = ""
     bad: str | None = None
     note: str = ""
 
@@ -73,43 +71,28 @@ def walk(folder: Path, root: Path, *, hidden: bool = False) -> Iterator[tuple[st
     Raises:
         UserError: a folder can't be read, or folders link to each other in so many ways that the walk would not end.
     """
-    visits: Counter[tuple[int, int]] = Counter()
 
-    def visit(here: str, parents: frozenset[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
-        folders, names = [], []
-        try:
-            identity = _identity(here)
-            if identity in parents:
-                return
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    (folders if _is_folder(entry) else names).append(entry.name)
-        except OSError as error:
-            if any(part.startswith(".") for part in Path(here).relative_to(root).parts):
-                return
-            raise UserError(f"{here}: can't be read ({error.strerror}); allow it, or move the folder away") from None
+    def fail(error: OSError) -> None:
+        if not any(part.startswith(".") for part in Path(error.filename).relative_to(root).parts):
+            problem = f"{error.filename}: can't be read ({error.strerror})"
+            raise UserError(f"{problem}; allow it, or move the folder away") from None
+
+    visits: Counter[tuple[int, int]] = Counter()
+    above = [path for path in folder.parents if path.is_relative_to(root)]
+    # The folders on the way to each folder, by device and inode.
+    way_to = {str(folder.parent): frozenset((status.st_dev, status.st_ino) for status in map(os.stat, above))}
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
+        status, way = os.stat(here), way_to[os.path.dirname(here)]
+        identity = (status.st_dev, status.st_ino)
+        if identity in way:
+            folders.clear()
+            continue
         visits[identity] += 1
         if visits[identity] > MOST_VISITS:
             raise UserError(f"{here}: links lead to the same folders over and over; remove those between folders")
+        way_to[here] = way | {identity}
         yield here, names
-        for name in sorted(folders):
-            if hidden or not name.startswith("."):
-                yield from visit(os.path.join(here, name), parents | {identity})
-
-    steps = folder.relative_to(root).parts
-    yield from visit(str(folder), frozenset(_identity(Path(root, *steps[:n])) for n in range(len(steps))))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, say
-        return False
-
-
-def _identity(folder: str | Path) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
 
 
 def inspect_file(path: Path, check: Callable[[Image.Image, Decoded], None] | None = None) -> FileRecord:
@@ -136,14 +119,8 @@ def inspect_file(path: Path, check: Callable[[Image.Image, Decoded], None] | Non
             decoded = decode(image, content)
             if check:
                 check(image, decoded)
-            return dataclasses.replace(
-                record,
-                width=decoded.image.width,
-                height=decoded.image.height,
-                mode=image.mode,
-                format=image.format or "",
-                note="; ".join(filter(None, [*decoded.notes, wrong_extension_note(image, path)])),
-            )
+            notes = [*decoded.notes, wrong_extension_note(image, path)]
+            return dataclasses.replace(record, note="; ".join(filter(None, notes)))
     except MemoryError:  # it may fit next time: without a hash the record is not cached
         return dataclasses.replace(record, sha256="", bad="too large for the memory that is free")
     except Exception as error:
@@ -179,49 +156,55 @@ def inspect_files(
     cached = _load_records(cache_file)
     records = {p: cached[p] for p in paths if p in cached and not rehash and _is_unchanged(root / p, cached[p])}
     todo = [path for path in paths if path not in records]
-    reused = len(records)
-    if todo:
-        from tqdm import tqdm
-
-        pool = ThreadPoolExecutor(workers or os.cpu_count())
-        try:
-            parts = (todo[start : start + QUEUE] for start in range(0, len(todo), QUEUE))
-            fresh = (record for part in parts for record in pool.map(inspect_file, [root / path for path in part]))
-            disable = None if progress else True
-            bar = tqdm(fresh, total=len(todo), desc="checking images", unit="file", disable=disable, delay=1.0)
-            due = monotonic() + SAVE_SECONDS
-            for path, record in zip(todo, bar, strict=True):
-                records[path] = record
-                if (now := monotonic()) > due:
-                    _save_records(cache_file, root, cached | records)
-                    end = monotonic()
-                    due = end + max(SAVE_SECONDS, 9 * (end - now))  # saving millions is slow: a tenth of the time
-        finally:
-            # Without waiting for the threads, which a second Ctrl-C would end before anything is saved.
-            pool.shutdown(wait=False, cancel_futures=True)
-            if len(records) > reused:
+    reused, due = len(records), monotonic() + SAVE_SECONDS
+    fresh = map_files(inspect_file, [root / path for path in todo], "checking images", workers, progress=progress)
+    try:
+        for path, record in zip(todo, fresh, strict=True):
+            records[path] = record
+            if (now := monotonic()) > due:
                 _save_records(cache_file, root, cached | records)
+                end = monotonic()
+                due = end + max(SAVE_SECONDS, 9 * (end - now))  # saving millions is slow: a tenth of the time
+    finally:
+        if len(records) > reused:
+            _save_records(cache_file, root, cached | records)
     return [records[path] for path in paths], reused
 
 
-def _is_unchanged(path: Path, record: FileRecord) -> bool:
+def map_files(
+    function: Callable[[Path], T], files: Sequence[Path], title: str, workers: int | None = None, *, progress: bool
+) -> Iterator[T]:
+    """The function's result for each file, computed in threads (None: one per core), with a progress bar on a terminal."""
+    from tqdm import tqdm
+
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
+        parts = (files[start : start + QUEUE] for start in range(0, len(files), QUEUE))
+        results = (result for part in parts for result in pool.map(function, part))
+        disable = None if progress else True  # None: unless stderr is a terminal
+        yield from tqdm(results, total=len(files), desc=title, unit="file", disable=disable, delay=1.0)
+    finally:
+        # Without waiting for the threads, which a second Ctrl-C would end before the index saves its records.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_unchanged(path: Path, record: FileRecord) -> bool:
+    with contextlib.suppress(OSError):
         status = path.stat()
-    except OSError:
-        return False
-    return (status.st_size, status.st_mtime_ns) == (record.size, record.mtime_ns)
+        return (status.st_size, status.st_mtime_ns) == (record.size, record.mtime_ns)
+    return False
 
 
 def _load_records(cache_file: Path) -> dict[str, FileRecord]:
     try:
         digest, _, text = cache_file.read_bytes().partition(b"\n")
-        if digest.decode("ascii") != hashlib.sha256(text).hexdigest():
-            raise ValueError("damaged")
+        if digest != hashlib.sha256(text).hexdigest().encode():
+            raise ValueError
         saved = json.loads(text)
         # Another Pillow may decode what this one can't, and the reverse.
         if (saved["version"], saved["pillow"]) != (CACHE_VERSION, PIL.__version__):
             return {}
-        return {path: _check_record(FileRecord(*values)) for path, values in saved["files"].items()}
+        return {path: FileRecord(*values) for path, values in saved["files"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -229,31 +212,16 @@ def _load_records(cache_file: Path) -> dict[str, FileRecord]:
         return {}
 
 
-def _check_record(record: FileRecord) -> FileRecord:
-    numbers = (record.size, record.mtime_ns, record.width, record.height)
-    texts = [record.sha256, record.mode, record.format, record.note, "" if record.bad is None else record.bad]
-    valid = all(type(number) is int for number in numbers) and all(type(text) is str for text in texts)
-    shown = "".join(texts[-2:]) if valid else ""
-    shown.encode("utf-8", "surrogateescape")  # ValueError where no report could hold it
-    if not valid or not re.fullmatch("[0-9a-f]{64}", record.sha256) or len(shown) > 400:  # twice the longest text
-        raise ValueError("fields out of range")
-    return record
-
-
 def _save_records(cache_file: Path, root: Path, records: dict[str, FileRecord]) -> None:
     # Without a hash the content was never read (no permission, say), which can change while size and time don't.
-    saved = {
-        path: dataclasses.astuple(record)
-        for path, record in sorted(records.items())
-        if record.sha256 and os.path.lexists(root / path)
-    }
+    kept = {path: r for path, r in sorted(records.items()) if r.sha256 and os.path.lexists(root / path)}
+    saved = {path: dataclasses.astuple(record) for path, record in kept.items()}
     try:
         text = json.dumps({"version": CACHE_VERSION, "pillow": PIL.__version__, "files": saved}).encode()
         # A wrong digit in a record would be believed for ever: the first line is the hash of the rest.
         write_bytes(cache_file, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
     except OSError as error:
-        reason = bad_reason(error)
-        warn(f"the index cache {cache_file} can't be written ({reason}): the images are checked again next time")
+        warn(f"the index cache {cache_file} can't be written ({error.strerror}): images are checked again next time")
 
 
 def check_targets(targets: dict[str, str | None], inputs: Sequence[str]) -> None:

@@ -4,11 +4,9 @@ A `Finding` is one problem of some images or folders, and `KINDS` says what each
 yield findings: checks of one image, checks of a dataset, look-alikes, and what training would make of a folder.
 """
 
-import os
-import re
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +16,10 @@ from PIL import Image
 
 from jaxcats.common.config import TABLES
 from jaxcats.common.errors import UserError
-from jaxcats.data.files import IMAGE_EXTENSIONS, inspect_file, list_images, subfolders, walk, wrong_extension_note
-from jaxcats.data.images import Decoded, is_high_bit_depth
+from jaxcats.data import files
+from jaxcats.data.images import FORMATS, Decoded, ImageError, is_high_bit_depth, open_image
 from jaxcats.data.index import FolderIndex, Split
-from jaxcats.data.labels import SPLITS, check_classes, extensions, find_labels, normalized_name, read_table, shortened
+from jaxcats.data.labels import SPLITS, extensions, find_labels, normalized_name, read_table, shortened
 
 IMBALANCE = 3.0  # a class with this many times the images of another is worth a line
 FEW = 30  # validation images of a class: the interval of its recall is some 25 points wide
@@ -161,19 +159,11 @@ def examine_folder(
     Returns:
         The number of images, a sentence about the splits and classes that they were taken for, and the findings by kind.
     """
-    from tqdm import tqdm
-
-    paths, layout = list_images(root, root), find_layout(root)
+    paths, layout = files.list_images(root, root), find_layout(root)
     found = list(check_other_files(root))
     if not paths and not any(finding.kind == "image without an image extension" for finding in found):
         raise UserError(f"{root}: no images found at any depth; looked for {extensions()}")
-    pool = ThreadPoolExecutor(os.cpu_count())
-    disable = None if progress else True  # None: unless stderr is a terminal
-    try:
-        inspections = pool.map(inspect_image, [root / path for path in paths])
-        looks = list(tqdm(inspections, total=len(paths), unit="file", desc="examining images", disable=disable))
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that Ctrl-C doesn't wait for the rest
+    looks = files.map_files(inspect_image, [root / path for path in paths], "examining images", progress=progress)
     contents: dict[str, tuple[Look, list[PlacedImage]]] = {}
     for path, look in zip(paths, looks, strict=True):
         found += [Finding(kind, [path], detail) for kind, detail in look.notes]
@@ -184,8 +174,7 @@ def examine_folder(
     found += check_look_alikes([c for c in contents.values() if not c[0].is_uniform], features_of, cosine)
     number = Counter((image.split, image.label) for image in images)
     found += check_class_folders(number, layout, root)
-    classes_said = any(f.kind in ("class without images", "one class spelled in two ways") for f in found)
-    found += check_training([image.path for image in images], layout, root, classes_said=classes_said)
+    found += check_training([image.path for image in images], layout, root)
     return len(paths), _describe(number, layout), by_kind(found)
 
 
@@ -223,7 +212,7 @@ def inspect_image(path: Path) -> Look:
         (short, long), size = sorted(decoded.image.size), f"{decoded.image.width} x {decoded.image.height}"
         notes = {
             "unusual image": "; ".join(decoded.notes),
-            "wrong extension": wrong_extension_note(stored, path),
+            "wrong extension": files.wrong_extension_note(stored, path),
             "rotated by EXIF": f"orientation {decoded.orientation}" if decoded.orientation > 1 else "",
             "tiny": size if short < TINY else "",
             "long and narrow": size if long > LONG * short else "",
@@ -234,7 +223,7 @@ def inspect_image(path: Path) -> Look:
         look.thumbnail = np.asarray(grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
         look.phash = int(str(imagehash.phash(grey)), 16)
 
-    record = inspect_file(path, check)
+    record = files.inspect_file(path, check)
     if record.bad is not None:
         return Look(notes=[("unreadable", record.bad)])
     look.sha256 = record.sha256
@@ -247,14 +236,13 @@ def _range_notes(image: Image.Image, stored: Image.Image, is_uniform: bool) -> d
     # Seen small, a title page and a night sky are as uniform as a blank sheet.
     is_blank = is_uniform and max(high - low for low, high in ranges) < BLANK
     if is_high_bit_depth(stored):
-        values = np.asarray(stored)
+        values, full = np.asarray(stored), 1.0 if stored.mode == "F" else 65535.0
         values = values[np.isfinite(values)]
-        full, words = (1.0, "of 0 to 1") if stored.mode == "F" else (65535.0, "of what 16 bits hold")
         low, high = (float(values.min()) / full, float(values.max()) / full) if values.size else (0.0, 0.0)
         # Beyond the full range an image is scaled by its own.
         if low >= 0 and high <= 1 and (high - low) * 65535 >= BLANK and (high <= DARK or is_blank):
-            share = f"the lowest {100 * high:.2g} %" if high <= DARK else f"{100 * (high - low):.2g} %"
-            return {"narrow range of values": f"its values fill only {share} {words}"}
+            detail = f"its values lie between {100 * low:.2g} % and {100 * high:.2g} % of the full range"
+            return {"narrow range of values": detail}
     return {"blank": "one uniform colour" if is_blank else ""}
 
 
@@ -262,24 +250,11 @@ def _range_notes(image: Image.Image, stored: Image.Image, is_uniform: bool) -> d
 
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", ".ds_store")
 RAW = (".dng", ".nef", ".nrw", ".arw", ".sr2", ".pef", ".srw", ".cr2")  # cameras' own files, TIFF by their first bytes
-# How the formats begin. Of BMP and PNM the letters alone may begin a text.
-_STARTS = {
-    ".jpg": rb"\xff\xd8\xff",
-    ".png": rb"\x89PNG\r\n\x1a\n",
-    ".gif": rb"GIF8[79]a",
-    ".webp": rb"RIFF.{4}WEBP",
-    ".tif": rb"II\*\0|MM\0\*",
-    ".bmp": rb"BM.{4}\0{4}",
-    ".avif": rb".{4}ftyp(avi[fs]|m[is]f1.*avi[fs])",
-    ".heic": rb".{4}ftyp(hei[cxms]|hev[cxms]|m[is]f1)",
-    ".jp2": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-    ".pnm": rb"P[1-6]\s+(#|\d+\s+\d)",
-}
 
 
 def check_other_files(root: Path) -> Iterator[Finding]:
     """What every file is that isn't listed as an image."""
-    for folder, names in walk(root, root, hidden=True):
+    for folder, names in files.walk(root, root, hidden=True):
         for name in sorted(names):
             file = Path(folder, name)
             path, extension = file.relative_to(root), file.suffix.lower()
@@ -287,25 +262,21 @@ def check_other_files(root: Path) -> Iterator[Finding]:
                 yield Finding("system file", [path.as_posix()])
             elif any(part.startswith(".") for part in path.parts):
                 yield Finding("hidden file", [path.as_posix()])
-            elif extension not in IMAGE_EXTENSIONS:
-                image_extension = "" if extension in RAW else extension_by_content(file)
-                if image_extension:
-                    detail = f"{image_extension} by its content"
-                    yield Finding("image without an image extension", [path.as_posix()], detail)
-                else:
-                    yield Finding("not an image", [path.as_posix()], extension)
+            elif extension not in files.IMAGE_EXTENSIONS:
+                content = "" if extension in RAW else _extension_by_content(file)
+                kind = "image without an image extension" if content else "not an image"
+                yield Finding(kind, [path.as_posix()], f"{content} by its content" if content else extension)
 
 
-def extension_by_content(path: str | Path) -> str:
-    """The extension that a file should have by its first bytes; "" if it doesn't begin like an image."""
-    try:
-        if not os.path.isfile(path):  # opening a pipe would wait for ever
-            return ""
-        with open(path, "rb") as file:
-            start = file.read(64)
-    except OSError:
+def _extension_by_content(file: Path) -> str:
+    """The extension that an image file should have; "" if Pillow sees no image in it."""
+    if not file.is_file():  # opening a pipe would wait for ever
         return ""
-    return next((extension for extension, regex in _STARTS.items() if re.match(regex, start, re.DOTALL)), "")
+    try:
+        with open_image(file) as image:
+            return f".{FORMATS[str(image.format)][0]}"
+    except (ImageError, MemoryError):
+        return ""
 
 
 # Checks of a dataset.
@@ -333,27 +304,25 @@ def check_copies(images: Iterable[PlacedImage], layout: "Layout | None" = None) 
         if len(copies) < 2:
             continue
         paths, splits = [image.path for image in copies], sorted({image.split for image in copies} - {""})
-        ignored = [(path, where) for path in paths if layout and (where := layout.where_ignored(path))]
-        note = shortened([f"training ignores {path}, which is {where}" for path, where in ignored], 3)
+        ignored = [path for path in paths if layout and layout.is_ignored(path)]
+        notes = [f"training ignores {shortened(ignored, 3)}"] if ignored else []
         is_leak, is_conflict = len(splits) > 1, len({image.label for image in copies} - {""}) > 1
         if is_leak:
-            where = f"in {' and '.join(splits)}"
-            yield Finding("the same image in two splits", paths, f"{where}; {note}" if note else where)
+            yield Finding("the same image in two splits", paths, "; ".join([f"in {' and '.join(splits)}", *notes]))
         if is_conflict:
-            yield Finding("the same image under two classes", paths, note)
+            yield Finding("the same image under two classes", paths, *notes)
         if not is_leak and not is_conflict:
             counts_once = len(copies) - len(ignored) < 2
-            yield Finding("copy that training ignores" if counts_once else "the same image twice", paths, note)
+            yield Finding("copy that training ignores" if counts_once else "the same image twice", paths, *notes)
 
 
 def check_balance(number: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
     """Splits in which one class has many times the images of another; `number` is by split and class."""
     for split, by_class in number.items():
-        filled = {name: n for name, n in by_class.items() if n}
-        least, most = min(filled, key=filled.__getitem__, default=""), max(filled, key=filled.__getitem__, default="")
-        if filled and filled[most] >= IMBALANCE * filled[least]:
-            detail = f"{filled[most]:,} images of {most}, {filled[least]:,} of {least}"
-            yield Finding("class imbalance", [split], detail)
+        filled = sorted((n, name) for name, n in by_class.items() if n)
+        if filled and filled[-1][0] >= IMBALANCE * filled[0][0]:
+            (least, rare), (most, common) = filled[0], filled[-1]
+            yield Finding("class imbalance", [split], f"{most:,} images of {common}, {least:,} of {rare}")
 
 
 # Look-alikes: candidates by a perceptual hash, each verified on small grey thumbnails; and, if asked, by features.
@@ -370,24 +339,26 @@ def check_look_alikes(
     if len(contents) < 2:
         return
     looks, copies_of = [look for look, _ in contents], [copies for _, copies in contents]
-    groups = Groups(len(contents))
-    phashes = np.array([look.phash for look in looks], np.uint64)
-    links = near_links(groups, phashes, np.stack([look.thumbnail for look in looks]))
+    phashes, thumbnails = (
+        np.array([look.phash for look in looks], np.uint64),
+        np.stack([look.thumbnail for look in looks]),
+    )
+    groups = np.arange(len(contents))
+    links = join_alike(groups, correlations(phashes, thumbnails), MIN_CORRELATION, "correlation of thumbnails")
     if features_of:
         features = features_of([copies[0].path for copies in copies_of], [look.sha256 for look in looks])
-        links += feature_links(groups, features, cosine=cosine)
+        links += join_alike(groups, cosines(features.astype(np.float32)), cosine, "cosine of features")
     links_of = defaultdict(list)
     for link in links:
-        links_of[groups.of[link.i]].append(link)
+        links_of[groups[link.i]].append(link)
     for links in links_of.values():
-        members = sorted({n for link in links for n in (link.i, link.j)})
-        copies = [copies_of[i] for i in members]
-        least = "the least alike neighbours: " if len(members) > 2 else ""
-        detail = least + min(links, key=lambda link: link.similarity).words
+        copies = [copies_of[i] for i in sorted({n for link in links for n in (link.i, link.j)})]
+        detail = f"{min(links).measure} {min(links).similarity:.3f}"
         if classes := _differing([{image.label for image in same} for same in copies]):
             detail += f", in the classes {shortened(classes)}: perhaps a label is wrong"
         is_leak = _differing([{image.split for image in same} for same in copies])
-        paths = sorted(path for same in copies for path in _one_per_place(same))
+        # One path of each content, of a copy that has a split where there is one.
+        paths = sorted(max(same, key=lambda image: image.split != "").path for same in copies)
         yield Finding("look-alikes in two splits" if is_leak else "look-alikes", paths, detail)
 
 
@@ -397,79 +368,65 @@ def _differing(values: Sequence[set[str]]) -> list[str]:
     return every if len(every) > 1 and sum(bool(value - {""}) for value in values) > 1 else []
 
 
-def _one_per_place(copies: Sequence[PlacedImage]) -> list[str]:
-    """One path of a content for each split and class that has it; the first where none has."""
-    places = {(image.split, image.label): image.path for image in reversed(copies)}
-    return [path for place, path in places.items() if any(place)] or [copies[0].path]
-
-
-class Groups:
-    """Which of N images belong together, joined a few at a time: N - 1 links say it, however many pairs there are."""
-
-    def __init__(self, n: int):
-        self.of = np.arange(n)
-
-    def join(self, i: int, others: np.ndarray) -> np.ndarray:
-        """Makes one group of those of image i and `others`; returns one of `others` for each group that is new to i."""
-        others = others[self.of[others] != self.of[i]]
-        if len(others):
-            groups, first = np.unique(self.of[others], return_index=True)
-            others = others[np.sort(first)]
-            self.of[np.isin(self.of, groups)] = self.of[i]
-        return others
-
-
 class Link(NamedTuple):
-    """Two images i < j that look alike, and how much: as a number of at most 1, and in words."""
+    """Two images i < j that look alike, how much, and by which measure."""
 
+    similarity: float
+    measure: str
     i: int
     j: int
-    similarity: float
-    words: str
 
 
-def near_links(groups: Groups, phashes: np.ndarray, thumbnails: np.ndarray, *, block: int = 512) -> list[Link]:
-    """Links of images whose perceptual hashes and thumbnails are close; their groups are joined.
+def join_alike(groups: np.ndarray, blocks: Iterable[np.ndarray], least: float, measure: str) -> list[Link]:
+    """Joins the groups of images that look alike, and returns the links that do it.
 
-    Of many images that all look the same no pair is listed that earlier ones have already joined.
+    Of many images that all look the same no pair is listed that earlier ones have already joined: N - 1 links join N
+    images, however many pairs there are.
+
+    Args:
+        groups: int [N], the group of each image; updated.
+        blocks: similarities of the images of some rows with the image of the first of these rows and all later ones.
+        least: similarity from which two images count as alike.
+        measure: the name of the similarity.
+    """
+    links, start = [], 0
+    for similarity in blocks:
+        close = np.triu(similarity >= least, 1)
+        for row in np.flatnonzero(close.any(1)).tolist():
+            i, others = start + row, start + np.flatnonzero(close[row])
+            others = others[groups[others] != groups[i]]
+            joined, first = np.unique(groups[others], return_index=True)
+            groups[np.isin(groups, joined)] = groups[i]
+            for j in np.sort(others[first]).tolist():
+                links.append(Link(float(similarity[row, j - start]), measure, i, j))
+        start += len(similarity)
+    return links
+
+
+def correlations(phashes: np.ndarray, thumbnails: np.ndarray, *, block: int = 512) -> Iterator[np.ndarray]:
+    """Correlations of thumbnails in blocks of rows, as `join_alike` takes them; 0 where perceptual hashes differ much.
 
     Args:
         phashes: uint64 [N].
-        thumbnails: uint8 [N, 32, 32]. Pairs are compared in blocks of rows: 11 x block x N bytes of memory at a time.
+        thumbnails: uint8 [N, 32, 32].
     """
-    links, flat = [], thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
+    flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     unit = _unit_rows(flat - flat.mean(1, keepdims=True))
-    for start in range(0, len(phashes), block):
-        distance = np.bitwise_count(phashes[start : start + block, None] ^ phashes[None, start:])
-        close = np.triu(distance <= MAX_BITS, 1)
-        for row in np.flatnonzero(close.any(1)).tolist():
-            i, others = start + row, start + np.flatnonzero(close[row])
-            others = others[groups.of[others] != groups.of[i]]
-            # In parts, as each holds 4 KB for every image that is compared.
-            parts = [unit[others[at : at + 4096]] @ unit[i] for at in range(0, len(others) + 1, 4096)]
-            correlation = np.concatenate(parts)
-            similarity = dict(zip(others.tolist(), correlation.tolist(), strict=True))
-            for j in groups.join(i, others[correlation >= MIN_CORRELATION]).tolist():
-                words = f"{distance[row, j - start]} of 64 bits, correlation {similarity[j]:.3f}"
-                links.append(Link(i, j, similarity[j], words))
-    return links
-
-
-def feature_links(groups: Groups, features: np.ndarray, *, cosine: float, block: int = 1024) -> list[Link]:
-    """Links of images whose features have a cosine of at least `cosine`; joins their groups as `near_links` does.
-
-    Args:
-        features: float [N, F]; compared in blocks of rows: 4 x block x N bytes of memory at a time.
-    """
-    links, unit = [], _unit_rows(features.astype(np.float32))
     for start in range(0, len(unit), block):
-        products = unit[start : start + block] @ unit[start:].T
-        close = np.triu(products >= cosine, 1)
-        for row in np.flatnonzero(close.any(1)).tolist():
-            for j in groups.join(start + row, start + np.flatnonzero(close[row])).tolist():
-                similarity = float(products[row, j - start])
-                links.append(Link(start + row, j, similarity, f"cosine of features {similarity:.3f}"))
-    return links
+        close = np.bitwise_count(phashes[start : start + block, None] ^ phashes[None, start:]) <= MAX_BITS
+        # Most images are like none, so the products are computed for the others only.
+        triangle = np.triu(close, 1)
+        rows, columns = np.flatnonzero(triangle.any(1)), np.flatnonzero(triangle.any(0))
+        similarity = np.zeros(close.shape, np.float32)
+        similarity[np.ix_(rows, columns)] = unit[start + rows] @ unit[start + columns].T
+        yield np.where(close, similarity, 0)
+
+
+def cosines(features: np.ndarray, *, block: int = 512) -> Iterator[np.ndarray]:
+    """Cosines of features, float32 [N, F], in blocks of rows, as `join_alike` takes them."""
+    unit = _unit_rows(features)
+    for start in range(0, len(unit), block):
+        yield unit[start : start + block] @ unit[start:].T
 
 
 def _unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -504,66 +461,51 @@ class Layout:
         return len(self.classes) > 1 and not self.table
 
     def place(self, path: str) -> tuple[str, str]:
-        """(split, class) of an image; "" where there is none.
-
-        What is still to be divided is "train"; a folder beside train and valid that is named like one to test on is
-        a split of its own, with its name and a slash.
-        """
+        """(split, class) of an image, "" where there is none; what is still to be divided is "train"."""
         *folders, _ = path.split("/")
-        split = self.split_folders.get(folders[0], "") if folders else ""
-        if split:
-            folders = folders[1:]
+        if folders and folders[0] in self.split_folders:
+            split, folders = self.split_folders[folders[0]], folders[1:]
         elif self.is_divided:
-            is_test = bool(folders) and folders[0].lower().startswith("test")
-            return (f"{folders[0]}/" if is_test else "", "")
-        return split or "train", folders[0] if folders and folders[0] in self.classes else ""
+            return "", ""
+        else:
+            split = "train"
+        return split, folders[0] if folders and folders[0] in self.classes else ""
 
-    def where_ignored(self, path: str) -> str:
-        """Where an image is that training ignores; "" for others, and where the folders don't tell."""
+    def is_ignored(self, path: str) -> bool:
+        """Whether training ignores an image; False too where the folders don't tell."""
         split, label = self.place(path)
-        if self.table:
-            return ""
-        if split not in SPLITS.values():
-            return "outside train, valid and test"
-        return "in no class folder" if self.has_folder_labels and not label and split != "test" else ""
+        return not self.table and (not split or (self.has_folder_labels and not label and split != "test"))
 
 
 def find_layout(root: Path) -> Layout:
     """The folders of splits and classes in a folder."""
-    folders = subfolders(root)
+    folders = files.subfolders(root)
     split_folders = {name: SPLITS[name] for name in folders if name in SPLITS}
     labelled = [root / name for name, split in split_folders.items() if split != "test"]
-    names = {name for top in labelled for name in subfolders(top)} if labelled else set(folders) - set(split_folders)
+    names = (
+        {name for top in labelled for name in files.subfolders(top)} if labelled else set(folders) - set(split_folders)
+    )
+    if labelled:  # as Kaggle's test1/
+        split_folders |= {name: "test" for name in folders if name.lower().startswith("test")}
     return Layout(split_folders, tuple(sorted(names)), _table(root))
 
 
 def _table(root: Path) -> str:
     """The first file in a folder that training could read labels of its images from, with the usual names of columns."""
     for file in sorted(p for p in root.iterdir() if p.suffix.lower() in TABLES and p.is_file()):
-        try:
+        with contextlib.suppress(UserError):
             rows, _ = read_table(root, str(file), {})
-        except UserError:
-            continue
-        if any((root / row.path).is_file() for row in rows[:100]):
-            return file.name
+            if any((root / row.path).is_file() for row in rows[:100]):
+                return file.name
     return ""
 
 
 def _describe(number: Mapping[tuple[str, str], int], layout: Layout) -> str:
-    """The splits and classes that the images, by their number in each (split, class), were taken for."""
-    parts = []
-    for split in ("train", "valid", "test"):
-        names = [name for name, of in layout.split_folders.items() if of == split]
-        if not names and (split != "train" or layout.is_divided):
-            continue
-        if not names and not layout.classes:
-            parts.append("no class folders")
-            continue
-        classes = [f"{name} {number[split, name]:,}" for name in layout.classes if number[split, name]]
-        if number[split, ""]:
-            classes.append(f"{number[split, '']:,} {'without labels' if split == 'test' else 'in no class folder'}")
-        parts.append(f"{' and '.join(names) or 'classes'}: {shortened(classes) or 'no images'}")
-    parts += [f"{split[:-1]}: {n:,} without labels" for (split, _), n in sorted(number.items()) if split.endswith("/")]
+    """The splits and classes that the images were taken for; `number` is of images by (split, class)."""
+    classes_of = defaultdict(list)
+    for (split, label), n in sorted(number.items()):
+        classes_of[split or "elsewhere"].append(f"{label or 'no class'} {n:,}")
+    parts = [f"{split}: {shortened(classes)}" for split, classes in classes_of.items()]
     if not layout.is_divided:
         parts.append("no train/ and valid/")
     if layout.table:
@@ -576,11 +518,11 @@ def check_class_folders(number: Mapping[tuple[str, str], int], layout: Layout, r
     classes, split_folders = layout.classes, layout.split_folders
     if not classes or layout.table:  # images without labels, or with others
         return
-    tops = {name: s for name, s in split_folders.items() if s != "test"} if layout.is_divided else {".": "train"}
-    for name, split in split_folders.items():
+    tops = {name: split for name, split in split_folders.items() if split != "test"} or {".": "train"}
+    for name in split_folders.keys() - tops.keys():
         # A test folder with others, as Kaggle's test/test, holds images without labels.
-        if split == "test" and set() < set(subfolders(root / name)) <= set(classes):
-            tops[name] = split
+        if set() < set(files.subfolders(root / name)) <= set(classes):
+            tops[name] = "test"
     folders = {c: [Path(top, c).as_posix() for top in tops if (root / top / c).is_dir()] for c in classes}
     if len(classes) == 1 and not any(number[split, ""] for split in tops.values()):
         yield Finding("only one class", folders[classes[0]])
@@ -603,32 +545,22 @@ def check_class_folders(number: Mapping[tuple[str, str], int], layout: Layout, r
     yield from check_balance({top: {c: number[split, c] for c in classes} for top, split in tops.items()})
 
 
-def check_training(paths: Sequence[str], layout: Layout, root: Path, *, classes_said: bool) -> Iterator[Finding]:
-    """What training would refuse or ignore, by its own code, where the labels come from folders.
-
-    Args:
-        classes_said: findings already say what is wrong with the class folders.
-    """
+def check_training(paths: Sequence[str], layout: Layout, root: Path) -> Iterator[Finding]:
+    """What training would refuse or ignore, by its own code, where the labels come from folders."""
     if not layout.has_folder_labels:
         return
     is_whole = {"train", "valid"} <= set(layout.split_folders.values())
     try:
         labelled = find_labels(root, "folders", valid_fraction=None if is_whole else 0.2, columns={})
     except UserError as error:
-        if not classes_said:
-            yield Finding("not laid out for training", ["."], str(error).removeprefix(f"{root}: "))
+        yield Finding("not laid out for training", ["."], str(error).removeprefix(f"{root}: "))
         return
     ignored = defaultdict(list)
-    for path in paths:
-        if layout.where_ignored(path) and not layout.place(path)[0].endswith("/"):
-            ignored[path.split("/")[0] if "/" in path else "."].append(path)
+    for path in filter(layout.is_ignored, paths):
+        ignored[path.split("/")[0] if "/" in path else "."].append(path)
     for top, inside in ignored.items():
-        folder = "the folder itself" if top == "." else f"{top}/"
-        yield Finding("ignored by training", inside, f"{len(inside):,} in {folder}, {layout.where_ignored(inside[0])}")
-    names = subfolders(root / "test") if layout.is_divided and "test" in layout.split_folders else []
-    is_used = any(row.split == "test" for row in labelled.rows)
-    if not is_used and {n.casefold() for n in names} & {c.casefold() for c in labelled.classes}:
-        try:
-            check_classes("test", names, labelled.classes, against="train")
-        except UserError as error:
-            yield Finding("test folder not used", ["test"], str(error).removeprefix("test: "))
+        yield Finding("ignored by training", inside, f"{len(inside):,} in {'the folder itself' if top == '.' else top}")
+    names = set(files.subfolders(root / "test")) if "test" in layout.split_folders else set()
+    if names & set(labelled.classes) and not any(row.split == "test" for row in labelled.rows):
+        detail = f"it has {shortened(sorted(names))}; train has {shortened(labelled.classes)}"
+        yield Finding("test folder not used", ["test"], detail)

@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ class Rule:
     """What decides a split.
 
     Attributes:
-        fraction: share of each class for "valid".
+        valid_fraction: share of each class for "valid".
         seed: of the ranking.
         test_fraction: share for "test"; None: there is none.
         group: what says which images stay together; None: only equal images do.
@@ -31,23 +31,29 @@ class Rule:
         UserError: a fraction is impossible.
     """
 
-    fraction: float
+    valid_fraction: float
     seed: int
     test_fraction: float | None = None
     group: str | None = None
 
     def __post_init__(self):
-        for name, value in (("valid_fraction", self.fraction), ("test_fraction", self.test_fraction)):
+        for name, value in (("valid_fraction", self.valid_fraction), ("test_fraction", self.test_fraction)):
             if value is not None and not 0 < value < 1:
                 raise UserError(f"{name}: {value} is not between 0 and 1; 0.2 holds out a fifth")
-        if self.fraction + (self.test_fraction or 0) >= 1:
-            shares = f"{self.fraction} and {self.test_fraction}"
-            raise UserError(f"valid_fraction, test_fraction: {shares} leave nothing to train on; give less than 1")
+        if self.valid_fraction + (self.test_fraction or 0) >= 1:
+            raise UserError(
+                f"valid_fraction, test_fraction: {self.valid_fraction} and {self.test_fraction} leave nothing to train on"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest has it: what isn't set is left out, so that older manifests stay readable."""
         optional = {"test_fraction": self.test_fraction, "group": self.group}
-        return {"fraction": self.fraction, "seed": self.seed} | {k: v for k, v in optional.items() if v is not None}
+        return {"fraction": self.valid_fraction, "seed": self.seed} | {
+            k: v for k, v in optional.items() if v is not None
+        }
+
+    def __str__(self) -> str:
+        return " and ".join(f"{name} {value}" for name, value in vars(self).items() if value is not None)
 
 
 @dataclass(eq=False)
@@ -99,7 +105,7 @@ def split_by_content(
         remove_stale_temporaries(manifest.parent)
     groups = groups or {}
     distinct = {content for hashes in contents.values() for content in hashes}
-    saved, saved_groups = _read_kept(kept, rule, distinct) or _read(manifest, rule, given)
+    saved, saved_groups = _read_copy(kept, rule, distinct) or _read(manifest, rule, given)
     assignments, unit_of = dict(saved), _units(distinct, groups)
     units = set(unit_of.values())
     for unit in units:
@@ -110,19 +116,27 @@ def split_by_content(
             assignments |= dict.fromkeys(unit.contents - saved.keys(), unit.split)
     # What is shared with other classes is placed by the class that has the least to choose from.
     for name, hashes in sorted(contents.items(), key=lambda item: len({unit_of[content] for content in item[1]})):
-        n, needed = len({unit_of[content] for content in hashes}), 3 if rule.test_fraction else 2
-        if n < needed:
-            kind = "group" if rule.group and n < len(set(hashes)) else "distinct"
-            problem = f"class {name}: {len(hashes)} images, but only {n} {kind}"
-            raise UserError(f"{problem}; {needed} splits need at least {needed}")
-        _place_class(set(hashes), assignments, unit_of, rule)
+        _place_class(name, hashes, assignments, unit_of, rule)
+    wanted = set(SPLITS) if rule.test_fraction else {"valid", "train"}
     for name, hashes in contents.items():
-        _check_splits(name, {assignments[content] for content in hashes}, rule, manifest if saved else None)
+        if missing := wanted - {assignments[content] for content in hashes}:
+            reason = f"the split written in {manifest}" if saved else "what it shares with other classes"
+            way_out = "remove that file to split afresh" if saved else "try another split_seed or smaller groups"
+            raise UserError(f"class {name}: {reason} leaves it no {min(missing)} images; {way_out}, or add images")
     all_groups = {name: unit.split for unit in units for name in unit.groups} | saved_groups
-    _warn_of_torn_groups(groups, assignments)
+    # Images keep their splits, so a group may be tied together too late.
+    torn = {name for c, names in groups.items() for name in names if assignments[c] != all_groups[name]}
+    if torn:
+        problem = f"{len(torn):,} groups have images in several splits, for example {min(torn)}"
+        warn(f"{problem}: they were split before they were of one group. Another manifest splits them afresh")
     if (len(assignments), len(all_groups)) != (len(saved), len(saved_groups)):
         tree = {"version": 1, **rule.to_dict(), "sides": dict(sorted(assignments.items()))}
-        _write(manifest, tree | ({"groups": dict(sorted(all_groups.items()))} if rule.group else {}), given)
+        if rule.group:
+            tree["groups"] = dict(sorted(all_groups.items()))
+        try:
+            write_json(manifest, tree)
+        except OSError as error:
+            _report(f"the split manifest {manifest} can't be written ({error.strerror})", given)
     return assignments
 
 
@@ -146,9 +160,17 @@ def _units(contents: Iterable[str], groups: Mapping[str, Iterable[str]]) -> dict
     return unit_of
 
 
-def _place_class(distinct: set[str], assignments: dict[str, str], unit_of: Mapping[str, _Unit], rule: Rule) -> None:
+def _place_class(
+    name: str, hashes: Sequence[str], assignments: dict[str, str], unit_of: Mapping[str, _Unit], rule: Rule
+) -> None:
     """Gives a split to each unit of a class that has none yet, and to all contents of the unit."""
-    shares = {"valid": rule.fraction} | ({"test": rule.test_fraction} if rule.test_fraction else {})
+    distinct = set(hashes)
+    n, needed = len({unit_of[content] for content in distinct}), 3 if rule.test_fraction else 2
+    if n < needed:
+        kind = "group" if rule.group and n < len(distinct) else "distinct"
+        problem = f"class {name}: {len(hashes)} images, but only {n} {kind}"
+        raise UserError(f"{problem}; {needed} splits need at least {needed}")
+    shares = {"valid": rule.valid_fraction} | ({"test": rule.test_fraction} if rule.test_fraction else {})
     size = Counter(unit_of[content] for content in distinct if unit_of[content].split is None)
     fresh = sorted(size, key=lambda unit: hashlib.sha256(f"{rule.seed}:{unit.name}".encode()).hexdigest())
     present = Counter(assignments.get(content) for content in distinct)
@@ -168,37 +190,11 @@ def _place_class(distinct: set[str], assignments: dict[str, str], unit_of: Mappi
         assignments |= dict.fromkeys(unit.contents, unit.split)
 
 
-def _check_splits(name: str, splits: set[str], rule: Rule, manifest: Path | None) -> None:
-    """UserError where a class has no images in a split; `manifest` is what an earlier split was read from, if it was."""
-    for split in SPLITS:
-        if split not in splits and (split != "test" or rule.test_fraction):
-            reason, way_out = "what it shares with other classes", "try another split_seed"
-            if manifest:
-                reason, way_out = f"the split written in {manifest}", "remove that file to split afresh"
-            groups = ", or choose smaller groups" if rule.group else ""
-            raise UserError(f"class {name}: {reason} leaves it no {split} images; {way_out}, or add images{groups}")
-
-
-def _warn_of_torn_groups(groups: Mapping[str, Iterable[str]], assignments: Mapping[str, str]) -> None:
-    """Says which groups are in several splits: images keep theirs, so a group may be tied together too late."""
-    splits_of: dict[str, set[str]] = defaultdict(set)
-    for content, names in groups.items():
-        for name in names:
-            splits_of[name].add(assignments[content])
-    torn = sorted(name for name, splits in splits_of.items() if len(splits) > 1)
-    if torn:
-        problem = f"{len(torn):,} groups have images in several splits, for example {torn[0]}"
-        warn(
-            f"{problem}: they were split before they were of one group. To mend it, split afresh with another manifest"
-        )
-
-
 def _read(manifest: Path, rule: Rule, given: bool) -> tuple[dict[str, str], dict[str, str]]:
     """The splits of contents and of groups; both empty where there is no manifest."""
     try:
         saved = json.loads(manifest.read_text(encoding="utf-8"))
-        optional = {key: saved[key] for key in ("test_fraction", "group") if saved.get(key) is not None}
-        saved_rule = {"fraction": saved["fraction"], "seed": saved["seed"]} | optional
+        saved_rule = Rule(saved["fraction"], saved["seed"], saved.get("test_fraction"), saved.get("group"))
         assignments, groups = dict(saved["sides"]), dict(saved.get("groups", {}))
         if not {*assignments.values(), *groups.values()} <= set(SPLITS):
             raise ValueError("a split is none of train, valid and test")
@@ -206,36 +202,25 @@ def _read(manifest: Path, rule: Rule, given: bool) -> tuple[dict[str, str], dict
         return {}, {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         problem = f"the split manifest {manifest} can't be read ({type(error).__name__})"
-        if given:
-            raise UserError(f"{problem}; restore it, or remove it to split afresh") from error
-        warn(f"{problem}: the folder is split afresh")
+        _report(f"{problem}; restore it, or remove it to split afresh", given)
         return {}, {}
-    if saved_rule != rule.to_dict():
-        names = {"fraction": "valid_fraction"}
-        made_with, wanted = (
-            " and ".join(f"{names.get(key, key)} {value}" for key, value in values.items())
-            for values in (saved_rule, rule.to_dict())
-        )
-        raise UserError(
-            f"the split manifest {manifest} was made with {made_with}, not {wanted}; give those, or another manifest"
-        )
+    if saved_rule != rule:
+        problem = f"the split manifest {manifest} was made with {saved_rule}, not {rule}"
+        raise UserError(f"{problem}; give those, or another manifest")
     return assignments, groups
 
 
-def _read_kept(kept: Path | None, rule: Rule, contents: set[str]) -> tuple[dict[str, str], dict[str, str]] | None:
-    """What `_read` gives of a copy; None where there is none, or it can't be used."""
+def _read_copy(copy: Path | None, rule: Rule, contents: set[str]) -> tuple[dict[str, str], dict[str, str]] | None:
+    """What `_read` gives of a run's copy of the manifest; None where there is none, or it can't be used."""
     try:
-        assignments, groups = _read(kept, rule, True) if kept else ({}, {})
+        assignments, groups = _read(copy, rule, True) if copy else ({}, {})
     except UserError:
         return None
     return (assignments, groups) if contents <= assignments.keys() else None
 
 
-def _write(manifest: Path, tree: dict[str, Any], given: bool) -> None:
-    try:
-        write_json(manifest, tree)
-    except OSError as error:
-        problem = f"the split manifest {manifest} can't be written ({error.strerror})"
-        if given:
-            raise UserError(f"{problem}; give a place that can be written") from error
-        warn(f"{problem}: the split may change when images are added")
+def _report(problem: str, given: bool) -> None:
+    """A problem with a manifest: an error where the user chose its place, otherwise a warning."""
+    if given:
+        raise UserError(problem)
+    warn(f"{problem}; the split may change when images are added")
