@@ -8,12 +8,10 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +24,7 @@ from jaxcats.common import cli
 from jaxcats.common.cli import from_file
 from jaxcats.common.config import Config, to_yaml
 from jaxcats.common.errors import UserError
-from jaxcats.data.index import Split, scan
+from jaxcats.data.index import scan
 from jaxcats.data.labels import read_table
 from jaxcats.export import artifact
 from jaxcats.models.torch_file import load_torch_file
@@ -60,11 +58,8 @@ def damages(good: bytes, *, words: tuple[bytes, ...]):
     return st.one_of(st.lists(edit, min_size=1, max_size=4).map(apply), st.binary(max_size=400))
 
 
-def fuzz(
-    good: bytes, words: tuple[bytes, ...], try_reading: Callable[[bytes], str], *, extra_inputs: Any = None
-) -> dict[str, int]:
-    """Tries damaged bytes for SECONDS and counts the results of `try_reading`; `extra_inputs` is a strategy of further bytes."""
-    inputs = st.one_of(damages(good, words=words), *([] if extra_inputs is None else [extra_inputs]))
+def fuzz(good: bytes, words: tuple[bytes, ...], try_reading: Callable[[bytes], str]) -> dict[str, int]:
+    """Tries damaged bytes for SECONDS and counts the results of `try_reading`."""
     counts: dict[str, int] = {}
     phases = [Phase.explicit, Phase.generate, Phase.shrink]
     options = settings(
@@ -77,7 +72,7 @@ def fuzz(
         counts[result] = counts.get(result, 0) + 1
 
     while time.monotonic() < end:
-        seed(turn)(options(given(inputs)(check)))()
+        seed(turn)(options(given(damages(good, words=words))(check)))()
         turn += 1
     print(f"{sum(counts.values()):,} inputs: {counts}")
     return counts
@@ -171,31 +166,22 @@ def test_feature_caches(tmp_path, forged):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("forged", [False, True])
-def test_index_caches(tmp_path, own_cache, forged):
-    """`forged`: damaged JSON below the hash that says it is whole.
-
-    What it says of an image is then believed where it is possible at all; there is nothing else to hold it against.
-    """
+def test_index_caches(tmp_path, own_cache):
     root = write_images(tmp_path / "photos", train=8, valid=4)
     whole = scan(root, progress=False)
     (store,) = (own_cache / "index").iterdir()
-    body = store.read_bytes().partition(b"\n")[2] if forged else store.read_bytes()
+    good = store.read_bytes()
 
     def try_reading(data: bytes) -> str:
-        store.write_bytes(hashlib.sha256(data).hexdigest().encode() + b"\n" + data if forged else data)
+        store.write_bytes(data)
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            try:
-                loaded = scan(root, progress=False)
-            except UserError as e:
-                return refused(e)
+            loaded = scan(root, progress=False)
         assert stderr.getvalue().count("\n") <= 1
+        assert not loaded.bad
         for name, split in whole.splits.items():
-            sound(split, loaded.splits[name], forged and loaded.reused > 0)
-        assert len(loaded.bad) + sum(map(len, loaded.splits.values())) == 12
-        facts = [*loaded.notes, *map(dataclasses.astuple, loaded.bad)]
-        json.dumps(facts, ensure_ascii=False).encode("utf-8", "surrogateescape")  # a report can hold them
-        return "whole" if data == body else "believed" if loaded.reused else "looked again"
+            assert (loaded.splits[name].paths, loaded.splits[name].hashes) == (split.paths, split.hashes)
+            np.testing.assert_array_equal(loaded.splits[name].labels, split.labels)
+        return "whole" if data == good else "looked again"
 
     words = (
         b"null",
@@ -210,41 +196,7 @@ def test_index_caches(tmp_path, own_cache, forged):
         b"[" * 9999,
         b"9" * 5000,
     )
-    counts = fuzz(body, words, try_reading, extra_inputs=altered_fields(body) if forged else None)
-    assert counts["looked again"] > 10
-    assert counts.keys() & {"believed", "refused"} == ({"believed", "refused"} if forged else set())
-
-
-def altered_fields(body: bytes):
-    """The JSON of an index in which some images' facts are others, of any type."""
-    names = list(json.loads(body)["files"])
-    leaf = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters(), max_size=9))
-    value = st.one_of(leaf, st.lists(leaf, max_size=2), st.dictionaries(st.text(max_size=3), leaf, max_size=2))
-    message = st.sampled_from(["\ud800", "two\nlines", "\x1b[31m", "x" * 5000])
-    edit = st.one_of(
-        st.tuples(st.sampled_from(names), st.integers(0, 8), value),
-        st.tuples(st.sampled_from(names), st.integers(5, 8), message),
-    )
-
-    def apply(edits: list[tuple[str, int, object]]) -> bytes:
-        tree = json.loads(body)
-        for name, at, other in edits:
-            tree["files"][name][at] = other
-        return json.dumps(tree).encode()
-
-    several = st.lists(edit, min_size=1, max_size=3)
-    every = st.text(max_size=9).map(lambda message: [(name, 7, message) for name in names])
-    return st.one_of(several, several, several, every).map(apply)
-
-
-def sound(whole: Split, loaded: Split, believed: bool) -> None:
-    """The same images as in `whole`; of an index that was believed, some of them, with a hash and their own label."""
-    if not believed:
-        assert loaded.paths == whole.paths
-        assert loaded.hashes == whole.hashes
-    labels = dict(zip(whole.paths, whole.labels, strict=True))
-    assert [labels[path] for path in loaded.paths] == loaded.labels.tolist()
-    assert all(len(bytes.fromhex(h)) == 32 for h in loaded.hashes)
+    assert fuzz(good, words, try_reading)["looked again"] > 10
 
 
 @pytest.mark.slow

@@ -161,10 +161,9 @@ def inspect_files(
     try:
         for path, record in zip(todo, fresh, strict=True):
             records[path] = record
-            if (now := monotonic()) > due:
+            if monotonic() > due:
                 _save_records(cache_file, root, cached | records)
-                end = monotonic()
-                due = end + max(SAVE_SECONDS, 9 * (end - now))  # saving millions is slow: a tenth of the time
+                due = monotonic() + SAVE_SECONDS
     finally:
         if len(records) > reused:
             _save_records(cache_file, root, cached | records)

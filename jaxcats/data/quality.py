@@ -40,14 +40,12 @@ KINDS = {
     "the same image under two classes": (True, "One of their labels is wrong. Keep the copy with the right one."),
     "not laid out for training": (True, "With labels from folders, the default, training refuses the folder with this message."),
     "class named like a split": (True, "Training takes them for classes. If they are splits, name them train, valid or test, in small letters."),
-    "one class spelled in two ways": (True, "Training takes them for two classes. Give both folders one name."),
     "class without images": (True, "Add images, or remove the class everywhere."),
     "only one class": (True, "A classifier needs at least two. Add another, or give the folder that the class folders are in."),
     "look-alikes in two splits": (True, "They may show the same scene, and then the result is too good. Compare them; keep them in one split."),
     "file left out": (False, "They can't be decoded, or nothing says their class. Mend or remove them; nothing else is affected."),
     "look-alikes": (False, "Compare them; they may be one image twice, or have two labels."),
     "the same image twice": (False, "They count twice. Remove one of the copies."),
-    "copy that training ignores": (False, "Training does not look where the other copy is, so the image counts once. If you remove one, remove that copy."),
     "ignored by training": (False, "With labels from folders, the default, training reads the class folders only. Move these images, or leave them."),
     "test folder not used": (False, "Its class folders are not those of train, so its images count as unlabelled. Correct its folders to get a test result."),
     "wrong extension": (False, "Their content has another format than their name says. jaxcats reads them; rename them for other programs."),
@@ -61,10 +59,9 @@ KINDS = {
     "few validation images": (False, f"Metrics of a class with fewer than {FEW} validation images are uncertain: mind their intervals."),
     "image without an image extension": (False, "Training ignores them. Rename them, with the extension of their content."),
     "not an image": (False, "Training ignores them."),
-    "system file": (False, "An operating system left them. Training ignores them."),
     "hidden file": (False, "Training ignores hidden names."),
 }  # fmt: skip
-COPIES = ("the same image", "copy", "look-alikes")  # how kinds begin whose paths are one image
+COPIES = ("the same image", "look-alikes")  # how kinds begin whose paths are one image
 
 
 @dataclass(frozen=True)
@@ -107,15 +104,14 @@ def findings(index: FolderIndex) -> list[dict[str, Any]]:
     Returns:
         {"what", "count", "examples" (a line each), "meaning", "grave" (the validation result is in doubt)} each.
     """
-    images = [
-        PlacedImage(path, content, name, index.classes[label])
-        for name, split in _splits(index).items()
-        for path, label, content in zip(split.paths, split.labels.tolist(), split.hashes, strict=True)
-    ]
+    contents = defaultdict(list)
+    for name, split in _splits(index).items():
+        for path, label, content in zip(split.paths, split.labels.tolist(), split.hashes, strict=True):
+            contents[content].append(PlacedImage(path, name, index.classes[label]))
     number = counts(index)
     grouped = by_kind(
         [
-            *check_copies(images),
+            *check_copies(contents.values()),
             *(Finding("file left out", [file.path], file.reason) for file in index.bad),
             *(Finding("unusual image", [path], note) for path, note in index.notes),
             *check_balance(number),
@@ -165,16 +161,21 @@ def examine_folder(
         raise UserError(f"{root}: no images found at any depth; looked for {extensions()}")
     looks = files.map_files(inspect_image, [root / path for path in paths], "examining images", progress=progress)
     contents: dict[str, tuple[Look, list[PlacedImage]]] = {}
+    number: Counter[tuple[str, str]] = Counter()
+    ignored = []
     for path, look in zip(paths, looks, strict=True):
         found += [Finding(kind, [path], detail) for kind, detail in look.notes]
         if look.sha256:
-            contents.setdefault(look.sha256, (look, []))[1].append(PlacedImage(path, look.sha256, *layout.place(path)))
-    images = sorted(image for _, copies in contents.values() for image in copies)
-    found += check_copies(images, layout)
+            image = PlacedImage(path, *layout.place(path))
+            number[image.split, image.label] += 1
+            if layout.is_ignored(path):
+                ignored.append(path)
+            else:
+                contents.setdefault(look.sha256, (look, []))[1].append(image)
+    found += check_copies(copies for _, copies in contents.values())
     found += check_look_alikes([c for c in contents.values() if not c[0].is_uniform], features_of, cosine)
-    number = Counter((image.split, image.label) for image in images)
     found += check_class_folders(number, layout, root)
-    found += check_training([image.path for image in images], layout, root)
+    found += check_training(ignored, layout, root)
     return len(paths), _describe(number, layout), by_kind(found)
 
 
@@ -248,7 +249,6 @@ def _range_notes(image: Image.Image, stored: Image.Image, is_uniform: bool) -> d
 
 # Checks of files that aren't listed as images.
 
-SYSTEM_FILES = ("thumbs.db", "desktop.ini", ".ds_store")
 RAW = (".dng", ".nef", ".nrw", ".arw", ".sr2", ".pef", ".srw", ".cr2")  # cameras' own files, TIFF by their first bytes
 
 
@@ -258,9 +258,7 @@ def check_other_files(root: Path) -> Iterator[Finding]:
         for name in sorted(names):
             file = Path(folder, name)
             path, extension = file.relative_to(root), file.suffix.lower()
-            if name.lower() in SYSTEM_FILES:
-                yield Finding("system file", [path.as_posix()])
-            elif any(part.startswith(".") for part in path.parts):
+            if any(part.startswith(".") for part in path.parts):
                 yield Finding("hidden file", [path.as_posix()])
             elif extension not in files.IMAGE_EXTENSIONS:
                 content = "" if extension in RAW else _extension_by_content(file)
@@ -283,37 +281,24 @@ def _extension_by_content(file: Path) -> str:
 
 
 class PlacedImage(NamedTuple):
-    """An image with the hash of its content, its split and its label; "" where it has none."""
+    """An image with its split and its label; "" where it has none."""
 
     path: str
-    sha256: str
     split: str
     label: str
 
 
-def check_copies(images: Iterable[PlacedImage], layout: "Layout | None" = None) -> Iterator[Finding]:
-    """Images of the same content: in two splits, under two classes, or just twice.
-
-    Args:
-        layout: says which copies training would ignore; None: none of them.
-    """
-    by_content = defaultdict(list)
-    for image in images:
-        by_content[image.sha256].append(image)
-    for copies in by_content.values():
-        if len(copies) < 2:
-            continue
+def check_copies(contents: Iterable[Sequence[PlacedImage]]) -> Iterator[Finding]:
+    """Contents that several images have: in two splits, under two classes, or just twice."""
+    for copies in contents:
         paths, splits = [image.path for image in copies], sorted({image.split for image in copies} - {""})
-        ignored = [path for path in paths if layout and layout.is_ignored(path)]
-        notes = [f"training ignores {shortened(ignored, 3)}"] if ignored else []
-        is_leak, is_conflict = len(splits) > 1, len({image.label for image in copies} - {""}) > 1
-        if is_leak:
-            yield Finding("the same image in two splits", paths, "; ".join([f"in {' and '.join(splits)}", *notes]))
+        is_conflict = len({image.label for image in copies} - {""}) > 1
+        if len(splits) > 1:
+            yield Finding("the same image in two splits", paths, f"in {' and '.join(splits)}")
         if is_conflict:
-            yield Finding("the same image under two classes", paths, *notes)
-        if not is_leak and not is_conflict:
-            counts_once = len(copies) - len(ignored) < 2
-            yield Finding("copy that training ignores" if counts_once else "the same image twice", paths, *notes)
+            yield Finding("the same image under two classes", paths)
+        if len(copies) > 1 and len(splits) < 2 and not is_conflict:
+            yield Finding("the same image twice", paths)
 
 
 def check_balance(number: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
@@ -339,10 +324,8 @@ def check_look_alikes(
     if len(contents) < 2:
         return
     looks, copies_of = [look for look, _ in contents], [copies for _, copies in contents]
-    phashes, thumbnails = (
-        np.array([look.phash for look in looks], np.uint64),
-        np.stack([look.thumbnail for look in looks]),
-    )
+    phashes = np.array([look.phash for look in looks], np.uint64)
+    thumbnails = np.stack([look.thumbnail for look in looks])
     groups = np.arange(len(contents))
     links = join_alike(groups, correlations(phashes, thumbnails), MIN_CORRELATION, "correlation of thumbnails")
     if features_of:
@@ -357,8 +340,7 @@ def check_look_alikes(
         if classes := _differing([{image.label for image in same} for same in copies]):
             detail += f", in the classes {shortened(classes)}: perhaps a label is wrong"
         is_leak = _differing([{image.split for image in same} for same in copies])
-        # One path of each content, of a copy that has a split where there is one.
-        paths = sorted(max(same, key=lambda image: image.split != "").path for same in copies)
+        paths = sorted(same[0].path for same in copies)
         yield Finding("look-alikes in two splits" if is_leak else "look-alikes", paths, detail)
 
 
@@ -413,10 +395,9 @@ def correlations(phashes: np.ndarray, thumbnails: np.ndarray, *, block: int = 51
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     unit = _unit_rows(flat - flat.mean(1, keepdims=True))
     for start in range(0, len(unit), block):
-        close = np.bitwise_count(phashes[start : start + block, None] ^ phashes[None, start:]) <= MAX_BITS
+        close = np.triu(np.bitwise_count(phashes[start : start + block, None] ^ phashes[None, start:]) <= MAX_BITS, 1)
         # Most images are like none, so the products are computed for the others only.
-        triangle = np.triu(close, 1)
-        rows, columns = np.flatnonzero(triangle.any(1)), np.flatnonzero(triangle.any(0))
+        rows, columns = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
         similarity = np.zeros(close.shape, np.float32)
         similarity[np.ix_(rows, columns)] = unit[start + rows] @ unit[start + columns].T
         yield np.where(close, similarity, 0)
@@ -482,11 +463,10 @@ def find_layout(root: Path) -> Layout:
     folders = files.subfolders(root)
     split_folders = {name: SPLITS[name] for name in folders if name in SPLITS}
     labelled = [root / name for name, split in split_folders.items() if split != "test"]
-    names = (
-        {name for top in labelled for name in files.subfolders(top)} if labelled else set(folders) - set(split_folders)
-    )
-    if labelled:  # as Kaggle's test1/
-        split_folders |= {name: "test" for name in folders if name.lower().startswith("test")}
+    names = set(folders) - set(split_folders)
+    if labelled:
+        names = {name for top in labelled for name in files.subfolders(top)}
+        split_folders |= {name: "test" for name in folders if name.lower().startswith("test")}  # as Kaggle's test1/
     return Layout(split_folders, tuple(sorted(names)), _table(root))
 
 
@@ -519,34 +499,27 @@ def check_class_folders(number: Mapping[tuple[str, str], int], layout: Layout, r
     if not classes or layout.table:  # images without labels, or with others
         return
     tops = {name: split for name, split in split_folders.items() if split != "test"} or {".": "train"}
-    for name in split_folders.keys() - tops.keys():
+    for name, split in split_folders.items():
         # A test folder with others, as Kaggle's test/test, holds images without labels.
-        if set() < set(files.subfolders(root / name)) <= set(classes):
-            tops[name] = "test"
+        if split == "test" and set() < set(files.subfolders(root / name)) <= set(classes):
+            tops[name] = split
     folders = {c: [Path(top, c).as_posix() for top in tops if (root / top / c).is_dir()] for c in classes}
     if len(classes) == 1 and not any(number[split, ""] for split in tops.values()):
         yield Finding("only one class", folders[classes[0]])
-    same_name = defaultdict(list)
     for c in classes:
-        same_name[normalized_name(c)].append(c)
         if c.casefold() in ("training", "testing", *SPLITS):
             yield Finding("class named like a split", folders[c])
-    misspelled = set()
-    for names in same_name.values():
-        # All of them may be classes; where a folder lacks one of them and has another, they are the same.
-        if any(0 < sum(number[split, c] > 0 for c in names) < len(names) for split in tops.values()):
-            misspelled.update(names)
-            detail = f"{' and '.join(map(ascii, names))} differ only in encoding, case or spaces"
-            yield Finding("one class spelled in two ways", [folder for c in names for folder in folders[c]], detail)
     for top, split in tops.items():
+        # Of a class whose name is spelled in another way there, training says so.
+        present = {normalized_name(c) for c in classes if number[split, c]}
         for c in classes:
-            if not number[split, c] and c not in misspelled:
+            if normalized_name(c) not in present:
                 yield Finding("class without images", [Path(top, c).as_posix()])
     yield from check_balance({top: {c: number[split, c] for c in classes} for top, split in tops.items()})
 
 
-def check_training(paths: Sequence[str], layout: Layout, root: Path) -> Iterator[Finding]:
-    """What training would refuse or ignore, by its own code, where the labels come from folders."""
+def check_training(ignored: Sequence[str], layout: Layout, root: Path) -> Iterator[Finding]:
+    """What training would refuse, by its own code, and the images it would ignore, where the labels come from folders."""
     if not layout.has_folder_labels:
         return
     is_whole = {"train", "valid"} <= set(layout.split_folders.values())
@@ -555,11 +528,11 @@ def check_training(paths: Sequence[str], layout: Layout, root: Path) -> Iterator
     except UserError as error:
         yield Finding("not laid out for training", ["."], str(error).removeprefix(f"{root}: "))
         return
-    ignored = defaultdict(list)
-    for path in filter(layout.is_ignored, paths):
-        ignored[path.split("/")[0] if "/" in path else "."].append(path)
-    for top, inside in ignored.items():
-        yield Finding("ignored by training", inside, f"{len(inside):,} in {'the folder itself' if top == '.' else top}")
+    by_folder = defaultdict(list)
+    for path in ignored:
+        by_folder[path.split("/")[0] if "/" in path else "the folder itself"].append(path)
+    for folder, inside in by_folder.items():
+        yield Finding("ignored by training", inside, f"{len(inside):,} in {folder}")
     names = set(files.subfolders(root / "test")) if "test" in layout.split_folders else set()
     if names & set(labelled.classes) and not any(row.split == "test" for row in labelled.rows):
         detail = f"it has {shortened(sorted(names))}; train has {shortened(labelled.classes)}"

@@ -105,7 +105,9 @@ def split_by_content(
         remove_stale_temporaries(manifest.parent)
     groups = groups or {}
     distinct = {content for hashes in contents.values() for content in hashes}
-    saved, saved_groups = _read_copy(kept, rule, distinct) or _read(manifest, rule, given)
+    saved, saved_groups = _read(kept, rule, given) if kept else ({}, {})
+    if not distinct <= saved.keys():
+        saved, saved_groups = _read(manifest, rule, given)
     assignments, unit_of = dict(saved), _units(distinct, groups)
     units = set(unit_of.values())
     for unit in units:
@@ -208,15 +210,6 @@ def _read(manifest: Path, rule: Rule, given: bool) -> tuple[dict[str, str], dict
         problem = f"the split manifest {manifest} was made with {saved_rule}, not {rule}"
         raise UserError(f"{problem}; give those, or another manifest")
     return assignments, groups
-
-
-def _read_copy(copy: Path | None, rule: Rule, contents: set[str]) -> tuple[dict[str, str], dict[str, str]] | None:
-    """What `_read` gives of a run's copy of the manifest; None where there is none, or it can't be used."""
-    try:
-        assignments, groups = _read(copy, rule, True) if copy else ({}, {})
-    except UserError:
-        return None
-    return (assignments, groups) if contents <= assignments.keys() else None
 
 
 def _report(problem: str, given: bool) -> None:

@@ -175,7 +175,7 @@ def test_being_asked_again_while_it_saves_leaves_the_cache_as_it_was(two_classes
 
 
 def test_while_it_looks_the_cache_is_saved_every_minute(tmp_path, monkeypatch):
-    """What a killed process leaves; saving takes a tenth of the time at most."""
+    """What a killed process leaves."""
     paths, saved, save = [f"{i}.jpg" for i in range(400)], [], files._save_records
     for path in paths:
         (tmp_path / path).touch()
