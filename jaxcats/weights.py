@@ -24,8 +24,9 @@ def main(argv: Sequence[str]) -> None:
         return
     action, *rest = argv
     if action not in ACTIONS:
-        hint = nearest(action, list(ACTIONS))
-        raise UserError(f"there is no action '{action}'.{hint} Actions: {', '.join(ACTIONS)}.")
+        raise UserError(
+            f"there is no action '{action}'.{nearest(action, list(ACTIONS))} Actions: {', '.join(ACTIONS)}."
+        )
     parser = Parser(prog=f"python -m jaxcats.weights {action}", description=ACTIONS[action].capitalize() + ".")
     {"list": _list, "fetch": _fetch, "check": _check, "convert": _convert}[action](parser, rest)
 
@@ -44,7 +45,7 @@ def _list(parser: Parser, argv: Sequence[str]) -> None:
         source = next(s for s in registry.get(backbone).sources if s.name == name)
         top1, size = f"{source.top1:.2f} %" if source.top1 else "?", f"{source.preprocess.size} px"
         try:
-            pretrained.locate(source.location, backbone=backbone, download=False)
+            pretrained.locate(source.location, download=False)
             here = "yes"
         except UserError:
             here = "no"
@@ -53,16 +54,15 @@ def _list(parser: Parser, argv: Sequence[str]) -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\ntop-1: on ImageNet's validation images at that size, as published. A backbone's first row is its default.")
-    print(
-        "Use one: --model.backbone resnet50 --model.weights resnet50.a1_in1k. Download it: jaxcats weights fetch NAME"
-    )
+    print("Use one: --model.backbone resnet50 --model.weights resnet50.a1_in1k. Download: jaxcats weights fetch NAME")
 
 
 def _fetch(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("what", nargs="+", help="a name that list gives, a backbone's name, or hf:OWNER/REPO/FILE")
-    for name in parser.parse_args(argv).what:
-        from jaxcats.models import pretrained, registry
+    options = parser.parse_args(argv)
+    from jaxcats.models import pretrained, registry
 
+    for name in options.what:
         backbone, location = _resolve(name)
         file = pretrained.find(registry.get(backbone).sources if backbone else (), location, backbone=backbone)
         unverified = "" if file.verified_by else "; its hash is not known here"
@@ -80,7 +80,7 @@ def _check(parser: Parser, argv: Sequence[str]) -> None:
     from jaxcats.models import pretrained, registry
 
     backbone, location = _resolve(options.what, files=True)
-    pretrained.locate(location, backbone=backbone, download=False)
+    pretrained.locate(location, download=False)
     backbone = options.backbone or backbone
     if not backbone:
         raise UserError(f"--backbone: is required for a file; one of {', '.join(registry.names())}.")
@@ -96,10 +96,8 @@ def _check(parser: Parser, argv: Sequence[str]) -> None:
         raise UserError(f"{file.path}: has values that are not finite numbers, in {', '.join(bad[:5])}; fetch it again")
     head = f"a classifier of {classes:,} classes" if classes else "no classifier"
     origin = {"published": "that of the published file", "hub": "that of the hub", None: "its hash is not known here"}
-    print(
-        f"{file.path}: fits {backbone}; {len(tensors)} tensors, {head};",
-        f"sha256 {file.sha256}, {origin[file.verified_by]}",
-    )
+    facts = f"{len(tensors)} tensors, {head}; sha256 {file.sha256}, {origin[file.verified_by]}"
+    print(f"{file.path}: fits {backbone}; {facts}")
 
 
 def _convert(parser: Parser, argv: Sequence[str]) -> None:
@@ -112,15 +110,13 @@ def _convert(parser: Parser, argv: Sequence[str]) -> None:
     from jaxcats.common import io
     from jaxcats.models import hub, pretrained
 
-    source, target = pretrained.check_path(options.source), Path(os.path.expanduser(options.target))
-    if target.suffix.lower() != ".safetensors":
-        raise UserError(f"{target}: expected a file that ends in .safetensors")
-    if target.exists():
-        raise UserError(f"{target}: exists already; give another name, or remove it first")
+    source, target = pretrained.locate(options.source), Path(os.path.expanduser(options.target))
+    if target.suffix.lower() != ".safetensors" or target.exists():
+        raise UserError(f"{target}: expected the name of a new file that ends in .safetensors")
     tensors = {name: np.asarray(array, order="C") for name, array in pretrained.read_tensors(source).items()}
-    if "__metadata__" in tensors:
-        raise UserError(f"{source}: has a tensor '__metadata__', a name that .safetensors files reserve")
     try:
+        if "__metadata__" in tensors:
+            raise ValueError("the name '__metadata__' is reserved")
         io.write_bytes(target, save(tensors, metadata={"format": "pt"}))
     except OSError as error:
         raise unwritable(str(target), error) from None

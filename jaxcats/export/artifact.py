@@ -83,15 +83,11 @@ def write(folder: Path, *, tensors: dict[str, np.ndarray], program: bytes, facts
     folder = Path(os.path.realpath(folder))
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(MAX_BYTES)):
         raise UserError(f"{folder}: holds something other than an exported classifier; name another folder.")
-    contents = {TENSORS: safetensors.numpy.save(tensors), PROGRAM: program}
-    files = {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in contents.items()
-    }
-    fresh = temporary(folder)
+    fresh, files = temporary(folder), {}
     try:
         shutil.rmtree(fresh, ignore_errors=True)
-        for name, content in contents.items():
+        for name, content in ((TENSORS, safetensors.numpy.save(tensors)), (PROGRAM, program)):
+            files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             write_bytes(fresh / name, content)
         write_json(fresh / JSON, {"format": FORMAT, **facts, "files": files})
         _replace_folder(folder, fresh)
@@ -134,10 +130,8 @@ def read(folder: str | os.PathLike) -> Artifact:
     folder = Path(folder)
     if not (folder / JSON).exists() and (folder / "model" / JSON).exists():
         folder = folder / "model"
-    if not folder.is_dir() or not os.path.lexists(folder / JSON):
-        raise UserError(
-            f"{folder}: not an exported classifier (it has no model.json). Make one: python -m jaxcats.export --run RUN."
-        )
+    if not os.path.lexists(folder / JSON):
+        _refuse(folder, "not an exported classifier (it has no model.json)")
     facts = _read_json(folder / JSON)
     preprocess = _read_preprocess(folder / JSON, facts.get("preprocess"))
     contents = {name: _read_file(folder / name, facts["files"][name]) for name in (TENSORS, PROGRAM)}
@@ -170,9 +164,8 @@ def check_program(exported: jax.export.Exported) -> None:
         # `exported.mlir_module()` would print the program, which takes four times as long.
         module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
         module.operation.walk(collect)
-    if targets - ALLOWED_CALLS:
-        names = ", ".join(sorted(targets - ALLOWED_CALLS))
-        raise ValueError(f"the program makes the custom call {names[:100]!r}, which is code outside the artefact")
+    if outside := ", ".join(sorted(targets - ALLOWED_CALLS)):
+        raise ValueError(f"the program makes the custom call {outside[:100]!r}, which is code outside the artefact")
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:
@@ -200,12 +193,9 @@ def _read_file(path: Path, expected: dict[str, Any] | None = None) -> bytes:
 def _read_json(path: Path) -> dict[str, Any]:
     """Reads model.json and checks the type and range of every entry that is used."""
     try:
-        facts = json.loads(_read_file(path).decode("utf-8"), parse_constant=_refuse_constant)
+        facts = json.loads(_read_file(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         _refuse(path, f"not readable JSON ({str(error)[:100]})")
-
-    if not isinstance(facts, dict):
-        _refuse(path, "not the description of a classifier")
 
     def look_up(*keys: str) -> Any:
         value = facts
@@ -228,8 +218,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     require(are_names and len(set(classes)) == len(classes), "classes", "a list of different names")
     require(_is_number(look_up("temperature"), 1e-3, 1e3), "temperature", "a number from 0.001 to 1000")
     threshold = look_up("abstain", "threshold")
-    is_threshold = threshold is None or _is_number(threshold, 0, 1)
-    require(isinstance(look_up("abstain"), dict) and is_threshold, "abstain.threshold", "null or a number from 0 to 1")
+    is_threshold = isinstance(look_up("abstain"), dict) and (threshold is None or _is_number(threshold, 0, 1))
+    require(is_threshold, "abstain.threshold", "null or a number from 0 to 1")
     presets = [name for name, preset in PRESETS.items() if preset]
     require(look_up("tta", "augment") in presets, "tta.augment", f"one of {', '.join(presets)}")
     for name in (TENSORS, PROGRAM):
@@ -239,10 +229,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     are_counts = all(type(count) is int and count >= 0 for count in counts)
     require(look_up("accuracy") is None or are_counts, "accuracy", "null, or the counts n and errors")
     return facts
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
 
 
 def _is_text(value: Any) -> bool:
@@ -288,5 +274,5 @@ def _check_signature(path: Path, artifact: Artifact) -> None:
     expected += [((*batch, size, size, 3), np.uint8), ((*batch, len(artifact.classes)), np.float32)]
     shapes = [(value.shape, value.dtype) for value in (*exported.in_avals, *exported.out_avals)]
     if not is_tree or shapes != expected or not jax.export.is_symbolic_dim(batch[0]):
-        function = f"images of {size} pixels to probabilities of {len(artifact.classes)} classes"
-        _refuse(path, f"not a function of the arrays in {TENSORS} and of {function}")
+        images = f"images of {size} pixels to probabilities of {len(artifact.classes)} classes"
+        _refuse(path, f"not a function of the arrays in {TENSORS} and of {images}")

@@ -41,9 +41,8 @@ def finish_training(
     """
     config, valid = experiment.config, experiment.index.splits["valid"]
     if mesh.has_many_devices():
-        result = dataclasses.replace(
-            result, params=mesh.to_local(result.params), batch_stats=mesh.to_local(result.batch_stats)
-        )
+        params, batch_stats = mesh.to_local(result.params), mesh.to_local(result.batch_stats)
+        result = dataclasses.replace(result, params=params, batch_stats=batch_stats)
         mesh.use_first_device_only()
     run = Run(
         folder=workdir,
@@ -102,6 +101,5 @@ def _with_total(seconds: dict[str, float], started: float) -> dict[str, float]:
 def time_summary(seconds: dict[str, float], counts: dict[str, int]) -> str:
     """Says in a line where the time went."""
     parts = [f"{name} {value:.1f} s" for name, value in seconds.items() if value >= 0.05 and name != "total"]
-    reused = counts.get("reused")
-    from_cache = f" ({reused:,} feature{'s' if reused > 1 else ''} from the cache)" if reused else ""
+    from_cache = f" ({counts['reused']:,} features from the cache)" if counts.get("reused") else ""
     return f"{seconds['total']:.1f} s in all{from_cache}: {', '.join(parts)}"
