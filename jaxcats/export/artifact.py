@@ -61,11 +61,6 @@ class Artifact:
         """Class names in the order of the probabilities."""
         return tuple(self.facts["classes"])
 
-    @property
-    def threshold(self) -> float | None:
-        """The probability below which the classifier abstains; None if it never does."""
-        return self.facts["abstain"].get("threshold")
-
 
 def write(folder: Path, *, tensors: dict[str, np.ndarray], program: bytes, facts: dict[str, Any]) -> None:
     """Writes an artefact. If it is interrupted, the folder holds the old artefact as it was.
@@ -133,7 +128,12 @@ def read(folder: str | os.PathLike) -> Artifact:
     if not os.path.lexists(folder / JSON):
         _refuse(folder, "not an exported classifier (it has no model.json)")
     facts = _read_json(folder / JSON)
-    preprocess = _read_preprocess(folder / JSON, facts.get("preprocess"))
+    try:
+        preprocess = Preprocess.from_dict(facts["preprocess"])
+        if type(preprocess.size) is not int or not _is_number(preprocess.crop_fraction, 0.05, 1):
+            raise ValueError("expected a whole size and a crop_fraction from 0.05 to 1")
+    except (UserError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        _refuse(folder / JSON, f"preprocess: {first_line(error)[:100]}")
     contents = {name: _read_file(folder / name, facts["files"][name]) for name in (TENSORS, PROGRAM)}
     tensors = _read_tensors(folder / TENSORS, contents[TENSORS], facts["temperature"])
     try:
@@ -203,31 +203,30 @@ def _read_json(path: Path) -> dict[str, Any]:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    def require(is_valid: bool, key: str, expected: str) -> None:
-        if not is_valid:
-            _refuse(path, f"{key}: expected {expected}")
-
     for key, version in (("format", FORMAT), ("transform", TRANSFORM_VERSION)):
         if look_up(key) != version:
             value = repr(look_up(key))[:20]
             raise UserError(f"{path}: has {key} {value}; this jaxcats reads {version}. Use the jaxcats that wrote it.")
-    for key in ("jax", "backbone", "dtype"):
-        require(_is_text(look_up(key)), key, "a name")
-    classes = look_up("classes")
+    classes, threshold = look_up("classes"), look_up("abstain", "threshold")
     are_names = isinstance(classes, list) and len(classes) > 0 and all(map(_is_text, classes))
-    require(are_names and len(set(classes)) == len(classes), "classes", "a list of different names")
-    require(_is_number(look_up("temperature"), 1e-3, 1e3), "temperature", "a number from 0.001 to 1000")
-    threshold = look_up("abstain", "threshold")
     is_threshold = isinstance(look_up("abstain"), dict) and (threshold is None or _is_number(threshold, 0, 1))
-    require(is_threshold, "abstain.threshold", "null or a number from 0 to 1")
     presets = [name for name, preset in PRESETS.items() if preset]
-    require(look_up("tta", "augment") in presets, "tta.augment", f"one of {', '.join(presets)}")
-    for name in (TENSORS, PROGRAM):
-        is_entry = type(look_up("files", name, "bytes")) is int and _is_text(look_up("files", name, "sha256"))
-        require(is_entry, f"files.{name}", "its bytes and sha256")
     counts = [look_up("accuracy", key) for key in ("n", "errors")]
     are_counts = all(type(count) is int and count >= 0 for count in counts)
-    require(look_up("accuracy") is None or are_counts, "accuracy", "null, or the counts n and errors")
+    checks = {
+        "jax, backbone and dtype: expected names": all(_is_text(look_up(key)) for key in ("jax", "backbone", "dtype")),
+        "classes: expected a list of different names": are_names and len(set(classes)) == len(classes),
+        "temperature: expected a number from 0.001 to 1000": _is_number(look_up("temperature"), 1e-3, 1e3),
+        "abstain.threshold: expected null or a number from 0 to 1": is_threshold,
+        f"tta.augment: expected one of {', '.join(presets)}": look_up("tta", "augment") in presets,
+        "accuracy: expected null, or the counts n and errors": look_up("accuracy") is None or are_counts,
+    }
+    for name in (TENSORS, PROGRAM):
+        size, sha256 = look_up("files", name, "bytes"), look_up("files", name, "sha256")
+        checks[f"files.{name}: expected its bytes and sha256"] = type(size) is int and _is_text(sha256)
+    for expectation, is_met in checks.items():
+        if not is_met:
+            _refuse(path, expectation)
     return facts
 
 
@@ -237,16 +236,6 @@ def _is_text(value: Any) -> bool:
 
 def _is_number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
-
-
-def _read_preprocess(path: Path, values: Any) -> Preprocess:
-    try:
-        preprocess = Preprocess.from_dict(values)
-    except (UserError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        _refuse(path, f"preprocess: {str(error).partition(chr(10))[0][:100]}")
-    if type(preprocess.size) is not int or not _is_number(preprocess.crop_fraction, 0.05, 1):
-        _refuse(path, "preprocess: expected a whole size and a crop_fraction from 0.05 to 1")
-    return preprocess
 
 
 def _read_tensors(path: Path, content: bytes, temperature: float) -> dict[str, np.ndarray]:

@@ -112,7 +112,8 @@ class Classifier:
     """
 
     def __init__(self, verified: artifact.Artifact):
-        self.facts, self.classes, self.threshold = verified.facts, verified.classes, verified.threshold
+        self.facts, self.classes = verified.facts, verified.classes
+        self.threshold: float | None = self.facts["abstain"].get("threshold")
         self._folder, self._preprocess = verified.folder, verified.preprocess
         self._augmentation = PRESETS[self.facts["tta"]["augment"]] or Augmentation()
         self._tensors = jax.device_put(verified.tensors)
@@ -158,13 +159,12 @@ class Classifier:
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             decoded = _map_ahead(pool, decode, iter(images), 2 * batch_size + 2)
-            started: deque[tuple] = deque()
+            previous: tuple[list[Decoded], Any] = [], ()
             while batch := list(itertools.islice(decoded, batch_size)):
-                started.append((batch, self._run([pixels for _, pixels, _ in batch if pixels], batch_size, tta)))
-                if len(started) > 1:
-                    yield from self._rows(*started.popleft())
-            for results in started:
-                yield from self._rows(*results)
+                results = batch, self._run([pixels for _, pixels, _ in batch if pixels], batch_size, tta)
+                yield from self._rows(*previous)
+                previous = results
+            yield from self._rows(*previous)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -113,10 +113,9 @@ _RESNETS = {
 }
 
 for _name, (_blocks, _bottleneck, _parameters, _accuracies) in _RESNETS.items():
-    _files = {recipe: f"{_name}.{recipe}" for recipe in _accuracies}
     _sources = tuple(
-        WeightSource(f"hf:timm/{file}/model.safetensors", *_RECIPES[recipe], top1=_accuracies[recipe], name=file)
-        for recipe, file in _files.items()
+        WeightSource(f"hf:timm/{_name}.{recipe}/model.safetensors", *_RECIPES[recipe], top1, f"{_name}.{recipe}")
+        for recipe, top1 in _accuracies.items()
     )
     register(
         _name,
