@@ -48,8 +48,7 @@ def main(argv: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     seconds = time.perf_counter() - started
-    if len(paths) > 1:
-        print(f"{len(paths):,} images in {seconds:.1f} s ({len(paths) / seconds:,.0f} a second)", file=sys.stderr)
+    print(f"{len(paths):,} images in {seconds:.1f} s ({len(paths) / seconds:,.0f} a second)", file=sys.stderr)
     if bad:
         raise RunError(f"{bad:,} of {len(paths):,} images can't be used; their rows say why.")
 

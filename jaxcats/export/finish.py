@@ -65,7 +65,6 @@ def finish_training(
         results["own_metrics"] = experiment.user_functions.measure(logits, valid.labels)
     results |= {"checkpoint": run.checkpoint, "seconds": _with_total(seconds, started)}
     metrics, calibration = write_results(workdir, run, valid, logits, facts=results)
-    written = ["metrics.json", "predictions.csv"]
     if config.export:
         from jaxcats.export.program import write_run
 
@@ -75,8 +74,6 @@ def finish_training(
         except UserError as error:  # a registered backbone may do what no artefact can hold; the training is kept
             print(f"Not exported: {error}", file=sys.stderr)
         seconds["export"] = time.perf_counter() - at
-    if (workdir / "model").is_dir():
-        written.append("model/")
     if config.report:
         from jaxcats.evaluate.figures import EvaluatedSplit
         from jaxcats.evaluate.report import write_evaluation
@@ -84,10 +81,12 @@ def finish_training(
         at = time.perf_counter()
         write_evaluation(workdir, EvaluatedSplit(run, valid, logits, metrics))
         seconds["report"] = time.perf_counter() - at
-        written.append("report.html")
     total = _with_total(seconds, started)
     write_json(workdir / "metrics.json", metrics | {"seconds": total})
     print(time_summary(total, result.feature_counts))
+    written = [
+        name for name in ("metrics.json", "predictions.csv", "model", "report.html") if (workdir / name).exists()
+    ]
     print(f"Results: {workdir}/{', '.join(written)}; again: {command_line('evaluate')} --run {workdir}")
 
 
