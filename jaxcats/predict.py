@@ -48,8 +48,7 @@ def main(argv: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     seconds = time.perf_counter() - started
-    if len(paths) > 1:
-        print(f"{len(paths):,} images in {seconds:.1f} s ({len(paths) / seconds:,.0f} a second)", file=sys.stderr)
+    print(f"{len(paths):,} images in {seconds:.1f} s ({len(paths) / seconds:,.0f} a second)", file=sys.stderr)
     if bad:
         raise RunError(f"{bad:,} of {len(paths):,} images can't be used; their rows say why.")
 
@@ -62,13 +61,9 @@ def read_options(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--model", required=True, help="folder that train or export wrote (model/ in a run folder)")
     parser.add_argument("--csv", metavar="FILE", help="write CSV instead of the table; - is stdout")
     parser.add_argument("--jsonl", metavar="FILE", help="write a line of JSON per image instead; - is stdout")
-    parser.add_argument(
-        "--kaggle", metavar="FILE", help="write a submission for Kaggle's Dogs vs. Cats Redux (see docs/export.md)"
-    )
+    parser.add_argument("--kaggle", metavar="FILE", help="write a submission for Kaggle's Dogs vs. Cats Redux")
     parser.add_argument("--show", metavar="FILE", help=f"draw the first {SHEET_IMAGES} images with their labels as PNG")
-    parser.add_argument(
-        "--tta", type=int, default=0, help="average over this number of augmented versions of each image"
-    )
+    parser.add_argument("--tta", type=int, default=0, help="average over this number of augmented versions of an image")
     parser.add_argument("--batch_size", type=int, default=32, help="images per call of the network")
     options = parser.parse_args(argv)
     if options.csv == options.jsonl == "-":
@@ -86,30 +81,22 @@ def expand(words: Sequence[str]) -> list[str]:
     paths: list[str] = []
     for word in words:
         if word == "-":
-            paths += split_list(sys.stdin.buffer.read())
-            continue
-        files = [word]
-        if os.path.isdir(word):
+            content = sys.stdin.buffer.read()  # with zero bytes as `find -print0` writes them, or in lines
+            parts = content.split(b"\0") if b"\0" in content else content.replace(b"\r\n", b"\n").split(b"\n")
+            files = [os.fsdecode(part) for part in parts if part]
+        elif os.path.isdir(word):
             files = [os.path.join(word, name) for name in list_images(Path(word), Path(word))]
         elif glob.has_magic(word) and not os.path.lexists(word):
             files = sorted(name for name in glob.iglob(word, recursive=True) if not os.path.isdir(name))
+        else:
+            files = [word]
         if not files:
-            raise UserError(f"{word}: no images in this folder, or under such a name.")
+            raise UserError(f"{word}: no images in this folder or list, or under such a name.")
         paths += files
-    if not paths:
-        raise UserError("PATHS: no images in this list.")
     return paths
 
 
-def split_list(content: bytes) -> list[str]:
-    """Splits a list of paths at its zero bytes, as `find -print0` writes them, or else into lines."""
-    words = content.split(b"\0") if b"\0" in content else [line.removesuffix(b"\r") for line in content.split(b"\n")]
-    return [os.fsdecode(word) for word in words if word]
-
-
-def write_outputs(
-    rows: "Iterable[Prediction]", options: Namespace, classes: Sequence[str], paths: Sequence[str]
-) -> int:
+def write_outputs(rows: "Iterable[Prediction]", options: Namespace, classes: Sequence[str], paths: list[str]) -> int:
     """Writes every output and returns the number of images that can't be used."""
     formats: dict[str, Callable[[Prediction], str]] = {}  # by file; - is stdout
     lines: dict[str, list[str]] = {}
@@ -119,8 +106,7 @@ def write_outputs(
     if options.jsonl:
         formats[options.jsonl] = partial(json_line, classes=classes)
     if not options.csv and not options.jsonl and not options.kaggle:
-        widths = min(60, max(len(one_line(path)) for path in paths)), max(len(one_line(name)) for name in classes)
-        formats["-"] = partial(table_line, widths=widths)
+        formats["-"] = partial(table_line, width=min(60, max(len(one_line(path)) for path in paths)))
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
     kept, bad = [], 0
     for row in rows:
@@ -163,12 +149,12 @@ def json_line(row: "Prediction", classes: Sequence[str]) -> str:
     return json.dumps(values) + "\n"  # a name that is not UTF-8 has lone surrogates
 
 
-def table_line(row: "Prediction", widths: tuple[int, int]) -> str:
+def table_line(row: "Prediction", width: int) -> str:
     """Formats a prediction for the screen."""
-    label, result = "-", one_line(row.error)
-    if row.error is None:
-        label, result = one_line(row.label), f"{row.probability:.4f}{'  unsure' if row.abstain else ''}"
-    return f"{one_line(row.path):<{widths[0]}}  {label:<{widths[1]}}  {result}\n"
+    result = (
+        f"{row.probability:.4f}  {row.label}{'  unsure' if row.abstain else ''}" if row.label else f"-  {row.error}"
+    )
+    return f"{one_line(row.path):<{width}}  {one_line(result)}\n"
 
 
 def kaggle_ids(paths: "Sequence[str | None]") -> list[int]:
@@ -186,11 +172,12 @@ def kaggle_ids(paths: "Sequence[str | None]") -> list[int]:
 
 def submission(rows: "Sequence[Prediction]") -> str:
     """Formats a Kaggle submission: ids and the second class's probabilities, sorted by id."""
-    lines = []
-    for number, row in sorted(zip(kaggle_ids([row.path for row in rows]), rows, strict=True), key=lambda pair: pair[0]):
+    row_of_id = dict(zip(kaggle_ids([row.path for row in rows]), rows, strict=True))
+    lines = ["id,label\n"]
+    for number, row in sorted(row_of_id.items()):
         p = 0.5 if row.error is not None else float(row.probabilities[1])
         lines.append(f"{number},{min(max(p, 1 - KAGGLE_MAX), KAGGLE_MAX):.6g}\n")
-    return "id,label\n" + "".join(lines)
+    return "".join(lines)
 
 
 def contact_sheet(rows: "Sequence[Prediction]") -> bytes:

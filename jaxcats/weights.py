@@ -1,5 +1,6 @@
 """`python -m jaxcats.weights list|fetch|check|convert`: pretrained weights, ahead of the run that needs them."""
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ ACTIONS = {
     "check": "check that a file is the published one and fits its network",
     "convert": "write the tensors of a .pth file as .safetensors, which any program can read safely",
 }
+HASH_ORIGIN = {"published": "that of the published file", "hub": "that of the hub", None: "its hash is not known here"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,8 +26,9 @@ def main(argv: Sequence[str]) -> None:
         return
     action, *rest = argv
     if action not in ACTIONS:
-        hint = nearest(action, list(ACTIONS))
-        raise UserError(f"there is no action '{action}'.{hint} Actions: {', '.join(ACTIONS)}.")
+        raise UserError(
+            f"there is no action '{action}'.{nearest(action, list(ACTIONS))} Actions: {', '.join(ACTIONS)}."
+        )
     parser = Parser(prog=f"python -m jaxcats.weights {action}", description=ACTIONS[action].capitalize() + ".")
     {"list": _list, "fetch": _fetch, "check": _check, "convert": _convert}[action](parser, rest)
 
@@ -39,34 +42,33 @@ def _list(parser: Parser, argv: Sequence[str]) -> None:
 
     rows = [("name", "parameters", "size", "top-1", "at", "licence", "here", "source")]
     for name, backbone in sorted(registry.named_weights().items(), key=lambda pair: (len(pair[1]), pair[1])):
-        count = registry.get(backbone).parameters
-        millions, megabytes = (f"{count / 1e6:.1f} M", f"{4 * count / 1e6:.0f} MB") if count else ("?", "?")
+        count = (registry.get(backbone).parameters or math.nan) / 1e6
         source = next(s for s in registry.get(backbone).sources if s.name == name)
-        top1, size = f"{source.top1:.2f} %" if source.top1 else "?", f"{source.preprocess.size} px"
+        top1, size = f"{source.top1 or math.nan:.2f} %", f"{source.preprocess.size} px"
         try:
-            pretrained.locate(source.location, backbone=backbone, download=False)
+            pretrained.locate(source.location, download=False)
             here = "yes"
         except UserError:
             here = "no"
-        rows.append((name, millions, megabytes, top1, size, source.licence or "?", here, source.location))
+        facts = (f"{count:.1f} M", f"{4 * count:.0f} MB", top1, size, source.licence or "?", here)
+        rows.append((name, *facts, source.location))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\ntop-1: on ImageNet's validation images at that size, as published. A backbone's first row is its default.")
-    print(
-        "Use one: --model.backbone resnet50 --model.weights resnet50.a1_in1k. Download it: jaxcats weights fetch NAME"
-    )
+    print("Use one: --model.backbone resnet50 --model.weights resnet50.a1_in1k. Download: jaxcats weights fetch NAME")
 
 
 def _fetch(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("what", nargs="+", help="a name that list gives, a backbone's name, or hf:OWNER/REPO/FILE")
-    for name in parser.parse_args(argv).what:
-        from jaxcats.models import pretrained, registry
+    options = parser.parse_args(argv)
+    from jaxcats.models import pretrained, registry
 
+    for name in options.what:
         backbone, location = _resolve(name)
         file = pretrained.find(registry.get(backbone).sources if backbone else (), location, backbone=backbone)
-        unverified = "" if file.verified_by else "; its hash is not known here"
-        print(f"{name}: {file.path} ({file.path.stat().st_size / 1e6:.1f} MB, sha256 {file.sha256}{unverified})")
+        size = f"{file.path.stat().st_size / 1e6:.1f} MB"
+        print(f"{name}: {file.path} ({size}, sha256 {file.sha256}, {HASH_ORIGIN[file.verified_by]})")
     print("Offline, it is found there. On another machine, copy the file and give it: --model.weights FILE")
 
 
@@ -79,8 +81,8 @@ def _check(parser: Parser, argv: Sequence[str]) -> None:
     from jaxcats import models
     from jaxcats.models import pretrained, registry
 
-    backbone, location = _resolve(options.what, files=True)
-    pretrained.locate(location, backbone=backbone, download=False)
+    backbone, location = _resolve(options.what)
+    pretrained.locate(location, download=False)
     backbone = options.backbone or backbone
     if not backbone:
         raise UserError(f"--backbone: is required for a file; one of {', '.join(registry.names())}.")
@@ -95,11 +97,8 @@ def _check(parser: Parser, argv: Sequence[str]) -> None:
     if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         raise UserError(f"{file.path}: has values that are not finite numbers, in {', '.join(bad[:5])}; fetch it again")
     head = f"a classifier of {classes:,} classes" if classes else "no classifier"
-    origin = {"published": "that of the published file", "hub": "that of the hub", None: "its hash is not known here"}
-    print(
-        f"{file.path}: fits {backbone}; {len(tensors)} tensors, {head};",
-        f"sha256 {file.sha256}, {origin[file.verified_by]}",
-    )
+    facts = f"{len(tensors)} tensors, {head}; sha256 {file.sha256}, {HASH_ORIGIN[file.verified_by]}"
+    print(f"{file.path}: fits {backbone}; {facts}")
 
 
 def _convert(parser: Parser, argv: Sequence[str]) -> None:
@@ -112,15 +111,13 @@ def _convert(parser: Parser, argv: Sequence[str]) -> None:
     from jaxcats.common import io
     from jaxcats.models import hub, pretrained
 
-    source, target = pretrained.check_path(options.source), Path(os.path.expanduser(options.target))
-    if target.suffix.lower() != ".safetensors":
-        raise UserError(f"{target}: expected a file that ends in .safetensors")
-    if target.exists():
-        raise UserError(f"{target}: exists already; give another name, or remove it first")
+    source, target = pretrained.locate(options.source), Path(os.path.expanduser(options.target))
+    if target.suffix.lower() != ".safetensors" or target.exists():
+        raise UserError(f"{target}: expected the name of a new file that ends in .safetensors")
     tensors = {name: np.asarray(array, order="C") for name, array in pretrained.read_tensors(source).items()}
-    if "__metadata__" in tensors:
-        raise UserError(f"{source}: has a tensor '__metadata__', a name that .safetensors files reserve")
     try:
+        if "__metadata__" in tensors:
+            raise ValueError("the name '__metadata__' is reserved")
         io.write_bytes(target, save(tensors, metadata={"format": "pt"}))
     except OSError as error:
         raise unwritable(str(target), error) from None
@@ -129,7 +126,7 @@ def _convert(parser: Parser, argv: Sequence[str]) -> None:
     print(f"Written: {target} ({len(tensors)} tensors, {target.stat().st_size / 1e6:.1f} MB)")
 
 
-def _resolve(name: str, *, files: bool = False) -> tuple[str, str]:
+def _resolve(name: str) -> tuple[str, str]:
     """(backbone, location) of named weights or of a backbone's default weights; ("", name) for any other location."""
     from jaxcats.models import pretrained, registry
 
@@ -137,10 +134,10 @@ def _resolve(name: str, *, files: bool = False) -> tuple[str, str]:
     backbone = named.get(name, name)
     if backbone in registry.names() and (sources := registry.get(backbone).sources):
         return backbone, next((s for s in sources if s.name == name), sources[0]).location
-    is_file = files and (Path(name).suffix.lower() in pretrained.EXTENSIONS or Path(name).expanduser().exists())
+    is_file = Path(name).suffix.lower() in pretrained.EXTENSIONS or Path(name).expanduser().exists()
     if name.startswith(("hf:", "package:")) or is_file:
         return "", name
-    expected = f"a name that `jaxcats weights list` gives, or hf:OWNER/REPO/FILE{', or a file' if files else ''}"
+    expected = "a name that `jaxcats weights list` gives, hf:OWNER/REPO/FILE, or a file"
     raise UserError(f"{name}: not known.{nearest(name, [*named, *registry.names()])} Expected {expected}")
 
 

@@ -9,10 +9,12 @@ import numpy as np
 import tiny  # noqa: F401  registers the tiny backbone
 
 from jaxcats import models
+from jaxcats.common.config import Config
 from jaxcats.data.images import Preprocess
 from jaxcats.evaluate.calibration import Calibration
+from jaxcats.evaluate.run import Run
 from jaxcats.export import artifact
-from jaxcats.export.program import write
+from jaxcats.export.program import write_run
 
 CLASSES = ("cats", "dogs", "é\u200b")
 PREPROCESS = Preprocess(size=24)
@@ -30,21 +32,23 @@ def weights(model: models.Model, seed: int):
 
 
 def export(folder: Path, seed: int = 0) -> Path:
-    model = models.create("tiny", len(CLASSES), head="linear")
+    model, config = models.create("tiny", len(CLASSES), head="linear"), Config()
     params, stats = weights(model, seed)
-    calibration = Calibration(temperature=1.7, threshold=0.6, max_error=0.01)
-    facts = {"accuracy": {"n": 10, "errors": 1, "interval": [0.5, 1]}}
-    write(
-        folder,
+    run = Run(
+        folder=folder.parent,
+        config=config,
         model=model,
-        params=params,
-        batch_stats=stats,
         preprocess=PREPROCESS,
         classes=CLASSES,
-        calibration=calibration,
-        facts=facts,
+        params=params,
+        batch_stats=stats,
+        phase=config.phases["head"],
+        fingerprint="",
+        use="last",
+        step=1,
     )
-    return folder
+    metrics = {"n": 10, "errors": 1, "interval": [0.5, 1]}
+    return write_run(run, metrics, Calibration(temperature=1.7, threshold=0.6, max_error=0.01), out=folder)
 
 
 def change(folder: Path, **facts) -> None:

@@ -141,7 +141,7 @@ def test_check_of_a_backbone_alone(run, tmp_path):
         ({"b": np.zeros(2, np.longdouble)}, "float128"),
         ({"ok": np.zeros(2), "c": np.zeros(2, "M8[s]")}, "datetime64[s]"),
         ({"d": np.zeros(2, [("a", "f4")])}, "can't hold its tensors ("),
-        ({"__metadata__": np.zeros(2)}, "has a tensor '__metadata__', a name that .safetensors files reserve"),
+        ({"__metadata__": np.zeros(2)}, "can't hold its tensors (the name '__metadata__' is reserved)"),
         ({}, "in.npz: holds no tensors"),
     ],
 )
@@ -185,7 +185,7 @@ def test_convert_writes_the_same_tensors(run, tmp_path, source):
         np.testing.assert_array_equal(array, STATE[name])
     before = target.read_bytes()
     code, _, err = run("convert", GOLDEN / source, target)
-    assert (code, err) == (2, f"error: {target}: exists already; give another name, or remove it first\n")
+    assert (code, err) == (2, f"error: {target}: expected the name of a new file that ends in .safetensors\n")
     assert target.read_bytes() == before
     assert list(tmp_path.iterdir()) == [target]
 
@@ -224,7 +224,10 @@ def test_a_data_parallel_file_is_the_same_network(tmp_path):
         (["check", GOLDEN / "tiny_zip.pth"], "--backbone: is required for a file; one of efficientnet_lite0"),
         (["check", GOLDEN / "tiny_zip.pth", "--backbone", "resnet"], "backbone: unknown value 'resnet'"),
         (["check", GOLDEN / "tiny_zip.pth", "--backbone", "resnet18"], "as resnet18: not the weights of this network."),
-        (["convert", GOLDEN / "tiny_zip.pth", "a.bin"], "a.bin: expected a file that ends in .safetensors"),
+        (
+            ["convert", GOLDEN / "tiny_zip.pth", "a.bin"],
+            "a.bin: expected the name of a new file that ends in .safetensors",
+        ),
         (["convert", GOLDEN / "module.pth", "never.safetensors"], "module.pth: "),
     ],
 )

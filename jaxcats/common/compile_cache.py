@@ -82,8 +82,8 @@ def _remove_damaged_programs(folder: Path) -> None:
         if not damaged:
             show(message, *args, **options)
             return
-        for path in folder.glob(f"{glob.escape(damaged[1])}-*cache"):
-            with contextlib.suppress(OSError):  # in a shared cache the file may belong to somebody else
+        with contextlib.suppress(OSError):  # in a shared cache the file may belong to somebody else
+            for path in folder.glob(f"{glob.escape(damaged[1])}-*cache"):
                 path.unlink()
 
     remove_or_show.folder = folder  # type: ignore[attr-defined]

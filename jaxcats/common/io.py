@@ -97,10 +97,8 @@ def lock_folder(folder: Path) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        name = holder or "another process"
-        raise UserError(
-            f"--workdir {folder}: {name} is training in it now. Wait for its end, or name another folder."
-        ) from None
+        problem = f"{holder or 'another process'} is training in it now"
+        raise UserError(f"--workdir {folder}: {problem}. Wait for its end, or name another folder.") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
             raise

@@ -23,9 +23,7 @@ def main(argv: Sequence[str]) -> None:
     run = load_run(Path(options.run), options.checkpoint)
     calibration = read_calibration(run.folder, run.checkpoint)
     if calibration is None:
-        print(
-            "No temperature is known for this checkpoint: its probabilities are not calibrated, and it never abstains."
-        )
+        print("No temperature is known for this checkpoint: it is not calibrated, and it never abstains.")
         print(f"To calibrate them: python -m jaxcats.evaluate --run {run.folder}, then export again.")
     metrics = read_metrics(run.folder) if calibration else None
     folder = write_run(run, metrics, calibration, out=Path(options.out) if options.out else None)

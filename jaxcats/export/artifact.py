@@ -61,11 +61,6 @@ class Artifact:
         """Class names in the order of the probabilities."""
         return tuple(self.facts["classes"])
 
-    @property
-    def threshold(self) -> float | None:
-        """The probability below which the classifier abstains; None if it never does."""
-        return self.facts["abstain"].get("threshold")
-
 
 def write(folder: Path, *, tensors: dict[str, np.ndarray], program: bytes, facts: dict[str, Any]) -> None:
     """Writes an artefact. If it is interrupted, the folder holds the old artefact as it was.
@@ -83,15 +78,11 @@ def write(folder: Path, *, tensors: dict[str, np.ndarray], program: bytes, facts
     folder = Path(os.path.realpath(folder))
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - set(MAX_BYTES)):
         raise UserError(f"{folder}: holds something other than an exported classifier; name another folder.")
-    contents = {TENSORS: safetensors.numpy.save(tensors), PROGRAM: program}
-    files = {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in contents.items()
-    }
-    fresh = temporary(folder)
+    fresh, files = temporary(folder), {}
     try:
         shutil.rmtree(fresh, ignore_errors=True)
-        for name, content in contents.items():
+        for name, content in ((TENSORS, safetensors.numpy.save(tensors)), (PROGRAM, program)):
+            files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             write_bytes(fresh / name, content)
         write_json(fresh / JSON, {"format": FORMAT, **facts, "files": files})
         _replace_folder(folder, fresh)
@@ -134,12 +125,15 @@ def read(folder: str | os.PathLike) -> Artifact:
     folder = Path(folder)
     if not (folder / JSON).exists() and (folder / "model" / JSON).exists():
         folder = folder / "model"
-    if not folder.is_dir() or not os.path.lexists(folder / JSON):
-        raise UserError(
-            f"{folder}: not an exported classifier (it has no model.json). Make one: python -m jaxcats.export --run RUN."
-        )
+    if not os.path.lexists(folder / JSON):
+        _refuse(folder, "not an exported classifier (it has no model.json)")
     facts = _read_json(folder / JSON)
-    preprocess = _read_preprocess(folder / JSON, facts.get("preprocess"))
+    try:
+        preprocess = Preprocess.from_dict(facts["preprocess"])
+        if type(preprocess.size) is not int or not _is_number(preprocess.crop_fraction, 0.05, 1):
+            raise ValueError("expected a whole size and a crop_fraction from 0.05 to 1")
+    except (UserError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        _refuse(folder / JSON, f"preprocess: {first_line(error)[:100]}")
     contents = {name: _read_file(folder / name, facts["files"][name]) for name in (TENSORS, PROGRAM)}
     tensors = _read_tensors(folder / TENSORS, contents[TENSORS], facts["temperature"])
     try:
@@ -170,9 +164,8 @@ def check_program(exported: jax.export.Exported) -> None:
         # `exported.mlir_module()` would print the program, which takes four times as long.
         module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
         module.operation.walk(collect)
-    if targets - ALLOWED_CALLS:
-        names = ", ".join(sorted(targets - ALLOWED_CALLS))
-        raise ValueError(f"the program makes the custom call {names[:100]!r}, which is code outside the artefact")
+    if outside := ", ".join(sorted(targets - ALLOWED_CALLS)):
+        raise ValueError(f"the program makes the custom call {outside[:100]!r}, which is code outside the artefact")
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:
@@ -200,12 +193,9 @@ def _read_file(path: Path, expected: dict[str, Any] | None = None) -> bytes:
 def _read_json(path: Path) -> dict[str, Any]:
     """Reads model.json and checks the type and range of every entry that is used."""
     try:
-        facts = json.loads(_read_file(path).decode("utf-8"), parse_constant=_refuse_constant)
+        facts = json.loads(_read_file(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         _refuse(path, f"not readable JSON ({str(error)[:100]})")
-
-    if not isinstance(facts, dict):
-        _refuse(path, "not the description of a classifier")
 
     def look_up(*keys: str) -> Any:
         value = facts
@@ -213,36 +203,31 @@ def _read_json(path: Path) -> dict[str, Any]:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    def require(is_valid: bool, key: str, expected: str) -> None:
-        if not is_valid:
-            _refuse(path, f"{key}: expected {expected}")
-
     for key, version in (("format", FORMAT), ("transform", TRANSFORM_VERSION)):
         if look_up(key) != version:
             value = repr(look_up(key))[:20]
             raise UserError(f"{path}: has {key} {value}; this jaxcats reads {version}. Use the jaxcats that wrote it.")
-    for key in ("jax", "backbone", "dtype"):
-        require(_is_text(look_up(key)), key, "a name")
-    classes = look_up("classes")
+    classes, threshold = look_up("classes"), look_up("abstain", "threshold")
     are_names = isinstance(classes, list) and len(classes) > 0 and all(map(_is_text, classes))
-    require(are_names and len(set(classes)) == len(classes), "classes", "a list of different names")
-    require(_is_number(look_up("temperature"), 1e-3, 1e3), "temperature", "a number from 0.001 to 1000")
-    threshold = look_up("abstain", "threshold")
-    is_threshold = threshold is None or _is_number(threshold, 0, 1)
-    require(isinstance(look_up("abstain"), dict) and is_threshold, "abstain.threshold", "null or a number from 0 to 1")
+    is_threshold = isinstance(look_up("abstain"), dict) and (threshold is None or _is_number(threshold, 0, 1))
     presets = [name for name, preset in PRESETS.items() if preset]
-    require(look_up("tta", "augment") in presets, "tta.augment", f"one of {', '.join(presets)}")
-    for name in (TENSORS, PROGRAM):
-        is_entry = type(look_up("files", name, "bytes")) is int and _is_text(look_up("files", name, "sha256"))
-        require(is_entry, f"files.{name}", "its bytes and sha256")
     counts = [look_up("accuracy", key) for key in ("n", "errors")]
     are_counts = all(type(count) is int and count >= 0 for count in counts)
-    require(look_up("accuracy") is None or are_counts, "accuracy", "null, or the counts n and errors")
+    checks = {
+        "jax, backbone and dtype: expected names": all(_is_text(look_up(key)) for key in ("jax", "backbone", "dtype")),
+        "classes: expected a list of different names": are_names and len(set(classes)) == len(classes),
+        "temperature: expected a number from 0.001 to 1000": _is_number(look_up("temperature"), 1e-3, 1e3),
+        "abstain.threshold: expected null or a number from 0 to 1": is_threshold,
+        f"tta.augment: expected one of {', '.join(presets)}": look_up("tta", "augment") in presets,
+        "accuracy: expected null, or the counts n and errors": look_up("accuracy") is None or are_counts,
+    }
+    for name in (TENSORS, PROGRAM):
+        size, sha256 = look_up("files", name, "bytes"), look_up("files", name, "sha256")
+        checks[f"files.{name}: expected its bytes and sha256"] = type(size) is int and _is_text(sha256)
+    for expectation, is_met in checks.items():
+        if not is_met:
+            _refuse(path, expectation)
     return facts
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
 
 
 def _is_text(value: Any) -> bool:
@@ -251,16 +236,6 @@ def _is_text(value: Any) -> bool:
 
 def _is_number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
-
-
-def _read_preprocess(path: Path, values: Any) -> Preprocess:
-    try:
-        preprocess = Preprocess.from_dict(values)
-    except (UserError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        _refuse(path, f"preprocess: {str(error).partition(chr(10))[0][:100]}")
-    if type(preprocess.size) is not int or not _is_number(preprocess.crop_fraction, 0.05, 1):
-        _refuse(path, "preprocess: expected a whole size and a crop_fraction from 0.05 to 1")
-    return preprocess
 
 
 def _read_tensors(path: Path, content: bytes, temperature: float) -> dict[str, np.ndarray]:
@@ -288,5 +263,5 @@ def _check_signature(path: Path, artifact: Artifact) -> None:
     expected += [((*batch, size, size, 3), np.uint8), ((*batch, len(artifact.classes)), np.float32)]
     shapes = [(value.shape, value.dtype) for value in (*exported.in_avals, *exported.out_avals)]
     if not is_tree or shapes != expected or not jax.export.is_symbolic_dim(batch[0]):
-        function = f"images of {size} pixels to probabilities of {len(artifact.classes)} classes"
-        _refuse(path, f"not a function of the arrays in {TENSORS} and of {function}")
+        images = f"images of {size} pixels to probabilities of {len(artifact.classes)} classes"
+        _refuse(path, f"not a function of the arrays in {TENSORS} and of {images}")

@@ -112,7 +112,8 @@ class Classifier:
     """
 
     def __init__(self, verified: artifact.Artifact):
-        self.facts, self.classes, self.threshold = verified.facts, verified.classes, verified.threshold
+        self.facts, self.classes = verified.facts, verified.classes
+        self.threshold: float | None = self.facts["abstain"].get("threshold")
         self._folder, self._preprocess = verified.folder, verified.preprocess
         self._augmentation = PRESETS[self.facts["tta"]["augment"]] or Augmentation()
         self._tensors = jax.device_put(verified.tensors)
@@ -144,25 +145,30 @@ class Classifier:
         return Predictions(list(self.stream(_as_list(images), batch_size=batch_size, tta=tta)), self.classes)
 
     def stream(self, images: Iterable[ImageLike], *, batch_size: int = 32, tta: int = 0) -> Iterator[Prediction]:
-        """Does the same as `predict`, row by row, and holds a few batches of images at a time."""
+        """Does the same as `predict`, row by row, and holds a few batches of images at a time.
+
+        It reads the probabilities of a batch when the next one has started, so that a GPU does not wait for decoding.
+        """
         for name, value, least in (("batch_size", batch_size, 1), ("tta", tta, 0)):
             if type(value) is not int or value < least:
                 raise UserError(f"{name}: {value!r} can't be used; expected {least} or more.")
-        return self._stream(images, batch_size, tta)
-
-    def _stream(self, images: Iterable[ImageLike], batch_size: int, tta: int) -> Iterator[Prediction]:
-        with_tta = [source_preprocess(self._preprocess, self._augmentation)] if tta else []
-        decode = functools.partial(_decode, preprocesses=[self._preprocess, *with_tta])
+        preprocesses = [self._preprocess]
+        if tta:
+            preprocesses.append(source_preprocess(self._preprocess, self._augmentation))
+        decode = functools.partial(_decode, preprocesses=preprocesses)
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             decoded = _map_ahead(pool, decode, iter(images), 2 * batch_size + 2)
+            previous: tuple[list[Decoded], Any] = [], ()
             while batch := list(itertools.islice(decoded, batch_size)):
-                probabilities = self._run([pixels for _, pixels, _ in batch if pixels], batch_size, tta)
-                yield from self._rows(batch, probabilities)
+                results = batch, self._run([pixels for _, pixels, _ in batch if pixels], batch_size, tta)
+                yield from self._rows(*previous)
+                previous = results
+            yield from self._rows(*previous)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _run(self, pixels: list[list[np.ndarray]], batch_size: int, tta: int) -> np.ndarray:
+    def _run(self, pixels: list[list[np.ndarray]], batch_size: int, tta: int) -> Any:
         """Runs the network on a batch; returns probabilities [B, C], with rows of padding after those of the images."""
         if not pixels:
             return np.zeros((0, len(self.classes)), np.float32)
@@ -175,14 +181,14 @@ class Classifier:
         try:
             total = self._call(self._tensors, images)
         except ValueError as error:
-            reason, platform = first_line(error), jax.default_backend()
-            raise UserError(f"{self._folder}: can't be run on this machine's {platform}: {reason}.") from None
+            problem = f"can't be run on this machine's {jax.default_backend()}: {first_line(error)}"
+            raise UserError(f"{self._folder}: {problem}.") from None
         if tta:
             sources = np.stack([versions[1] for versions in pixels])
             content = np.array([zlib.crc32(versions[0].tobytes()) >> 1 for versions in pixels], np.int32)
             for version in range(tta):
                 total = total + self._call(self._tensors, self._augment(sources, version, content))
-        return np.asarray(total / (tta + 1))
+        return total / (tta + 1)
 
     @functools.cached_property
     def _augment(self) -> Callable[[np.ndarray, int, np.ndarray], jax.Array]:
@@ -190,8 +196,8 @@ class Classifier:
         augment = make_augment(self._augmentation, key=jax.random.key(zlib.crc32(b"tta")), size=self._preprocess.size)
         return jax.jit(lambda *args: jnp.round(augment(*args)).astype(jnp.uint8))
 
-    def _rows(self, batch: list[Decoded], probabilities: np.ndarray) -> Iterator[Prediction]:
-        rows = iter(probabilities)
+    def _rows(self, batch: list[Decoded], probabilities: Any) -> Iterator[Prediction]:
+        rows = iter(np.asarray(probabilities))
         for path, pixels, error in batch:
             if not pixels:
                 yield Prediction(path, None, np.nan, False, error, np.full(len(self.classes), np.nan, np.float32))
@@ -199,9 +205,7 @@ class Classifier:
             row = next(rows)
             best = int(row.argmax())
             if not np.isfinite(row[best]):
-                raise RunError(
-                    f"{self._folder}: the network's probabilities are not numbers; train and export it again."
-                )
+                raise RunError(f"{self._folder}: the network's probabilities are not numbers; train it again.")
             abstain = self.threshold is not None and bool(row[best] < self.threshold)
             yield Prediction(path, self.classes[best], float(row[best]), abstain, None, row)
 
@@ -228,9 +232,8 @@ def _as_source(image: ImageLike) -> bytes | Image.Image:
     if pixels.dtype == np.uint8 and pixels.size and pixels.ndim > 1 and pixels.shape[2:] in ((), (3,)):
         return Image.fromarray(pixels)
     given = f"{pixels.dtype} {list(pixels.shape)}" if hasattr(image, "__array__") else type(image).__name__
-    raise UserError(
-        f"predict: {given} is no image; expected a path, bytes, a Pillow image, or uint8 pixels [H, W, 3] or [H, W]."
-    )
+    expected = "a path, bytes, a Pillow image, or uint8 pixels [H, W, 3] or [H, W]"
+    raise UserError(f"predict: {given} is no image; expected {expected}.")
 
 
 def _decode(image: ImageLike, preprocesses: list) -> Decoded:

@@ -41,9 +41,8 @@ def finish_training(
     """
     config, valid = experiment.config, experiment.index.splits["valid"]
     if mesh.has_many_devices():
-        result = dataclasses.replace(
-            result, params=mesh.to_local(result.params), batch_stats=mesh.to_local(result.batch_stats)
-        )
+        params, batch_stats = mesh.to_local(result.params), mesh.to_local(result.batch_stats)
+        result = dataclasses.replace(result, params=params, batch_stats=batch_stats)
         mesh.use_first_device_only()
     run = Run(
         folder=workdir,
@@ -66,7 +65,6 @@ def finish_training(
         results["own_metrics"] = experiment.user_functions.measure(logits, valid.labels)
     results |= {"checkpoint": run.checkpoint, "seconds": _with_total(seconds, started)}
     metrics, calibration = write_results(workdir, run, valid, logits, facts=results)
-    written = ["metrics.json", "predictions.csv"]
     if config.export:
         from jaxcats.export.program import write_run
 
@@ -76,8 +74,6 @@ def finish_training(
         except UserError as error:  # a registered backbone may do what no artefact can hold; the training is kept
             print(f"Not exported: {error}", file=sys.stderr)
         seconds["export"] = time.perf_counter() - at
-    if (workdir / "model").is_dir():
-        written.append("model/")
     if config.report:
         from jaxcats.evaluate.figures import EvaluatedSplit
         from jaxcats.evaluate.report import write_evaluation
@@ -85,10 +81,12 @@ def finish_training(
         at = time.perf_counter()
         write_evaluation(workdir, EvaluatedSplit(run, valid, logits, metrics))
         seconds["report"] = time.perf_counter() - at
-        written.append("report.html")
     total = _with_total(seconds, started)
     write_json(workdir / "metrics.json", metrics | {"seconds": total})
     print(time_summary(total, result.feature_counts))
+    written = [
+        name for name in ("metrics.json", "predictions.csv", "model", "report.html") if (workdir / name).exists()
+    ]
     print(f"Results: {workdir}/{', '.join(written)}; again: {command_line('evaluate')} --run {workdir}")
 
 
@@ -102,6 +100,5 @@ def _with_total(seconds: dict[str, float], started: float) -> dict[str, float]:
 def time_summary(seconds: dict[str, float], counts: dict[str, int]) -> str:
     """Says in a line where the time went."""
     parts = [f"{name} {value:.1f} s" for name, value in seconds.items() if value >= 0.05 and name != "total"]
-    reused = counts.get("reused")
-    from_cache = f" ({reused:,} feature{'s' if reused > 1 else ''} from the cache)" if reused else ""
+    from_cache = f" ({counts['reused']:,} features from the cache)" if counts.get("reused") else ""
     return f"{seconds['total']:.1f} s in all{from_cache}: {', '.join(parts)}"

@@ -6,7 +6,6 @@
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,82 +41,41 @@ def write_run(
     Args:
         run: the trained run.
         metrics: the content of metrics.json; None or {} if the run has not been evaluated.
-        calibration: see `write`.
-        out: the folder to write; by default model/ in the run folder.
-    """
-    accuracy = None
-    if metrics and "errors" in metrics:
-        used_for = [*run.checkpoint["valid_used_for"], *(CHOSEN_ON_VALIDATION if calibration else [])]
-        accuracy = {key: metrics[key] for key in ("n", "errors", "interval")} | {"used_for": used_for}
-    folder = out or run.folder / "model"
-    write(
-        folder,
-        model=run.model,
-        params=run.params,
-        batch_stats=run.batch_stats,
-        preprocess=run.preprocess,
-        classes=run.classes,
-        calibration=calibration,
-        facts={
-            "accuracy": accuracy,
-            "tta": {"augment": tta_preset(run.phase.augment)},
-            "checkpoint": run.checkpoint,
-            "training": to_tree(run.config),
-            "versions": versions(),
-        },
-    )
-    return folder
-
-
-def write(
-    folder: Path,
-    *,
-    model: models.Model,
-    params: Any,
-    batch_stats: Any,
-    preprocess: Preprocess,
-    classes: Sequence[str],
-    calibration: "Calibration | None" = None,
-    facts: dict[str, Any] | None = None,
-) -> None:
-    """Writes the artefact of a classifier.
-
-    Args:
-        folder: a new folder, or one that holds an artefact, which is replaced as a whole.
-        model: the network.
-        params: its parameters.
-        batch_stats: its BatchNorm averages.
-        preprocess: the preprocessing of its images.
-        classes: names in the order of the logits.
         calibration: temperature and threshold; None: temperature 1, and the classifier never abstains.
-        facts: further entries of model.json: "accuracy" {n, errors, ...}, "tta" {augment}, "training", "versions", ...
+        out: a new folder, or one that holds an artefact, which is replaced; by default model/ in the run folder.
 
     Raises:
         UserError: the folder holds something else, or the network can't be exported.
     """
-    temperature = np.float32(calibration.temperature if calibration else 1.0)
-    tensors = {name: np.asarray(leaf, np.float32) for name, leaf in _named_leaves(params, batch_stats).items()}
-    threshold, max_error = (calibration.threshold, calibration.max_error) if calibration else (None, None)
-    artifact.write(
-        folder,
-        tensors=tensors | {"temperature": np.asarray(temperature)},
-        program=make_program(model, preprocess),
-        facts={
-            "jaxcats": jaxcats.__version__,
-            "jax": jax.__version__,
-            "backbone": model.name,
-            "head": model.head,
-            "dtype": model.dtype,
-            "classes": list(classes),
-            "preprocess": preprocess.to_dict(),
-            "transform": TRANSFORM_VERSION,
-            "temperature": float(temperature),
-            "abstain": {"threshold": threshold, "max_error": max_error},
-            "accuracy": None,
-            "tta": {"augment": "side_on"},
-            **(facts or {}),
-        },
-    )
+    model, folder = run.model, out or run.folder / "model"
+    temperature, abstain, accuracy = np.float32(1), {"threshold": None, "max_error": None}, None
+    if calibration:
+        temperature = np.float32(calibration.temperature)
+        abstain = {"threshold": calibration.threshold, "max_error": calibration.max_error}
+    if metrics and "errors" in metrics:
+        used_for = [*run.checkpoint["valid_used_for"], *(CHOSEN_ON_VALIDATION if calibration else [])]
+        accuracy = {key: metrics[key] for key in ("n", "errors", "interval")} | {"used_for": used_for}
+    leaves = _named_leaves(run.params, run.batch_stats) | {"temperature": temperature}
+    facts = {
+        "jaxcats": jaxcats.__version__,
+        "jax": jax.__version__,
+        "backbone": model.name,
+        "head": model.head,
+        "dtype": model.dtype,
+        "classes": list(run.classes),
+        "preprocess": run.preprocess.to_dict(),
+        "transform": TRANSFORM_VERSION,
+        "temperature": float(temperature),
+        "abstain": abstain,
+        "accuracy": accuracy,
+        "tta": {"augment": tta_preset(run.phase.augment)},
+        "checkpoint": run.checkpoint,
+        "training": to_tree(run.config),
+        "versions": versions(),
+    }
+    tensors = {name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}
+    artifact.write(folder, tensors=tensors, program=make_program(model, run.preprocess), facts=facts)
+    return folder
 
 
 def _named_leaves(params: Any, batch_stats: Any) -> dict[str, Any]:
@@ -154,8 +112,7 @@ def make_program(model: models.Model, preprocess: Preprocess) -> bytes:
         artifact.check_program(exported)
         program = bytes(exported.serialize())
     except (ValueError, NotImplementedError) as error:
-        reason = first_line(error)
-        raise UserError(f"{model.name}: this network can't be exported: {reason}.") from None
+        raise UserError(f"{model.name}: this network can't be exported: {first_line(error)}.") from None
     if key:
         with contextlib.suppress(OSError):
             write_bytes(cached, hashlib.sha256(program).digest() + program)

@@ -1,5 +1,6 @@
 """Convolution and BatchNorm as the networks use them; `conv2d` is the one place that chooses how to convolve."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -27,8 +28,7 @@ def conv2d(images: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Pa
     symbolic batch size; depthwise and 3x3 have no forward-mode derivative (jvp).
     """
     channels, window = images.shape[-1], kernel.shape[0]
-    top, left = (_pads(size, window=window, stride=stride, padding=padding) for size in images.shape[1:3])
-    pads = top, left
+    pads = tuple(_pads(size, window, stride, padding) for size in images.shape[1:3])
     depthwise = kernel.shape[2] == 1 and channels > 1
     # On a GPU float32 would become TF32 by default; half-size floats are the user's own choice.
     precision = lax.Precision.HIGHEST if images.dtype == jnp.float32 else None
@@ -52,7 +52,7 @@ def conv2d(images: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Pa
     return xla(images, kernel)
 
 
-def _pads(size: int, *, window: int, stride: int, padding: Padding) -> tuple[int, int]:
+def _pads(size: int, window: int, stride: int, padding: Padding) -> tuple[int, int]:
     if isinstance(padding, int):
         return padding, padding
     total = max((-(-size // stride) - 1) * stride + window - size, 0)
@@ -76,9 +76,9 @@ class Conv(nn.Module):
         kernel = self.param("kernel", init, (self.window, self.window, inputs, self.features), jnp.float32)
         if self.is_initializing():
             # Only the shape matters: tracing the arithmetic would take most of a short run's time.
-            options = {"window": self.window, "stride": self.stride, "padding": self.padding}
-            padded = (size + sum(_pads(size, **options)) for size in images.shape[1:3])
-            sides = ((size - self.window) // self.stride + 1 for size in padded)
+            window, stride = self.window, self.stride
+            padded = (size + sum(_pads(size, window, stride, self.padding)) for size in images.shape[1:3])
+            sides = ((size - window) // stride + 1 for size in padded)
             return jnp.zeros((len(images), *sides, self.features), self.dtype)
         images, kernel = images.astype(self.dtype), kernel.astype(self.dtype)
         return conv2d(images, kernel, stride=self.stride, padding=self.padding)
@@ -130,3 +130,17 @@ class ConvNorm(nn.Module):
         shape = self.features, self.window, self.stride, self.padding
         x = Conv(*shape, depthwise=self.depthwise, dtype=self.dtype, name="conv")(images)
         return BatchNorm(self.momentum, self.epsilon, self.dtype, name="bn")(x, train=train)
+
+
+class Stage(nn.Module):
+    """Blocks of one width, block0, block1 and so on; the first one has the stride."""
+
+    block: Callable[..., nn.Module]  # called with `stride` and `name`
+    count: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        for number in range(self.count):
+            x = self.block(stride=self.stride if number == 0 else 1, name=f"block{number}")(x, train=train)
+        return x

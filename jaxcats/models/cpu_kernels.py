@@ -60,13 +60,9 @@ def _depthwise_backward(stride, pads, residuals, gradient):
         edges.append((first, size + window - 1 - first - ((count - 1) * stride + 1), stride - 1))
     spread = lax.pad(gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     images_gradient = shifted_depthwise(spread, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)))
-    kernel_gradient = _depthwise_kernel_gradient(images, kernel, gradient, stride, pads)
-    return lax.optimization_barrier(images_gradient), kernel_gradient
 
-
-def _depthwise_kernel_gradient(images, kernel, gradient, stride, pads):
-    # One image at a time: the k x k passes over it then find it in the processor's cache.
-    window, (height, width) = kernel.shape[0], gradient.shape[1:3]
+    # The weights' gradient takes one image at a time: the k x k passes over it then find it in the processor's cache.
+    height, width = gradient.shape[1:3]
     wide = jnp.promote_types(images.dtype, jnp.float32)
     padded = lax.optimization_barrier(jnp.pad(images, [(0, 0), *pads, (0, 0)]))
     block = _block_size(height)
@@ -82,7 +78,8 @@ def _depthwise_kernel_gradient(images, kernel, gradient, stride, pads):
         return total + jnp.stack([at(row, column) for row in range(window) for column in range(window)]), None
 
     start = jnp.zeros((window * window, kernel.shape[-1]), wide)
-    return lax.scan(add_image, start, (padded, gradient))[0].reshape(kernel.shape).astype(kernel.dtype)
+    kernel_gradient = lax.scan(add_image, start, (padded, gradient))[0].reshape(kernel.shape).astype(kernel.dtype)
+    return lax.optimization_barrier(images_gradient), kernel_gradient
 
 
 shifted_depthwise.defvjp(_depthwise_forward, _depthwise_backward)

@@ -5,12 +5,13 @@ efficientnet_lite_pytorch, built for the image's size: TensorFlow's "SAME" paddi
 epsilon 1e-3. It leaves out drop-connect (stochastic depth), which that package applies in training.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxcats.models.conv import ConvNorm
+from jaxcats.models.conv import ConvNorm, Stage
 
 CHANNELS = 1280
 # Of each stage: repeats of its block, window, stride of the first block, expansion, features.
@@ -51,26 +52,11 @@ class Block(nn.Module):
         expanded = channels * self.expansion
         x = images
         if self.expansion != 1:
-            x = nn.relu6(_conv_norm("expand", expanded, dtype=self.dtype)(x, train=train))
+            x = nn.relu6(_conv_norm("expand", expanded, dtype=self.dtype)(images, train=train))
         depthwise = _conv_norm("depthwise", expanded, self.window, self.stride, depthwise=True, dtype=self.dtype)
         x = nn.relu6(depthwise(x, train=train))
         x = _conv_norm("project", self.features, dtype=self.dtype)(x, train=train)
         return x + images if self.stride == 1 and channels == self.features else x
-
-
-class Stage(nn.Module):
-    """Blocks of one width; the first one has the stride."""
-
-    spec: tuple[int, int, int, int, int]
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, *, train: bool):
-        repeats, window, stride, expansion, features = self.spec
-        for number in range(repeats):
-            block = Block(features, window, stride if number == 0 else 1, expansion, self.dtype, name=f"block{number}")
-            x = block(x, train=train)
-        return x
 
 
 class EfficientNetLite0(nn.Module):
@@ -81,8 +67,9 @@ class EfficientNetLite0(nn.Module):
     @nn.compact
     def __call__(self, images, *, train: bool):
         x = nn.relu6(_conv_norm("stem", 32, 3, 2, dtype=self.dtype)(images, train=train))
-        for number, spec in enumerate(STAGES, start=1):
-            x = Stage(spec, self.dtype, name=f"stage{number}")(x, train=train)
+        for number, (repeats, window, stride, expansion, features) in enumerate(STAGES, start=1):
+            block = partial(Block, features, window, expansion=expansion, dtype=self.dtype)
+            x = Stage(block, repeats, stride, name=f"stage{number}")(x, train=train)
         return nn.relu6(_conv_norm("tail", CHANNELS, dtype=self.dtype)(x, train=train))
 
 
@@ -94,7 +81,7 @@ def torch_module(path: tuple[str, ...]) -> str:
     """The reference's name of one of our modules: ("stage2", "block1", "expand", "bn") -> "_blocks.2._bn0"."""
     *place, unit, kind = path
     module = _TORCH_UNITS[unit][0 if kind == "conv" else 1]
-    if not place:
-        return module
-    stage, block = place
-    return f"_blocks.{_FIRST_BLOCK[stage] + int(block.removeprefix('block'))}.{module}"
+    if place:
+        stage, block = place
+        return f"_blocks.{_FIRST_BLOCK[stage] + int(block.removeprefix('block'))}.{module}"
+    return module

@@ -1,5 +1,7 @@
 """Pooling and the heads that classify pooled features; always in float32, where they cost almost nothing."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,18 +26,12 @@ class LessonHead(nn.Module):
 
     @nn.compact
     def __call__(self, features, *, train: bool):
-        def norm(name: str):
-            return nn.BatchNorm(
-                use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, name=name
-            )
-
-        def dense(units: int, name: str):
-            return nn.Dense(units, precision="highest", kernel_init=_kaiming, name=name)
-
-        x = nn.Dropout(0.25, deterministic=not train)(norm("bn1")(features))
-        x = nn.relu(dense(512, "dense1")(x))
-        x = nn.Dropout(0.5, deterministic=not train)(norm("bn2")(x))
-        return dense(self.num_classes, "dense2")(x)
+        norm = partial(nn.BatchNorm, not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
+        dense = partial(nn.Dense, precision="highest", kernel_init=_kaiming)
+        x = nn.Dropout(0.25, deterministic=not train)(norm(name="bn1")(features))
+        x = nn.relu(dense(512, name="dense1")(x))
+        x = nn.Dropout(0.5, deterministic=not train)(norm(name="bn2")(x))
+        return dense(self.num_classes, name="dense2")(x)
 
 
 class LinearHead(nn.Module):

@@ -25,9 +25,7 @@ def locate(place: str, *, download: bool = True) -> Path:
     """
     parts = place.split("/", 2)
     if len(parts) != 3 or not all(parts):
-        raise UserError(
-            f"weights hf:{place}: expected hf:OWNER/REPO/FILE, as in hf:timm/resnet34.tv_in1k/model.safetensors"
-        )
+        raise UserError(f"weights hf:{place}: expected hf:OWNER/REPO/FILE, as in hf:timm/resnet34.tv_in1k/model.pth")
     repo, file = "/".join(parts[:2]), parts[2]
     hub = _import_hub()
     try:
@@ -77,28 +75,23 @@ def _explain(error: Exception, repo: str, file: str) -> Exception:
     status = getattr(getattr(error, "response", None), "status_code", None)
 
     # The hub answered. It says 401 for a repository that does not exist, too, so that nobody can guess private names.
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return UserError(f"{place}: the hub has no file {file} in {repo}; check the name, or {WAYS_OUT}")
     no_repository = isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError)
     if no_repository or status == 404:
-        return UserError(f"{place}: the hub has no {repo} that you may read; check the name, or {WAYS_OUT}")
-    if status in (401, 403) and hub.get_token() is None:
-        return UserError(f"{place}: the hub asks for a login to read {repo}: run `hf auth login` or set HF_TOKEN")
+        return UserError(f"{place}: the hub has no such file that you may read; check the name, or {WAYS_OUT}")
     if status in (401, 403):
-        problem = f"the hub does not let you read {repo} ({status}): accept its terms on its page"
-        return UserError(f"{place}: {problem}, or give another token (`hf auth login` or HF_TOKEN)")
+        login = "log in (`hf auth login` or HF_TOKEN) and accept the repository's terms on its page"
+        return UserError(f"{place}: the hub does not let you read {repo} ({status}): {login}")
     if status is not None:
-        problem = "refuses more requests for now" if status == 429 else "or a proxy before it is out of order"
-        return RunError(f"{place}: the hub {problem} (HTTP {status}): try again in some minutes, or {WAYS_OUT}")
+        return RunError(f"{place}: the hub answers HTTP {status}: try again in some minutes, or {WAYS_OUT}")
 
     # No answer of the hub.
     if is_full(error) or (isinstance(error, OSError) and error.filename):
         cache = f"{place}: the cache {hub.constants.HF_HUB_CACHE} (HF_HOME chooses another folder)"
         return unwritable(cache, error if isinstance(error, OSError) else OSError(0, reason(error)))
-    unreachable = f"{file} of {repo} is not in the cache and the Hugging Face hub can't be reached"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return UserError(f"{unreachable} (offline mode: HF_HUB_OFFLINE is set): {WAYS_OUT}")
     if isinstance(error, errors.FileMetadataError | ValueError | ImportError):  # a wrong name, HF_ENDPOINT or proxy
         problem = f"{endpoint} cannot be asked for it ({reason(error)})"
         return UserError(f"{place}: {problem}: check the name and HF_ENDPOINT, or {WAYS_OUT}")
+    unreachable = f"{file} of {repo} is not in the cache and the Hugging Face hub can't be reached"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return UserError(f"{unreachable} (offline mode: HF_HUB_OFFLINE is set): {WAYS_OUT}")
     return RunError(f"{unreachable} at {endpoint} ({reason(error)}): {WAYS_OUT}")

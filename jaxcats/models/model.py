@@ -54,9 +54,8 @@ def create(
     for key, value, choices in (("head", head, HEADS), ("dtype", dtype, get_args(Dtype))):
         if value not in choices:
             raise UserError(f"{key}: {registry.unknown(value, choices)}")
-    for key, count in (("num_classes", num_classes), ("channels", channels)):
-        if count < 1:
-            raise UserError(f"{key} is {count}; expected 1 or more")
+    if num_classes < 1 or channels < 1:
+        raise UserError(f"num_classes is {num_classes} and channels is {channels}; expected 1 or more")
     source = pretrained.known_source(registry.sources(name, weights), weights) or backbone.source
     preprocess = source.preprocess if source else Preprocess()  # ImageNet's usual statistics
     if channels == 1:
@@ -176,9 +175,8 @@ class Model:
             return method == "__call__" and (len(path) == 1 or (len(path) == 2 and path[1].startswith("block")))
 
         variables = {"params": params["backbone"], "batch_stats": batch_stats["backbone"]}
-        _, state = self.backbone_module().apply(
-            variables, images, train=False, capture_intermediates=is_part, mutable=["intermediates"]
-        )
+        options = {"capture_intermediates": is_part, "mutable": ["intermediates"]}
+        _, state = self.backbone_module().apply(variables, images, train=False, **options)
         captured: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(state["intermediates"])
         outputs = {path[:-1]: calls[-1] for path, calls in captured.items()}
         stages = {path[0] for path in outputs if len(path) == 2}  # a stage's output is that of its last block
@@ -195,10 +193,10 @@ class Model:
         return jax.tree_util.tree_map_with_path(group, params)
 
     def _feature_map(self, params, batch_stats, images, *, bn_train: bool):
-        shape, smallest = tuple(images.shape), self.backbone.stride
-        if len(shape) != 4 or shape[3] != self.channels or min(shape[1:3]) < smallest:
+        smallest = self.backbone.stride
+        if images.ndim != 4 or images.shape[3] != self.channels or min(images.shape[1:3]) < smallest:
             expected = f"[N,H,W,{self.channels}] with sides of at least {smallest}"
-            raise ValueError(f"images have shape {shape}; expected {expected}")
+            raise ValueError(f"images have shape {images.shape}; expected {expected}")
         variables = {"params": params["backbone"], "batch_stats": batch_stats["backbone"]}
         # Mutable either way, so that the result always has the stored averages in it, changed or not.
         result, stats = self.backbone_module().apply(variables, images, train=bn_train, mutable=["batch_stats"])

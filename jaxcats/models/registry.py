@@ -4,7 +4,7 @@ To add a family of networks, write a module beside resnet.py and register a `Bac
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,16 +68,13 @@ def names() -> list[str]:
 def get(name: str) -> Backbone:
     """The backbone registered under a name; raises UserError naming the choices and the nearest."""
     if name not in _BACKBONES:
-        raise UserError(
-            f"backbone: {unknown(name, names())} If you register one in a script, let the script call "
-            "jaxcats.main(): then it has every command (python mine.py evaluate ...)."
-        )
+        advice = "A script that registers one calls jaxcats.main() for every command (python mine.py evaluate ...)."
+        raise UserError(f"backbone: {unknown(name, names())} {advice}")
     return _BACKBONES[name]
 
 
-def unknown(value: Any, choices: Iterable[str]) -> str:
+def unknown(value: Any, choices: Sequence[str]) -> str:
     """Words for an error: the value, the choices, and the one that was probably meant."""
-    choices = list(choices)
     return f"unknown value {value!r}, expected one of {', '.join(choices)}.{nearest(str(value), choices)}"
 
 
@@ -102,9 +99,9 @@ def sources(name: str, weights: str | os.PathLike | None = None) -> tuple[Weight
 
 # The recipes that the weights on the hub were trained with: preprocessing and licence, from timm's configurations.
 _RECIPES = {
-    "tv_in1k": (Preprocess(), "BSD-3-Clause"),
-    "tv2_in1k": (Preprocess(crop_fraction=0.965), "BSD-3-Clause"),
-    "a1_in1k": (Preprocess(crop_fraction=0.95, interpolation="bicubic"), "Apache-2.0"),
+    "tv_in1k": (Preprocess(), None, "BSD-3-Clause"),  # their hashes are the hub's to give
+    "tv2_in1k": (Preprocess(crop_fraction=0.965), None, "BSD-3-Clause"),
+    "a1_in1k": (Preprocess(crop_fraction=0.95, interpolation="bicubic"), None, "Apache-2.0"),
 }
 # Blocks per stage, bottleneck or not, parameters, and the top-1 of each recipe; the first recipe is the default.
 _RESNETS = {
@@ -115,14 +112,11 @@ _RESNETS = {
     "resnet152": ((3, 8, 36, 3), True, 60_192_808, {"tv_in1k": 78.32, "tv2_in1k": 82.29, "a1_in1k": 81.97}),
 }
 
-
-def _timm_source(backbone: str, recipe: str, top1: float) -> WeightSource:
-    name, (preprocess, licence) = f"{backbone}.{recipe}", _RECIPES[recipe]
-    return WeightSource(f"hf:timm/{name}/model.safetensors", preprocess, licence=licence, top1=top1, name=name)
-
-
-for _name, (_blocks, _bottleneck, _parameters, _top1) in _RESNETS.items():
-    _sources = tuple(_timm_source(_name, recipe, accuracy) for recipe, accuracy in _top1.items())
+for _name, (_blocks, _bottleneck, _parameters, _accuracies) in _RESNETS.items():
+    _sources = tuple(
+        WeightSource(f"hf:timm/{_name}.{recipe}/model.safetensors", *_RECIPES[recipe], top1, f"{_name}.{recipe}")
+        for recipe, top1 in _accuracies.items()
+    )
     register(
         _name,
         Backbone(

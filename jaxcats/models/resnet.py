@@ -3,12 +3,13 @@
 As there, a bottleneck has its stride on the 3x3 convolution and not on the first 1x1.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxcats.models.conv import ConvNorm
+from jaxcats.models.conv import ConvNorm, Stage
 
 FIRST_GROUP = ("stem", "layer1", "layer2")
 
@@ -26,36 +27,18 @@ class Block(nn.Module):
         def conv_norm(x, features: int, window: int, stride: int, name: str):
             return ConvNorm(features, window, stride, window // 2, dtype=self.dtype, name=name)(x, train=train)
 
+        features = 4 * self.width if self.bottleneck else self.width
         if self.bottleneck:
-            features = 4 * self.width
             x = nn.relu(conv_norm(images, self.width, 1, 1, "conv1"))
             x = nn.relu(conv_norm(x, self.width, 3, self.stride, "conv2"))
             x = conv_norm(x, features, 1, 1, "conv3")
         else:
-            features = self.width
             x = nn.relu(conv_norm(images, features, 3, self.stride, "conv1"))
             x = conv_norm(x, features, 3, 1, "conv2")
         shortcut = images
         if self.stride != 1 or images.shape[-1] != features:
             shortcut = conv_norm(images, features, 1, self.stride, "shortcut")
         return nn.relu(x + shortcut)
-
-
-class Stage(nn.Module):
-    """Blocks of one width; the first one has the stride."""
-
-    blocks: int
-    width: int
-    stride: int
-    bottleneck: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, *, train: bool):
-        for number in range(self.blocks):
-            stride = self.stride if number == 0 else 1
-            x = Block(self.width, stride, self.bottleneck, self.dtype, name=f"block{number}")(x, train=train)
-        return x
 
 
 class ResNet(nn.Module):
@@ -71,9 +54,8 @@ class ResNet(nn.Module):
         x = nn.relu(ConvNorm(64, 7, 2, 3, dtype=self.dtype, name="stem")(images, train=train))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]  (declared as str, takes pairs)
         for number, blocks in enumerate(self.blocks):
-            stride = 1 if number == 0 else 2
-            stage = Stage(blocks, 64 * 2**number, stride, self.bottleneck, self.dtype, name=f"layer{number + 1}")
-            x = stage(x, train=train)
+            block = partial(Block, 64 * 2**number, bottleneck=self.bottleneck, dtype=self.dtype)
+            x = Stage(block, blocks, 1 if number == 0 else 2, name=f"layer{number + 1}")(x, train=train)
         return x
 
 

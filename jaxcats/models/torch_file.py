@@ -233,10 +233,9 @@ def _numbers(raw: bytes | memoryview, dtype: np.dtype) -> np.ndarray:
 
 
 def _state_dict(top: Any) -> dict[str, Tensor]:
-    if isinstance(top, dict):
-        top = next((top[name] for name in ("state_dict", "model") if isinstance(top.get(name), dict)), top)
     if not isinstance(top, dict):
         raise RefusedError("holds no state dict (a dictionary from names to tensors)")
+    top = next((top[name] for name in ("state_dict", "model") if isinstance(top.get(name), dict)), top)
     for name, value in top.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise RefusedError(f"not a state dict: its entry {str(name)[:80]!r} is not a named tensor")
@@ -246,14 +245,12 @@ def _state_dict(top: Any) -> dict[str, Tensor]:
 def _to_array(name: str, tensor: Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
     (key, start, count), offset, shape, strides = tensor
     numbers, size = storages.get(key, np.empty(0)), math.prod(shape)
-    fits = len(shape) == len(strides) and min(start, offset, *shape, *strides) >= 0 and start + count <= numbers.size
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    fits = min(start, offset, *shape, *strides) >= 0 and start + count <= numbers.size and last < count
     # Overlapping strides could make a view far larger than the file, which whoever copies it would have to allocate.
-    if fits and 0 < size <= count:
-        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        if last < count:
-            byte_strides = [stride * numbers.itemsize if n > 1 else 0 for n, stride in zip(shape, strides, strict=True)]
-            window = numbers[start + offset : start + count]
-            return np.lib.stride_tricks.as_strided(window, shape, byte_strides, writeable=False)
-    raise RefusedError(
-        f"damaged: {name[:80]!r} of shape {shape} does not fit into its storage of {min(count, numbers.size):,} numbers"
-    )
+    if not fits or not 0 < size <= count:
+        storage = f"its storage of {min(count, numbers.size):,} numbers"
+        raise RefusedError(f"damaged: {name[:80]!r} of shape {shape} does not fit into {storage}")
+    byte_strides = [stride * numbers.itemsize if n > 1 else 0 for n, stride in zip(shape, strides, strict=True)]
+    window = numbers[start + offset : start + count]
+    return np.lib.stride_tricks.as_strided(window, shape, byte_strides, writeable=False)

@@ -149,7 +149,7 @@ def test_a_description_that_cannot_be_is_refused(folder, facts, message):
 )
 def test_a_description_that_is_no_json_object_is_refused(folder, text):
     (folder / artifact.JSON).write_bytes(text)
-    with pytest.raises(UserError, match=r"model\.json: .*again"):
+    with pytest.raises(UserError, match=r"model\.json: .+"):
         artifact.read(folder)
 
 

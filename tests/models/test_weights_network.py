@@ -101,15 +101,16 @@ def find(*repositories: str, home: Path, **environment: str) -> list[tuple[int, 
 
 
 UNREACHABLE = "tiny.pth of owner/{} is not in the cache and the Hugging Face hub can't be reached"
+NOT_THERE = f"the hub has no such file that you may read; check the name, or {WAYS_OUT}"
 FAULTS = {
-    "missing": (2, f"the hub has no owner/missing that you may read; check the name, or {WAYS_OUT}"),
-    "no-file": (2, f"the hub has no file tiny.pth in owner/no-file; check the name, or {WAYS_OUT}"),
-    "gated": (2, "the hub asks for a login to read owner/gated: run `hf auth login` or set HF_TOKEN"),
-    "gated:stranger": (2, "the hub does not let you read owner/gated (403): accept its terms on its page, or give"),
+    "missing": (2, f"hf:owner/missing/tiny.pth: {NOT_THERE}"),
+    "no-file": (2, f"hf:owner/no-file/tiny.pth: {NOT_THERE}"),
+    "gated": (2, "the hub does not let you read owner/gated (401): log in (`hf auth login` or HF_TOKEN) and accept"),
+    "gated:stranger": (2, "the hub does not let you read owner/gated (403): log in"),
     "gated:right": (0, SHA),
-    "forbidden": (2, "the hub asks for a login to read owner/forbidden"),
-    "busy": (1, f"the hub refuses more requests for now (HTTP 429): try again in some minutes, or {WAYS_OUT}"),
-    "out-of-order": (1, "the hub or a proxy before it is out of order (HTTP 500): try again in some minutes, or"),
+    "forbidden": (2, "the hub does not let you read owner/forbidden (403)"),
+    "busy": (1, f"the hub answers HTTP 429: try again in some minutes, or {WAYS_OUT}"),
+    "out-of-order": (1, "the hub answers HTTP 500: try again in some minutes, or"),
     "silent": (1, UNREACHABLE.format("silent")),
     "portal": (2, "cannot be asked for it (Response from "),
     "other-bytes": (
