@@ -9,9 +9,9 @@ from typing import Any
 
 from jaxcats.common.cli import one_line
 from jaxcats.common.io import write_text
-from jaxcats.common.stats import percent
 from jaxcats.data.images import ImageError, open_image, upright
 
+PERCENT = "\N{NO-BREAK SPACE}%"
 SIDE = 140  # longer side of a thumbnail, in pixels
 
 
@@ -28,6 +28,13 @@ def render(template: str, **context: Any) -> str:
     )
     environment.filters |= {"line": one_line, "percent": percent, "sha256": _sha256}
     return environment.get_template(template).render(**context).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def percent(p: float) -> str:
+    """'97.1 %'; a probability below 1 is never shown as 100."""
+    if 0.9995 <= p < 1:
+        return f">\N{NO-BREAK SPACE}99.9{PERCENT}"
+    return f"<\N{NO-BREAK SPACE}0.1{PERCENT}" if 0 < p < 0.0005 else f"{100 * p:.1f}{PERCENT}"
 
 
 def write_diagnosis(path: Path, report: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from jaxcats.train.experiment import stable_number
 
 
 def evaluate_with_tta(
-    run: Run, split: Split, logits: np.ndarray, *, n: int, weight: float | None = None, preset: str | None = None
+    run: Run, split: Split, logits: np.ndarray, *, n: int, weight: float | None, preset: str
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Averages the probabilities of the plain image and of n changed versions.
 
@@ -30,12 +30,11 @@ def evaluate_with_tta(
         logits: of the plain images, [N, C].
         n: number of changed versions of each image.
         weight: of the plain image; None: 1 / (n + 1), the mean of all versions (fastai 0.7); fastai v2 has .25 with n 4.
-        preset: name of an augmentation; None: the one that the run was trained with.
+        preset: name of an augmentation, as from `tta_preset`.
 
     Returns:
         Log-probabilities float64 [N, C], and the facts for metrics.json.
     """
-    preset = tta_preset(run.phase.augment) if preset is None else preset
     weight = 1 / (n + 1) if weight is None else weight
     augmented = augmented_probabilities(run, split, n=n, preset=preset).astype(np.float64)
     mixed = weight * np.exp(log_softmax(logits)) + (1 - weight) * augmented
