@@ -201,9 +201,9 @@ def test_what_can_not_be_compared_is_one_line(tmp_path, text, words):
 
 
 def test_a_missing_run_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"predictions\.csv: there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"predictions\.csv"):
         main([str(tmp_path), str(tmp_path)])
-    with pytest.raises(UserError, match="no_such"):
+    with pytest.raises(FileNotFoundError, match="no_such"):
         main([str(tmp_path / "no_such"), str(tmp_path)])
 
 

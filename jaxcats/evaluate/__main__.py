@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from jaxcats.data.index import BadFile, Split
     from jaxcats.evaluate.run import Run
 
-DESCRIPTION = (
-    "Evaluates a trained run, every image once, and writes predictions.csv, metrics.json, figures and report.html."
-)
+DESCRIPTION = "Evaluates a trained run, every image once: predictions.csv, metrics.json, figures, report.html."
 SPLIT = "test: the run's test images, which nothing else uses; train: rank likely label errors of the run's own images"
 
 
@@ -128,9 +126,7 @@ def images_to_evaluate(run: "Run", options: Namespace) -> "tuple[Split, Sequence
         split = index.test if options.split == "test" else index.splits["valid"]
         bad_files = [file for file in index.bad if file.split in (options.split, "")]
     if split is None:
-        raise UserError(
-            f"--split test: {run.config.data.root} has no test images (test/, test_fraction, a split column)."
-        )
+        raise UserError(f"--split test: {run.config.data.root} has no test images (test/ or test_fraction gives some).")
     if options.split == "test":
         print("Test images: neither training nor a choice has seen them. Each further look makes this less true.")
     for line in skipped(bad_files):

@@ -123,13 +123,12 @@ def read_predictions(place: str | Path) -> tuple[dict[str, Prediction], tuple[st
     """The predictions by path, and the classes, of a run folder or a predictions.csv that train or evaluate wrote.
 
     Raises:
-        UserError: no such file, not a predictions.csv, a damaged one, or images without labels.
+        OSError: no such file.
+        UserError: not a predictions.csv, a damaged one, or images without labels.
     """
     file = Path(os.path.expanduser(place))
     if file.is_dir():
         file /= "predictions.csv"
-    if not file.is_file():
-        raise UserError(f"{file}: there is no such file. Give a run folder that train wrote, or a predictions.csv.")
     predictions: dict[str, Prediction] = {}
     with file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
         rows = csv.DictReader(lines, strict=True)

@@ -165,8 +165,7 @@ def heat_maps(evaluated: EvaluatedSplit) -> plots.Figure:
     program = jit(lambda params, stats, x, y: grad_cam(run.model, params, stats, prepare(x), y))
     heats = np.asarray(program(run.params, run.batch_stats, images, log_probs[padded].argmax(1)))
     heading = "Where the network looked: the highest losses, then the most confident predictions"
-    titles, wrong = [evaluated.title(i) for i in rows], (~evaluated.correct[rows]).tolist()
-    n = len(rows)
+    titles, wrong, n = [evaluated.title(i) for i in rows], (~evaluated.correct[rows]).tolist(), len(rows)
     return plots.heat_maps(list(images[:n]), list(heats[:n]), titles, wrong=wrong, heading=heading)
 
 

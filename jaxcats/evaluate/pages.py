@@ -19,12 +19,9 @@ def render(template: str, **context: Any) -> str:
     """A template of templates/ as text without lone surrogates, which file names that are not UTF-8 would bring in."""
     import jinja2
 
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"line": one_line, "percent": percent, "sha256": _sha256}
     return environment.get_template(template).render(**context).encode("utf-8", "backslashreplace").decode("utf-8")

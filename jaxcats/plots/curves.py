@@ -142,17 +142,13 @@ def learning_rates(
 
 
 def losses(
-    steps: Sequence[int],
-    train: Sequence[float],
-    valid_steps: Sequence[int],
-    valid: Sequence[float],
-    best: int | None = None,
+    steps: Sequence[int], train: Sequence[float], ends: Sequence[int], valid: Sequence[float], best: int | None = None
 ) -> Figure:
     """Shows training loss by step and validation loss by epoch, so that overfitting can be seen.
 
     Args:
         steps, train: [m], the step and the raw loss of each batch.
-        valid_steps, valid: [epochs], the step at which each epoch ended and its validation loss.
+        ends, valid: [epochs], the step at which each epoch ended and its validation loss.
         best: the epoch, counted from 0, with the lowest validation loss.
     """
     figure = Figure(figsize=(7.6, 4), layout="constrained")
@@ -160,10 +156,10 @@ def losses(
     smoothed = smooth(train)
     ax.plot(steps, train, color=LIGHT_BLUE, alpha=0.4, linewidth=0.8)
     ax.plot(steps, smoothed, color=BLUE, linewidth=2.2, label="training, smoothed")
-    ax.plot(valid_steps, valid, "o--", color=ORANGE, linewidth=1.5, markersize=6, label="validation, each epoch")
+    ax.plot(ends, valid, "o--", color=ORANGE, linewidth=1.5, markersize=6, label="validation, each epoch")
     if best is not None:
         ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK}
-        ax.plot(valid_steps[best], valid[best], "o", label=f"best: epoch {best}, {valid[best]:.3g}", **ring)
+        ax.plot(ends[best], valid[best], "o", label=f"best: epoch {best}, {valid[best]:.3g}", **ring)
     values = np.concatenate([valid, smoothed, train])
     values = values[np.isfinite(values)]
     ax.set_ylim(0, 1.06 * float(np.quantile(values, 0.99)) or None if len(values) else 1)

@@ -85,9 +85,8 @@ def reliability(panels: Mapping[str, tuple[Sequence[Mapping[str, Any]], float, n
     for (top, bottom), (title, (bins, ece, confidence)) in zip(axes.T, panels.items(), strict=True):
         style_axes(top, "", "share that is right").label_outer()
         top.set_title(f"{title}: calibration error {100 * ece:.2g} %", fontsize=11, color=INK, loc="left")
-        x, y, low, high = (
-            _position([b[k] for b in bins], stretched) for k in ("confidence", "accuracy", "low", "high")
-        )
+        keys = "confidence", "accuracy", "low", "high"
+        x, y, low, high = (_position([row[key] for row in bins], stretched) for key in keys)
         top.plot([0, end], [0, end], "--", color=GREY, linewidth=1, label="perfectly calibrated")
         top.vlines(x, low, high, color=LIGHT_BLUE, alpha=0.8, linewidth=2)
         top.plot(x, y, "o", color=BLUE, markersize=6, label="predictions, 95 % interval", clip_on=False)

@@ -95,9 +95,7 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return np.round((1 - share) * image + share * colour).astype(np.uint8)
 
 
-def top_loss_titles(
-    log_probs: np.ndarray, labels: np.ndarray, classes: Sequence[str], rows: Sequence[int] | np.ndarray
-) -> list[str]:
+def top_loss_titles(log_probs: np.ndarray, labels: np.ndarray, classes: Sequence[str], rows: np.ndarray) -> list[str]:
     """Titles images as fastai's plot_top_losses does: "prediction / actual / loss / probability of the prediction".
 
     Args:
@@ -107,8 +105,8 @@ def top_loss_titles(
         rows: which of the N images, as from `ranking.top_losses`.
     """
     titles = []
-    for row in map(int, rows):
-        best = int(log_probs[row].argmax())
+    for row in rows:
+        best = log_probs[row].argmax()
         loss, probability = abs(log_probs[row, labels[row]]), np.exp(log_probs[row, best])
         digits = 2 if probability < 0.995 else 4
         titles.append(f"{classes[best]} / {classes[labels[row]]} / {loss:.2f} / {probability:.{digits}f}")
