@@ -130,10 +130,8 @@ def training_index(run: Run) -> FolderIndex:
     """The index of the images that the run was trained on; UserError where they have changed since."""
     root = run.config.data.root
     images = experiment.index_images(run.config, experiment.cache_folder_of(run.config), run.folder)
-    if images.classes != run.classes:
-        names = f"{', '.join(images.classes)}; the run was trained on {', '.join(run.classes)}"
-        raise UserError(f"{root}: has the classes {names}.")
-    if not experiment.same_images(experiment.fingerprint(images), run.fingerprint):
+    same = experiment.same_images(experiment.fingerprint(images), run.fingerprint)
+    if images.classes != run.classes or not same:
         raise UserError(f"{root}: the images have changed since this run was trained; evaluate a folder with --data.")
     return images
 

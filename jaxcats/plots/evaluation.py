@@ -134,14 +134,12 @@ def risk_coverage(
     ax.fill_between(x, low, high, color=LIGHT_BLUE, alpha=0.3, linewidth=0, label="95 % interval")
     ax.axhline(max_error, color=ORANGE, linestyle="--", linewidth=1.3, label=f"wanted: at most {100 * max_error:.3g} %")
     top = max(y[-1], max_error, high[-1] / 1.3)
-    left = 0.0 if y[-1] > 0.1 else 0.5  # an accurate network has hardly any errors at low coverage
     if point is not None:
         label = f"chosen: {100 * point[0]:.{percent_digits(n)}f} % answered, {100 * point[1]:.2g} % of them wrong"
         ring = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.8}
         ax.plot(*point, "o", linestyle="none", label=label, clip_on=False, zorder=4, **ring)
         top = max(top, point[1])
-        left = 0.0 if point[0] < 0.6 else left
-    ax.set(xlim=(left, 1), ylim=(0, min(1.5 * top, 1.05) or 0.01))
+    ax.set(xlim=(0, 1), ylim=(0, min(1.5 * top, 1.05) or 0.01))
     ax.xaxis.set_major_formatter(PERCENT)
     ax.yaxis.set_major_formatter(PERCENT)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, fontsize=9)
