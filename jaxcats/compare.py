@@ -26,50 +26,38 @@ def main(argv: Sequence[str]) -> None:
     if set(a_classes) != set(b_classes):
         raise UserError(f"A has the classes {', '.join(a_classes)}; B has {', '.join(b_classes)}: can't compare them.")
     compared = comparison.compare_predictions(a, b)
-    print("\n".join(comparison_lines(compared, options.a, options.b)))
+    print_comparison(compared, options.a, options.b)
     for name, place in (("A", options.a), ("B", options.b)):
         if comparison.chose_best_epoch(place):
             print(f"{name}'s best epoch was chosen on its validation images, so its number flatters.")
     if options.out:
-        write_changed(Path(os.path.expanduser(options.out)), compared)
+        columns = ["path", "label", "predicted_a", "predicted_b", "probability_a", "probability_b"]
+        changed = compared.changed
+        rows = [[path, a.label, a.predicted, b.predicted, a.probability, b.probability] for path, a, b in changed]
+        write_csv(Path(os.path.expanduser(options.out)), [columns, *rows])
         print(f"Written: {options.out}")
 
 
-def comparison_lines(c: comparison.Comparison, a_name: str, b_name: str) -> list[str]:
-    """The lines that the command prints."""
+def print_comparison(c: comparison.Comparison, a_name: str, b_name: str) -> None:
+    """Prints both results, the counts, the test, and the first images that changed sides."""
     d = percent_digits(c.n)
-    a_wrong, b_wrong = c.both_wrong + c.only_a_wrong, c.both_wrong + c.only_b_wrong
-    low, high = (f"{100 * end:+.{d}f}" for end in c.interval)
-    difference = f"{100 * (a_wrong - b_wrong) / c.n:+.{d}f} points (95 % interval {low} to {high})"
-    lines = [
-        f"A: {one_line(a_name)}: {sentence(a_wrong, c.n)}",
-        f"B: {one_line(b_name)}: {sentence(b_wrong, c.n)}",
-        f"{c.n:,} images compared; left out: {c.only_in_a:,} only in A, {c.only_in_b:,} only in B.",
-        "",
-        f"  {c.both_right:>7,}  both right",
-        f"  {c.only_a_wrong:>7,}  only A wrong",
-        f"  {c.only_b_wrong:>7,}  only B wrong",
-        f"  {c.both_wrong:>7,}  both wrong",
-        "",
-        f"{c.verdict} Exact McNemar test on the {len(c.changed):,} images that only one gets right.",
-        f"Accuracy of B minus that of A: {difference}.",
-    ]
-    if c.p >= 0.05 and c.interval[0] * c.interval[1] > 0:
-        lines.append("The interval is approximate and just excludes 0; the exact test decides.")
+    difference, low, high = (f"{100 * x:+.{d}f}" for x in ((c.only_a_wrong - c.only_b_wrong) / c.n, *c.interval))
+    print(f"A: {one_line(a_name)}: {sentence(c.both_wrong + c.only_a_wrong, c.n)}")
+    print(f"B: {one_line(b_name)}: {sentence(c.both_wrong + c.only_b_wrong, c.n)}")
+    print(f"{c.n:,} images compared; left out: {c.only_in_a:,} only in A, {c.only_in_b:,} only in B.")
+    print(f"\n  {c.both_right:>7,}  both right")
+    print(f"  {c.only_a_wrong:>7,}  only A wrong")
+    print(f"  {c.only_b_wrong:>7,}  only B wrong")
+    print(f"  {c.both_wrong:>7,}  both wrong\n")
+    print(f"{c.verdict} Exact McNemar test on the {len(c.changed):,} images that only one gets right.")
+    print(f"Accuracy of B minus that of A: {difference} points (approximate 95 % interval {low} to {high}).")
     if c.changed:
-        lines += ["", "These images changed sides; the numbers are the probability of the actual class:"]
+        print("\nThese images changed sides; the numbers are the probability of the actual class:")
     for path, a, b in c.changed[:SHOWN]:
         side = "only B wrong" if a.correct else "only A wrong"
-        lines.append(f"  {side}  A {a.probability:.4f}  B {b.probability:.4f}  {one_line(path)}")
+        print(f"  {side}  A {a.probability:.4f}  B {b.probability:.4f}  {one_line(path)}")
     if len(c.changed) > SHOWN:
-        lines.append(f"  ... and {len(c.changed) - SHOWN:,} more; --out FILE.csv has all.")
-    return lines
-
-
-def write_changed(path: Path, c: comparison.Comparison) -> None:
-    """Writes the images that changed sides as CSV, with both predictions and the probabilities of the actual class."""
-    rows = [[name, a.label, a.predicted, b.predicted, a.probability, b.probability] for name, a, b in c.changed]
-    write_csv(path, [["path", "label", "predicted_a", "predicted_b", "probability_a", "probability_b"], *rows])
+        print(f"  ... and {len(c.changed) - SHOWN:,} more; --out FILE.csv has all.")
 
 
 if __name__ == "__main__":

@@ -313,7 +313,9 @@ def test_evaluate_needs_a_run_folder(kind, mistake, tmp_path):
         run.write_text("")
     elif kind == "another folder":
         run.mkdir()
-    said(mistake(evaluate_command, "--run", run), f"--run {run}", "not a run folder", "Give a folder that train wrote")
+    said(
+        mistake(evaluate_command, "--run", run), f"--run {run}", "no config.yaml", "expected a folder that train wrote"
+    )
 
 
 def test_evaluate_says_which_flag_is_missing_or_unknown(mistake):

@@ -172,7 +172,7 @@ def test_evaluate_reports_tta_beside_the_plain_result(separable, tmp_path, capsy
     capsys.readouterr()
     assert command(evaluate_command.main, "--run", workdir, "--tta", 3, "--tta_weight", 0.25) == 0
     out = capsys.readouterr().out
-    assert "with TTA (3 x side_on, plain weight 0.25): " in out
+    assert "with TTA (3 x side_on): " in out
     found = json.loads((workdir / "metrics.json").read_text())
     assert found["tta"]["versions"] == 3
     assert 0 <= found["tta"]["errors"] <= 16

@@ -80,13 +80,3 @@ def smooth(losses: Sequence[float] | np.ndarray, beta: float = 0.98) -> np.ndarr
         average = beta * average + (1 - beta) * float(loss)
         out[i] = average / (1 - beta ** (i + 1))
     return out
-
-
-PERCENT = "\N{NO-BREAK SPACE}%"
-
-
-def percent(p: float) -> str:
-    """'97.1 %'; a probability below 1 is never shown as 100."""
-    if 0.9995 <= p < 1:
-        return f">\N{NO-BREAK SPACE}99.9{PERCENT}"
-    return f"<\N{NO-BREAK SPACE}0.1{PERCENT}" if 0 < p < 0.0005 else f"{100 * p:.1f}{PERCENT}"

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from jaxcats.data.index import BadFile, Split
     from jaxcats.evaluate.run import Run
 
-DESCRIPTION = (
-    "Evaluates a trained run, every image once, and writes predictions.csv, metrics.json, figures and report.html."
-)
+DESCRIPTION = "Evaluates a trained run, every image once: predictions.csv, metrics.json, figures, report.html."
 SPLIT = "test: the run's test images, which nothing else uses; train: rank likely label errors of the run's own images"
 
 
@@ -46,34 +44,24 @@ def main(argv: Sequence[str]) -> None:
         print(f"Among these images {count:,} of the run's own {name} images were found: the result flatters.")
     indexed = time.perf_counter()
     logits = run.logits(split)
-    facts = keep_earlier(folder, run, options.tta)
-    tta = write_tta(folder, run, split, logits, options) if options.tta else {}
+    earlier = predictions.read_json(folder / "metrics.json") if folder == run.folder else {}
+    facts = {name: earlier[name] for name in ("seconds", "features") if name in earlier}
+    tta = write_tta(folder, run, split, logits, options)
     done = time.perf_counter()
     seconds = {"load": loaded - started, "index": indexed - loaded, "evaluate": done - indexed, "total": done - started}
     seconds = {name: round(value, 3) for name, value in seconds.items()}
     # The times that training measured stay; those of this evaluation go beside them.
     seconds = facts.get("seconds", {}) | {"evaluation": seconds} if facts else seconds
-    facts["data"] = options.data or run.config.data.root
-    if options.split == "test":
-        facts["split"] = "test"
+    facts |= {"data": options.data or run.config.data.root} | ({"split": "test"} if options.split == "test" else {})
     facts |= {"checkpoint": run.checkpoint, "bad_files": len(bad_files), "seen_before": seen, "seconds": seconds} | tta
-    calibration = None if is_validation else calibration_of(run)
-    metrics, _ = predictions.write_results(
-        folder, run, split, logits, facts=facts, max_error=options.max_error, calibration=calibration
-    )
-    report = bool(metrics) and (run.config.report if options.report is None else options.report == "yes")
-    if report:
+    settings = {"max_error": options.max_error, "calibration": None if is_validation else calibration_of(run)}
+    metrics, _ = predictions.write_results(folder, run, split, logits, facts=facts, **settings)
+    if metrics and (run.config.report if options.report is None else options.report == "yes"):
         from jaxcats.evaluate.figures import EvaluatedSplit
         from jaxcats.evaluate.report import write_evaluation
 
         write_evaluation(folder, EvaluatedSplit(run, split, logits, metrics))
-    files = {
-        "predictions.csv": True,
-        "predictions_tta.csv": options.tta,
-        "metrics.json": metrics,
-        "report.html": report,
-    }
-    print(f"Written: {folder}/{', '.join(name for name, is_written in files.items() if is_written)}")
+    print(f"The results are in {folder}.")
 
 
 def read_options(argv: Sequence[str]) -> Namespace:
@@ -121,10 +109,9 @@ def list_label_errors(run: "Run", folder: Path) -> None:
 
     splits = training_index(run).splits
     suspects = find_suspects(run, splits)
-    files = write_suspects(folder, suspects, splits["train"].root)
-    n = sum(len(split) for split in splits.values())
-    print(f"{len(suspects):,} of {n:,} images deserve a look; the likeliest mistakes come first.")
-    print(f"Written: {', '.join(map(str, files))}")
+    write_suspects(folder, suspects, splits["train"].root)
+    n = sum(map(len, splits.values()))
+    print(f"{len(suspects):,} of {n:,} images deserve a look; {folder}/suspects.csv has the likeliest mistakes first.")
 
 
 def images_to_evaluate(run: "Run", options: Namespace) -> "tuple[Split, Sequence[BadFile]]":
@@ -139,9 +126,7 @@ def images_to_evaluate(run: "Run", options: Namespace) -> "tuple[Split, Sequence
         split = index.test if options.split == "test" else index.splits["valid"]
         bad_files = [file for file in index.bad if file.split in (options.split, "")]
     if split is None:
-        raise UserError(
-            f"--split test: {run.config.data.root} has no test images (test/, test_fraction or a split column)."
-        )
+        raise UserError(f"--split test: {run.config.data.root} has no test images (test/ or test_fraction gives some).")
     if options.split == "test":
         print("Test images: neither training nor a choice has seen them. Each further look makes this less true.")
     for line in skipped(bad_files):
@@ -149,25 +134,20 @@ def images_to_evaluate(run: "Run", options: Namespace) -> "tuple[Split, Sequence
     return split, bad_files
 
 
-def keep_earlier(folder: Path, run: "Run", tta: int) -> dict[str, Any]:
-    """The facts of an earlier metrics.json in the run folder that stay; removes earlier TTA predictions that are not renewed."""
-    earlier = predictions.read_metrics(folder)
-    if "tta" in earlier and not tta:
-        (folder / "predictions_tta.csv").unlink(missing_ok=True)  # they may be of other weights
-    return {key: earlier[key] for key in ("seconds", "features") if key in earlier} if folder == run.folder else {}
-
-
 def write_tta(folder: Path, run: "Run", split: "Split", logits: np.ndarray, options: Namespace) -> dict[str, Any]:
-    """Writes predictions_tta.csv; with labels prints the result, and returns it for metrics.json."""
-    from jaxcats.evaluate.tta import evaluate_with_tta
+    """Writes predictions_tta.csv; with labels prints the result, and returns it for metrics.json. {} without --tta."""
+    if not options.tta:
+        (folder / "predictions_tta.csv").unlink(missing_ok=True)  # of an earlier evaluation, maybe of other weights
+        return {}
+    from jaxcats.evaluate.tta import evaluate_with_tta, tta_preset
 
-    log_probs, facts = evaluate_with_tta(run, split, logits, n=options.tta, weight=options.tta_weight)
+    preset = tta_preset(run.phase.augment)
+    log_probs, facts = evaluate_with_tta(run, split, logits, n=options.tta, weight=options.tta_weight, preset=preset)
     predictions.write_predictions(folder / "predictions_tta.csv", split, run.classes, log_probs)
     if not predictions.is_labelled(split):
         return {}
     facts |= stats.summary(log_probs, split.labels)
-    settings = f"{facts['versions']} x {facts['augment']}, plain weight {facts['weight']:.3g}"
-    print(f"with TTA ({settings}): {stats.sentence(facts['errors'], facts['n'])}")
+    print(f"with TTA ({options.tta} x {preset}): {stats.sentence(facts['errors'], facts['n'])}")
     return {"tta": facts}
 
 

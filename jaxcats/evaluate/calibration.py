@@ -11,6 +11,7 @@ import numpy as np
 from jaxcats.common.stats import brier, log_softmax, wilson_interval
 
 LOWEST, HIGHEST = 0.05, 20.0  # bounds of the temperature
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,21 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray, *, max_error: float 
     return Calibration(temperature, threshold, max_error)
 
 
-def assign_folds(labels: np.ndarray, *, folds: int = 5, seed: int = 0) -> np.ndarray:
-    """Each image's fold, int [N] from 0: random, every class spread as evenly as it can be, at most N folds.
+def assign_folds(labels: np.ndarray) -> np.ndarray:
+    """Each image's fold, int [N] from 0: random, every class spread as evenly as it can be, at most `FOLDS` and N folds.
 
     `core.folds.stratified_folds` draws other folds from the same seed; these decide numbers that are in metrics.json, and
     copies of an image need not stay together where only a temperature is fitted.
     """
-    order = np.random.default_rng(seed).permutation(len(labels))
+    order = np.random.default_rng(0).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     fold = np.empty(len(labels), int)
-    fold[order] = np.arange(len(labels)) % max(1, min(folds, len(labels)))
+    fold[order] = np.arange(len(labels)) % min(FOLDS, len(labels))
     return fold
 
 
 def cross_fit(
-    logits: np.ndarray, labels: np.ndarray, *, max_error: float = 0.005, folds: int = 5, seed: int = 0
+    logits: np.ndarray, labels: np.ndarray, *, max_error: float = 0.005
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Calibrates each image with the temperature and the threshold that the other folds choose.
 
@@ -96,13 +97,11 @@ def cross_fit(
         logits: float [N, C].
         labels: int [N].
         max_error: as in `choose_threshold`.
-        folds: how many, at most N.
-        seed: of the folds.
 
     Returns:
         Log-probabilities [N, C]; whether each image is answered, bool [N]; the temperatures [folds].
     """
-    fold = assign_folds(labels, folds=folds, seed=seed)
+    fold = assign_folds(labels)
     correct = logits.argmax(-1) == labels
     log_probs, answered = np.empty(logits.shape), np.empty(len(labels), bool)
     temperatures = np.empty(fold.max() + 1)
@@ -122,22 +121,19 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, b
 
     Top-label, equal-mass (Nguyen and O'Connor, EMNLP 2015). Images with equal confidence stay in one bin.
     """
-    images, confidences, right, _ = _sum_by_bin(*_count_by_confidence(confidence, correct), bins)
+    images, confidences, right = _sum_by_bin(*_count_by_confidence(confidence, correct), bins)
     return float(np.abs(confidences - right).sum() / images.sum())
 
 
-def ece_interval(
-    confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15, seed: int = 0, resamples: int = 1000
-) -> tuple[float, float]:
+def ece_interval(confidence: np.ndarray, correct: np.ndarray, *, resamples: int = 1000) -> tuple[float, float]:
     """A 95 % bootstrap interval of `expected_calibration_error`; images are drawn with replacement.
 
     It goes from the lowest to the highest end of the percentile and the basic bootstrap interval. The percentile interval
     alone is as biased upwards as the estimate: it never reaches 0, however good the probabilities are. The basic interval
     corrects that, but is too short where errors are few.
     """
-    values, group = np.unique(np.asarray(confidence, np.float64), return_inverse=True)
-    n, k, rng, errors = len(group), len(values), np.random.default_rng(seed), []
-    correct = np.asarray(correct, float)
+    values, group = np.unique(confidence, return_inverse=True)
+    n, k, rng, errors = len(group), len(values), np.random.default_rng(0), []
     at_once = max(1, 200_000 // n)  # 10 MB at a time
     for start in range(0, resamples, at_once):
         rows = min(at_once, resamples - start)
@@ -145,21 +141,21 @@ def ece_interval(
         cell = (group[drawn] + k * np.arange(rows)[:, None]).ravel()
         size = np.bincount(cell, minlength=rows * k).reshape(rows, k)
         right = np.bincount(cell, weights=correct[drawn].ravel(), minlength=rows * k).reshape(rows, k)
-        _, confidences, right, _ = _sum_by_bin(values, size, right, bins)
+        _, confidences, right = _sum_by_bin(values, size, right)
         errors.append(np.abs(confidences - right).sum(-1) / n)
     low, high = np.percentile(np.concatenate(errors), [2.5, 97.5])
-    estimate = expected_calibration_error(confidence, correct, bins=bins)
+    estimate = expected_calibration_error(confidence, correct)
     return float(max(0, min(low, 2 * estimate - high))), float(max(high, 2 * estimate - low))
 
 
-def calibration_metrics(log_probs: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+def calibration_metrics(log_probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """How good log-probabilities [N, C] are: {"log_loss", "brier", "ece", "ece_interval"}."""
     confidence, correct = np.exp(log_probs.max(-1)), log_probs.argmax(-1) == labels
     return {
         "log_loss": float(-log_probs[np.arange(len(labels)), labels].mean()),
         "brier": brier(log_probs, labels),
         "ece": expected_calibration_error(confidence, correct),
-        "ece_interval": list(ece_interval(confidence, correct, seed=seed)),
+        "ece_interval": list(ece_interval(confidence, correct)),
     }
 
 
@@ -167,16 +163,15 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) 
     """The bins of `expected_calibration_error` that hold images, the least confident first, as plain numbers.
 
     Returns:
-        For each {"n", "confidence" (mean), "accuracy", "low" and "high" (95 % Wilson), "from" and "to" (confidences)}.
+        For each {"n", "confidence" (mean), "accuracy", "low" and "high" (95 % Wilson)}.
     """
-    values, size, right = _count_by_confidence(confidence, correct)
-    images, confidences, right, bin_of = (x[0] for x in _sum_by_bin(values, size, right, bins))
     rows = []
-    for b in np.flatnonzero(images):
-        n, (low, high) = int(images[b]), wilson_interval(int(right[b]), int(images[b]))
-        inside = values[bin_of == b]
-        row = {"n": n, "confidence": float(confidences[b] / n), "accuracy": float(right[b] / n)}
-        rows.append(row | {"low": low, "high": high, "from": float(inside[0]), "to": float(inside[-1])})
+    sums = _sum_by_bin(*_count_by_confidence(confidence, correct), bins)
+    for n, total, right in zip(*(x[0] for x in sums), strict=True):
+        if n:
+            low, high = wilson_interval(int(right), int(n))
+            row = {"n": int(n), "confidence": float(total / n), "accuracy": float(right / n), "low": low, "high": high}
+            rows.append(row)
     return rows
 
 
@@ -218,8 +213,8 @@ def abstain_metrics(answered: np.ndarray, correct: np.ndarray) -> dict[str, Any]
     }
 
 
-def _sum_by_bin(values: np.ndarray, size: np.ndarray, right: np.ndarray, bins: int) -> tuple[np.ndarray, ...]:
-    """Sums of images, confidences and right answers by bin, each [R, bins], and the bin of each value [R, K].
+def _sum_by_bin(values: np.ndarray, size: np.ndarray, right: np.ndarray, bins: int = 15) -> list[np.ndarray]:
+    """Sums of images, confidences and right answers by bin, each [R, bins].
 
     Bins hold equally many images. Equal confidences stay together, or the order of the images would matter: they go to
     the bin of their middle image. `values` [K] ascend; `size` and `right` [R, K] count images in R samples.
@@ -228,14 +223,14 @@ def _sum_by_bin(values: np.ndarray, size: np.ndarray, right: np.ndarray, bins: i
     middle = size.cumsum(-1) - size / 2
     bin_of = np.minimum(bins * middle / total, bins - 1).astype(int)
     flat = (bin_of + bins * np.arange(rows)[:, None]).ravel()
-    weights = (size, size * values, right)
-    return *(np.bincount(flat, weights=w.ravel(), minlength=rows * bins).reshape(rows, bins) for w in weights), bin_of
+    sums = [np.bincount(flat, weights=w.ravel(), minlength=rows * bins) for w in (size, size * values, right)]
+    return [x.reshape(rows, bins) for x in sums]
 
 
 def _count_by_confidence(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The distinct confidences [K], ascending, the images [1, K] at each, and how many of these are right [1, K]."""
-    values, group = np.unique(np.asarray(confidence, np.float64), return_inverse=True)
-    return values, np.bincount(group)[None], np.bincount(group, weights=np.asarray(correct, float))[None]
+    values, group = np.unique(confidence, return_inverse=True)
+    return values, np.bincount(group)[None], np.bincount(group, weights=correct)[None]
 
 
 def _most_confident_first(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

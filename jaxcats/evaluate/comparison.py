@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxcats.common.errors import UserError
 from jaxcats.common.stats import wilson_interval
-from jaxcats.evaluate.predictions import read_metrics
+from jaxcats.evaluate.predictions import read_json
 
 
 @dataclass(frozen=True)
@@ -75,24 +75,19 @@ def compare_predictions(a: Mapping[str, Prediction], b: Mapping[str, Prediction]
     """
     shared = [path for path in a if path in b]
     if not shared:
-        examples = f" ('{next(iter(a))}' in A, '{next(iter(b))}' in B)" if a and b else ""
-        raise UserError(f"A and B have no image in common{examples}: evaluate both on the same folder.")
+        raise UserError("A and B have no image in common: evaluate both on the same folder.")
     for path in shared:
         if a[path].label != b[path].label:
-            labels = f"'{a[path].label}' in A and '{b[path].label}' in B"
-            raise UserError(f"{path}: is {labels}; evaluate both again on the same folder.")
+            raise UserError(f"{path}: is '{a[path].label}' in A and '{b[path].label}' in B; evaluate both again.")
     counts = Counter((a[path].correct, b[path].correct) for path in shared)
-    only_a_wrong, only_b_wrong = counts[False, True], counts[True, False]
+    table = counts[True, True], counts[False, True], counts[True, False], counts[False, False]
     changed = [(path, a[path], b[path]) for path in shared if a[path].correct != b[path].correct]
     return Comparison(
-        both_right=counts[True, True],
-        only_a_wrong=only_a_wrong,
-        only_b_wrong=only_b_wrong,
-        both_wrong=counts[False, False],
+        *table,
         only_in_a=len(a) - len(shared),
         only_in_b=len(b) - len(shared),
-        p=mcnemar_exact(only_a_wrong, only_b_wrong),
-        interval=paired_interval(counts[True, True], only_a_wrong, only_b_wrong, counts[False, False]),
+        p=mcnemar_exact(*table[1:3]),
+        interval=paired_interval(*table),
         changed=sorted(changed, key=lambda row: -abs(row[1].probability - row[2].probability)),
     )
 
@@ -105,18 +100,15 @@ def mcnemar_exact(b: int, c: int) -> float:
 
 
 def paired_interval(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
-    """A 95 % interval of the difference of two proportions of the same n images, first minus second; (-1, 1) when n is 0.
+    """A 95 % interval of the difference of two proportions of the same images, at least one, first minus second.
 
     Square-and-add of Wilson intervals with the pairs' correlation (Newcombe, Statist. Med. 17, 2635-2650, 1998, method 10).
     """
     n = both + only_first + only_second + neither
-    if not n:
-        return -1.0, 1.0
     first, second = both + only_first, both + only_second
     product = first * (n - first) * second * (n - second)
     odds = both * neither - only_first * only_second
-    if odds > 0:
-        odds = max(odds - n / 2, 0)
+    odds = max(odds - n / 2, 0) if odds > 0 else odds
     phi = odds / math.sqrt(product) if product else 0.0
     p, q = first / n, second / n
     (p_low, p_high), (q_low, q_high) = wilson_interval(first, n), wilson_interval(second, n)
@@ -131,13 +123,12 @@ def read_predictions(place: str | Path) -> tuple[dict[str, Prediction], tuple[st
     """The predictions by path, and the classes, of a run folder or a predictions.csv that train or evaluate wrote.
 
     Raises:
-        UserError: no such file, not a predictions.csv, images without labels, or an image that is in it twice.
+        OSError: no such file.
+        UserError: not a predictions.csv, a damaged one, or images without labels.
     """
     file = Path(os.path.expanduser(place))
     if file.is_dir():
         file /= "predictions.csv"
-    if not file.is_file():
-        raise UserError(f"{file}: there is no such file. Give a run folder that train wrote, or a predictions.csv.")
     predictions: dict[str, Prediction] = {}
     with file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
         rows = csv.DictReader(lines, strict=True)
@@ -145,18 +136,15 @@ def read_predictions(place: str | Path) -> tuple[dict[str, Prediction], tuple[st
             columns = list(rows.fieldnames or ())
             classes = tuple(name.removeprefix("p_") for name in columns if name.startswith("p_"))
             if not classes or not {"path", "label", "predicted"} <= set(columns):
-                raise UserError(
-                    f"{file}: not a predictions.csv (with the columns path, label, predicted, p_CLASS ...)."
-                )
+                raise UserError(f"{file}: not a predictions.csv; the columns are path, label, predicted, p_CLASS ...")
             for row in rows:
-                path, label = row["path"], row["label"]
+                path, label, predicted = row["path"], row["label"], row["predicted"]
                 if label == "":
                     raise UserError(f"{file}: {path} has no label; only images with labels can be compared.")
-                if path in predictions:
-                    raise UserError(f"{file}: {path} is in it twice; evaluate the run again.")
-                predictions[path] = Prediction(label, row["predicted"], float(row[f"p_{label}"]))
-                if row["predicted"] not in classes or not math.isfinite(predictions[path].probability):
+                probability = float(row[f"p_{label}"])
+                if path in predictions or predicted not in classes or not math.isfinite(probability):
                     raise ValueError
+                predictions[path] = Prediction(label, predicted, probability)
         except (csv.Error, KeyError, TypeError, ValueError):
             raise UserError(f"{file}: damaged at line {rows.reader.line_num}; evaluate the run again.") from None
     return predictions, classes
@@ -165,5 +153,5 @@ def read_predictions(place: str | Path) -> tuple[dict[str, Prediction], tuple[st
 def chose_best_epoch(place: str | Path) -> bool:
     """Whether a run folder says that the images of its predictions.csv chose its best epoch."""
     folder = Path(os.path.expanduser(place))
-    checkpoint = read_metrics(folder).get("checkpoint") if (folder / "config.yaml").is_file() else None
+    checkpoint = read_json(folder / "metrics.json").get("checkpoint") if (folder / "config.yaml").is_file() else None
     return isinstance(checkpoint, dict) and bool(checkpoint.get("valid_used_for"))

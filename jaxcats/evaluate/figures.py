@@ -18,6 +18,7 @@ from jaxcats.core.step import normalise
 from jaxcats.data.images import evaluation_pixels
 from jaxcats.data.index import Split
 from jaxcats.evaluate import calibration, ranking
+from jaxcats.evaluate.pages import percent
 from jaxcats.evaluate.run import Run
 from jaxcats.models import Model
 from jaxcats.train.epoch_table import best_epoch
@@ -56,7 +57,7 @@ class EvaluatedSplit:
         facts = self.metrics["calibration"]
         if not facts["fold_temperatures"]:
             return self.log_probs
-        fold = calibration.assign_folds(self.split.labels, folds=facts["folds"])
+        fold = calibration.assign_folds(self.split.labels)
         return stats.log_softmax(self.logits / np.asarray(facts["fold_temperatures"])[fold][:, None])
 
     @property
@@ -71,19 +72,13 @@ class EvaluatedSplit:
     def title(self, row: int) -> str:
         """'dogs 97.3 %', and the actual class where that is another one."""
         classes, best, actual = self.run.classes, int(self.log_probs[row].argmax()), int(self.split.labels[row])
-        title = f"{classes[best]} {stats.percent(np.exp(self.log_probs[row, best]))}"
+        title = f"{classes[best]} {percent(np.exp(self.log_probs[row, best]))}"
         return title if best == actual else f"{title} (is {classes[actual]})"
-
-
-def training_rows(run_folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; none where the run has none."""
-    file = run_folder / "metrics.jsonl"
-    return RunLog.rows(file) if file.is_file() else []
 
 
 def training_figures(run_folder: Path) -> dict[str, plots.Figure]:
     """Losses and learning rate of a run, by name."""
-    rows = training_rows(run_folder)
+    rows = RunLog.rows(run_folder / "metrics.jsonl")
     if not any("loss" in row for row in rows):
         return {}
     return {"losses": plot_losses(rows), "learning_rate": plot_learning_rates(rows)}
@@ -110,25 +105,21 @@ def plot_learning_rates(rows: Sequence[Mapping[str, Any]], *, momentum: float | 
 
 def metric_figures(evaluated: EvaluatedSplit) -> dict[str, plots.Figure]:
     """Recall by class, confusion, risk against coverage, and reliability, by name."""
-    metrics, correct = evaluated.metrics, evaluated.correct
+    metrics, correct, panels = evaluated.metrics, evaluated.correct, {}
+    before = "as trained", "before", stats.log_softmax(evaluated.logits)
+    after = "with the temperature", "after", evaluated.out_of_fold
+    for title, key, log_probs in (before, after):
+        confidence = np.exp(log_probs).max(1)
+        panels[title] = calibration.reliability(confidence, correct), metrics["calibration"][key]["ece"], confidence
+    curve = calibration.risk_coverage(np.exp(evaluated.log_probs).max(1), correct)
     abstain = metrics["abstain"]
-    before, after = (np.exp(p).max(1) for p in (stats.log_softmax(evaluated.logits), evaluated.out_of_fold))
-    coverage, risk = calibration.risk_coverage(np.exp(evaluated.log_probs).max(1), correct)
-    point = None if abstain["threshold"] is None else (abstain["coverage"], abstain["error"])
-    bins, bins_after = (calibration.reliability(confidence, correct) for confidence in (before, after))
-    ece, ece_after = (metrics["calibration"][key]["ece"] for key in ("before", "after"))
+    has_point = abstain["threshold"] is not None and abstain["answered"] > 0
+    point = (abstain["coverage"], abstain["error"]) if has_point else None
     return {
         "per_class": plots.per_class(metrics["per_class"]),
-        "confusion": plots.confusion(np.asarray(metrics["confusion"]), evaluated.run.classes),
-        "risk_coverage": plots.risk_coverage(
-            coverage, risk, n=len(correct), point=point, max_error=abstain["max_error"]
-        ),
-        "reliability": plots.reliability(
-            {
-                "as trained": (bins, ece, before),
-                "with the temperature": (bins_after, ece_after, after),
-            }
-        ),
+        "confusion": plots.confusion(metrics["confusion"], evaluated.run.classes),
+        "risk_coverage": plots.risk_coverage(*curve, n=len(correct), point=point, max_error=abstain["max_error"]),
+        "reliability": plots.reliability(panels),
     }
 
 
@@ -174,8 +165,7 @@ def heat_maps(evaluated: EvaluatedSplit) -> plots.Figure:
     program = jit(lambda params, stats, x, y: grad_cam(run.model, params, stats, prepare(x), y))
     heats = np.asarray(program(run.params, run.batch_stats, images, log_probs[padded].argmax(1)))
     heading = "Where the network looked: the highest losses, then the most confident predictions"
-    titles, wrong = [evaluated.title(i) for i in rows], (~evaluated.correct[rows]).tolist()
-    n = len(rows)
+    titles, wrong, n = [evaluated.title(i) for i in rows], (~evaluated.correct[rows]).tolist(), len(rows)
     return plots.heat_maps(list(images[:n]), list(heats[:n]), titles, wrong=wrong, heading=heading)
 
 

@@ -175,8 +175,8 @@ def out_of_fold(logits: np.ndarray, fold: np.ndarray) -> np.ndarray:
     return logsumexp(log_softmax(logits), axis=0, b=unseen[..., None]) - np.log(unseen.sum(0))[:, None]
 
 
-def write_suspects(folder: Path, suspects: Sequence[Suspect], root: Path) -> list[Path]:
-    """Writes suspects.csv and figures/suspects.png, a gallery of the first of each kind, into a folder; their paths.
+def write_suspects(folder: Path, suspects: Sequence[Suspect], root: Path) -> None:
+    """Writes suspects.csv and figures/suspects.png, a gallery of the first of each kind, into a folder.
 
     Args:
         folder: where to.
@@ -196,4 +196,3 @@ def write_suspects(folder: Path, suspects: Sequence[Suspect], root: Path) -> lis
     heading = f"{len(wrong):,} labels look wrong; then {len(outliers):,} images unlike the others"
     figure = plots.gallery([root / s.path for s in shown], titles, wrong=[s in wrong for s in shown], heading=heading)
     plots.write(figure, folder / "figures" / "suspects.png", dpi=80)
-    return [folder / "suspects.csv", folder / "figures" / "suspects.png"]

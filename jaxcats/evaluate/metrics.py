@@ -17,8 +17,6 @@ def evaluation_metrics(
     *,
     calibration: Calibration | None = None,
     max_error: float = 0.005,
-    folds: int = 5,
-    seed: int = 0,
 ) -> tuple[dict[str, Any], Calibration]:
     """Everything that labelled images say about a classifier, in plain JSON types; what would be 0/0 is None.
 
@@ -29,8 +27,6 @@ def evaluation_metrics(
         calibration: chosen on other images, to be evaluated here. None: it is fitted on these images, and each image's
             numbers "after" are those of the temperature and the threshold that the other folds choose.
         max_error: the share of wrong answers to choose the threshold for; only where no calibration is given.
-        folds: number of folds.
-        seed: of the folds and of the bootstrap.
 
     Returns:
         What `summary` gives and {"brier", "auc" (two classes only), "macro_f1", "balanced_accuracy", "top_k", "classes",
@@ -43,7 +39,7 @@ def evaluation_metrics(
     log_probs, correct = log_softmax(logits), logits.argmax(-1) == labels
     if calibration is None:
         calibration = fit_calibration(logits, labels, max_error=max_error)
-        after, answered, temperatures = cross_fit(logits, labels, max_error=max_error, folds=folds, seed=seed)
+        after, answered, temperatures = cross_fit(logits, labels, max_error=max_error)
         out_of_fold = {"out_of_fold": abstain_metrics(answered, correct)}
     else:
         after, temperatures, out_of_fold = log_softmax(logits / calibration.temperature), np.zeros(0), {}
@@ -58,8 +54,8 @@ def evaluation_metrics(
         "folds": len(temperatures) or None,
         "fold_temperatures": temperatures.tolist() or None,
         "bins": 15,
-        "before": calibration_metrics(log_probs, labels, seed=seed),
-        "after": calibration_metrics(after, labels, seed=seed),
+        "before": calibration_metrics(log_probs, labels),
+        "after": calibration_metrics(after, labels),
     }
     metrics["abstain"] = {"max_error": calibration.max_error, "threshold": calibration.threshold}
     metrics["abstain"] |= abstain_metrics(calibration.is_answered(confidence), correct) | out_of_fold
@@ -106,17 +102,14 @@ def by_class(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> 
         row |= {"recall_interval": list(wilson_interval(row["right"], row["n"])), "f1": shares[2][i]}
         per_class.append(row)
     errors = confusion * (1 - np.eye(size, dtype=int))
-    most_confused = []
-    for place in np.argsort(-errors, axis=None, kind="stable")[:10].tolist():
-        i, j = divmod(place, size)
-        if errors[i, j]:
-            most_confused.append({"actual": classes[i], "predicted": classes[j], "n": int(errors[i, j])})
+    cells = [divmod(cell, size) for cell in np.argsort(-errors, axis=None, kind="stable")[:10].tolist()]
+    pairs = [(classes[i], classes[j], int(errors[i, j])) for i, j in cells if errors[i, j]]
     return {
         "macro_f1": float(np.nanmean(f1)),
         "balanced_accuracy": float(np.nanmean(recall)),
         "per_class": per_class,
         "confusion": confusion.tolist(),
-        "most_confused": most_confused,
+        "most_confused": [{"actual": actual, "predicted": predicted, "n": n} for actual, predicted, n in pairs],
     }
 
 
@@ -154,31 +147,26 @@ def _ece(metrics: Mapping[str, Any]) -> str:
 
 def _abstain_lines(abstain: Mapping[str, Any], n: int) -> list[str]:
     def share(metrics: Mapping[str, Any]) -> str:
-        if not metrics["answered"]:
-            return "none of the images"
         low, high = (100 * end for end in metrics["interval"])
         coverage = f"{100 * metrics['coverage']:.{percent_digits(n)}f} % of the images"
-        wrong = f"{100 * metrics['error']:.2f} % of them wrong"
+        wrong = f"{100 * (metrics['error'] or 0):.2f} % of them wrong"
         return f"{coverage}, {wrong} ({metrics['errors']:,}; 95 % interval {low:.2f} to {high:.2f} %)"
 
-    threshold, limit = abstain["threshold"], f"{100 * abstain['max_error']:g} %"
+    threshold, limit = abstain["threshold"], f"at most {100 * abstain['max_error']:g} % errors"
     if threshold is None:
-        reason = f"none keeps errors at {limit} or fewer" if "out_of_fold" in abstain else "none was chosen"
-        rule = f"Every answer is given, with no threshold of certainty ({reason})"
-    elif threshold == 0:
-        rule = f"Every answer may be given with errors at {limit} or fewer"
+        rule = f"Every answer is given; there is no threshold for {limit}:"
     else:
-        rule = f"Answers given only at {threshold:.9g} or surer (chosen for at most {limit} errors)"
-    lines = [f"{rule}:", f"    {share(abstain)}"]
+        rule = f"Answers are given at a probability of {threshold:.9g} or more (chosen for {limit}):"
+    lines = [rule, f"    {share(abstain)}"]
     if "out_of_fold" in abstain:
         lines.append(f"    out of fold: {share(abstain['out_of_fold'])}")
     return lines
 
 
-def _class_lines(rows: Sequence[Mapping[str, Any]], most: int = 10) -> list[str]:
-    hidden = len(rows) - most
+def _class_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    hidden = len(rows) - 10
     if hidden > 0:
-        rows = sorted(rows, key=lambda row: 2.0 if row["f1"] is None else row["f1"])[:most]
+        rows = sorted(rows, key=lambda row: 2.0 if row["f1"] is None else row["f1"])[:10]
     cells = [("class", "images", "right", "precision", "recall (95 % interval)", "F1")]
     for row in rows:
         n, d = row["n"], percent_digits(row["n"])
@@ -191,7 +179,7 @@ def _class_lines(rows: Sequence[Mapping[str, Any]], most: int = 10) -> list[str]
     width = max(len(row[0]) for row in cells)
     lines = [f"{row[0]:<{width}}  {row[1]:>8}  {row[2]:>7}  {row[3]:>9}  {row[4]:<25}  {row[5]:>6}" for row in cells]
     if hidden > 0:
-        lines.append(f"These are the {most} classes with the lowest F1; {hidden:,} more are in metrics.json.")
+        lines.append(f"These are the ten classes with the lowest F1; {hidden:,} more are in metrics.json.")
     return lines
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from jaxcats.common.cli import one_line
 from jaxcats.common.io import write_text
-from jaxcats.common.stats import percent
 from jaxcats.data.images import ImageError, open_image, upright
 
+PERCENT = "\N{NO-BREAK SPACE}%"
 SIDE = 140  # longer side of a thumbnail, in pixels
 
 
@@ -19,15 +19,19 @@ def render(template: str, **context: Any) -> str:
     """A template of templates/ as text without lone surrogates, which file names that are not UTF-8 would bring in."""
     import jinja2
 
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"line": one_line, "percent": percent, "sha256": _sha256}
     return environment.get_template(template).render(**context).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def percent(p: float) -> str:
+    """'97.1 %'; a probability below 1 is never shown as 100."""
+    if 0.9995 <= p < 1:
+        return f">\N{NO-BREAK SPACE}99.9{PERCENT}"
+    return f"<\N{NO-BREAK SPACE}0.1{PERCENT}" if 0 < p < 0.0005 else f"{100 * p:.1f}{PERCENT}"
 
 
 def write_diagnosis(path: Path, report: dict[str, Any]) -> None:

@@ -76,18 +76,17 @@ def write_predictions(
     With a calibration there are two more columns after `predicted`, which are what predict says: `probability` of the
     predicted class, after the temperature, and `abstain`.
     """
-    columns, calibrated = ["path", "label", "predicted"], [[] for _ in split.paths]
-    if calibration is not None:
-        columns += ["probability", "abstain"]
-        confidence = np.exp(stats.log_softmax(logits / calibration.temperature)).max(1)
-        answered = calibration.is_answered(confidence)
-        calibrated = [[f"{p:.9g}", "no" if a else "yes"] for p, a in zip(confidence, answered, strict=True)]
-    rows: list[list[Any]] = [columns + [f"p_{name}" for name in classes]]
     probabilities = np.exp(stats.log_softmax(logits))
-    for name, label, p, extra in zip(split.paths, split.labels.tolist(), probabilities, calibrated, strict=True):
-        actual = classes[label] if label >= 0 else ""
-        rows.append([name, actual, classes[int(p.argmax())], *extra, *(f"{x:.9g}" for x in p)])
-    write_csv(path, rows)
+    columns: dict[str, Sequence[Any]] = {"path": split.paths}
+    columns["label"] = [classes[label] if label >= 0 else "" for label in split.labels]
+    columns["predicted"] = [classes[best] for best in probabilities.argmax(1)]
+    if calibration is not None:
+        confidence = np.exp(stats.log_softmax(logits / calibration.temperature)).max(1)
+        columns["probability"] = [f"{p:.9g}" for p in confidence]
+        columns["abstain"] = ["no" if answered else "yes" for answered in calibration.is_answered(confidence)]
+    for name, p in zip(classes, probabilities.T, strict=True):
+        columns[f"p_{name}"] = [f"{x:.9g}" for x in p]
+    write_csv(path, [list(columns), *zip(*columns.values(), strict=True)])
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
@@ -102,11 +101,6 @@ def is_labelled(split: "Split") -> bool:
     return bool((split.labels >= 0).all())
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics.json in a folder; {} where there is none or it can't be read."""
-    return read_json(folder / "metrics.json")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; {} where the file is missing or something else."""
     try:
@@ -117,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_calibration(run_folder: Path, checkpoint: Mapping[str, Any]) -> Calibration | None:
     """The temperature and threshold that a run's own validation images gave this checkpoint; None where they are unknown."""
-    metrics = read_metrics(run_folder)
+    metrics = read_json(run_folder / "metrics.json")
     try:
         evaluated = metrics["checkpoint"]
         # Another training in the same folder may have ended at the same step.

@@ -9,36 +9,31 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def rand_by_correct(
-    log_probs: np.ndarray, labels: np.ndarray, correct: bool, *, n: int = 4, seed: int = 0
-) -> np.ndarray:
+def rand_by_correct(log_probs: np.ndarray, labels: np.ndarray, correct: bool, *, n: int, seed: int = 0) -> np.ndarray:
     """Up to n random images that were predicted right (or wrong), none twice; the same seed gives the same images."""
     rows = np.flatnonzero(_right(log_probs, labels) == correct)
     return np.random.default_rng(seed).permutation(rows)[:n]
 
 
-def most_by_correct(
-    log_probs: np.ndarray, labels: np.ndarray, class_index: int, correct: bool, *, n: int = 4
-) -> np.ndarray:
+def most_by_correct(log_probs: np.ndarray, labels: np.ndarray, label: int, correct: bool, *, n: int) -> np.ndarray:
     """Images of one actual class: the right ones, the most confident first, or the wrong ones, the most wrong first.
 
     Most confident and most wrong are the highest and the lowest probability of that class.
     """
-    labels = np.asarray(labels)
-    rows = np.flatnonzero((_right(log_probs, labels) == correct) & (labels == class_index))
-    score = np.asarray(log_probs)[rows, class_index]
+    rows = np.flatnonzero((_right(log_probs, labels) == correct) & (labels == label))
+    score = log_probs[rows, label]
     return rows[np.argsort(-score if correct else score, kind="stable")[:n]]
 
 
 def most_uncertain(log_probs: np.ndarray, *, n: int = 4) -> np.ndarray:
     """The images with the smallest margins between the two highest probabilities; with two classes that is the lesson's |p - 0.5|."""
-    ordered = np.sort(np.exp(np.asarray(log_probs, np.float64)), axis=1)
+    ordered = np.sort(np.exp(log_probs), axis=1)
     return np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")[:n]
 
 
 def top_losses(log_probs: np.ndarray, labels: np.ndarray, *, n: int = 9) -> np.ndarray:
     """The highest losses first: the lowest log-probability of the actual class (fastai's Interpretation.top_losses)."""
-    return np.argsort(np.asarray(log_probs)[np.arange(len(labels)), labels], kind="stable")[:n]
+    return np.argsort(log_probs[np.arange(len(labels)), labels], kind="stable")[:n]
 
 
 def label_errors(log_probs: np.ndarray, labels: np.ndarray, *, most: float = 0.05) -> np.ndarray:
@@ -52,7 +47,6 @@ def label_errors(log_probs: np.ndarray, labels: np.ndarray, *, most: float = 0.0
         labels: as given.
         most: share of the images.
     """
-    log_probs, labels = np.asarray(log_probs), np.asarray(labels)
     rows = np.flatnonzero(~_right(log_probs, labels))
     rows = rows[np.argsort(log_probs[rows, labels[rows]], kind="stable")]
     probs, classes = np.exp(log_probs), range(log_probs.shape[1])
@@ -78,7 +72,7 @@ def knn_outlier_score(features: np.ndarray, hashes: Sequence[str], *, known: int
 
     std = features[:known].std(0)
     scaled = (features - features[:known].mean(0)) / np.where(std > 0, std, 1)
-    _, content = np.unique(np.asarray(hashes), return_inverse=True)
+    _, content = np.unique(hashes, return_inverse=True)
     unique = np.unique(content[:known], return_index=True)[1]
     k = min(k, len(unique) - 1)
     distance, nearest = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(scaled[unique]).kneighbors(scaled)
@@ -87,4 +81,4 @@ def knn_outlier_score(features: np.ndarray, hashes: Sequence[str], *, known: int
 
 
 def _right(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.asarray(log_probs).argmax(1) == np.asarray(labels)
+    return log_probs.argmax(1) == labels

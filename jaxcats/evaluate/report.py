@@ -7,7 +7,7 @@ import csv
 import html
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,11 @@ from jaxcats.common.errors import unwritable
 from jaxcats.common.io import write_text
 from jaxcats.data.images import ImageError
 from jaxcats.evaluate import figures as run_figures
-from jaxcats.evaluate import pages
+from jaxcats.evaluate import pages, ranking
 from jaxcats.evaluate.figures import EvaluatedSplit
 from jaxcats.evaluate.predictions import read_json
 from jaxcats.train.epoch_table import overfitting
+from jaxcats.train.run_folder import RunLog
 from jaxcats.train.user_functions import describe_functions
 
 BUDGET = 5_000_000  # bytes of a page: as much as still goes through mail
@@ -66,8 +67,8 @@ def write_evaluation(folder: Path, evaluated: EvaluatedSplit) -> None:
 def page_figures(folder: Path, evaluated: EvaluatedSplit, curves: Mapping[str, plots.Figure]) -> list[Figure]:
     """The figures of the page: range tests, curves, heat maps; the wide ones last, so that none leaves a gap beside it."""
     run = evaluated.run
-    tested = [name for name, phase in run.config.phases.items() if phase.lr == "auto"]
-    files = [run.folder / "figures" / f"lr_find_{name}.png" for name in tested] + [folder / "figures" / "heat_maps.png"]
+    tested = [f"lr_find_{name}" for name, phase in run.config.phases.items() if phase.lr == "auto"]
+    files = [run.folder / "figures" / f"{name}.png" for name in tested] + [folder / "figures" / "heat_maps.png"]
     figures = [Figure(f.stem, pages.embedded_image(f), f.stem == "heat_maps") for f in files if f.is_file()]
     figures += [Figure(name, plots.to_svg(curve), curve.get_figwidth() > WIDE) for name, curve in curves.items()]
     return sorted(figures, key=lambda figure: (figure.wide, figure.name == "heat_maps"))
@@ -79,7 +80,7 @@ def render(evaluated: EvaluatedSplit, figures: Sequence[Figure] = (), *, budget:
     An image that can't be read any more is shown by its name and the reason.
     """
     run, metrics = evaluated.run, evaluated.metrics
-    epochs = [row for row in run_figures.training_rows(run.folder) if "valid_loss" in row]
+    epochs = [row for row in RunLog.rows(run.folder / "metrics.jsonl") if "valid_loss" in row]
     suspects = read_suspects(run.folder)
     digits = stats.percent_digits(metrics["n"])
     context = {
@@ -93,14 +94,14 @@ def render(evaluated: EvaluatedSplit, figures: Sequence[Figure] = (), *, budget:
         "overfitting": overfitting([row for row in epochs if row.get("phase") == epochs[-1].get("phase")]),
         "suspects": suspects,
         "thumbnails": [pages.embedded_thumbnail(evaluated.split.root / row["path"]) for row in suspects[:SUSPECTS]],
-        "result": stats.sentence(metrics["errors"], metrics["n"]).replace(" %", stats.PERCENT),
-        "share": lambda value: "–" if value is None else f"{100 * value:.{digits}f}{stats.PERCENT}",
+        "result": stats.sentence(metrics["errors"], metrics["n"]).replace(" %", pages.PERCENT),
+        "share": lambda value: "–" if value is None else f"{100 * value:.{digits}f}{pages.PERCENT}",
         "number": lambda value: "–" if value is None else f"{value:.4g}",
         "user_functions": describe_functions(run.user_functions) if run.user_functions else "",
         "least_sure": LEAST_SURE,
     }
     without_images = pages.render("report.html.j2", items=[], **context)
-    items = gallery(evaluated, room=budget - len(without_images.encode()))
+    items = list(gallery(evaluated, room=budget - len(without_images.encode())))
     return pages.render("report.html.j2", items=items, **context)
 
 
@@ -113,34 +114,28 @@ def read_suspects(run_folder: Path) -> list[dict[str, str]]:
         return []
 
 
-def gallery(evaluated: EvaluatedSplit, *, room: int) -> list[dict[str, Any]]:
-    """The images that fit into `room` bytes: the wrong ones, the least sure and some others; the top losses come first."""
-    labels, n = evaluated.split.labels, len(evaluated.split)
-    log_probs: np.ndarray = np.maximum(evaluated.log_probs, -1e6)
-    predicted, losses = log_probs.argmax(1), -log_probs[np.arange(n), labels]
-    ordered = np.sort(np.exp(log_probs), axis=1)
-    confidence, margin = ordered[:, -1], ordered[:, -1] - ordered[:, -2]
-    by_loss, by_margin = np.argsort(-losses, kind="stable"), np.argsort(margin, kind="stable")
-    wrong = by_loss[predicted[by_loss] != labels[by_loss]]
-    right = by_margin[predicted[by_margin] == labels[by_margin]]
+def gallery(evaluated: EvaluatedSplit, *, room: int) -> Iterator[dict[str, Any]]:
+    """Yields the images that fit into `room` bytes: the wrong ones, the least sure and some others; the top losses come first."""
+    labels, correct, n = evaluated.split.labels, evaluated.correct, len(evaluated.split)
+    log_probs = np.maximum(evaluated.log_probs, -1e6)
+    by_loss, by_margin = ranking.top_losses(log_probs, labels, n=n), ranking.most_uncertain(log_probs, n=n)
+    wrong, right = by_loss[~correct[by_loss]], by_margin[correct[by_margin]]
     rest = np.random.default_rng(0).permutation(right[LEAST_SURE:])
     shown = thumbnails_that_fit(evaluated, np.concatenate([wrong, right[:LEAST_SURE], rest]).tolist(), room=room)
     threshold = evaluated.metrics["abstain"]["threshold"]
-    return [
-        {
+    for i in [row for row in by_loss.tolist() if row in shown]:
+        *_, second, highest = np.sort(np.exp(log_probs[i])).tolist()
+        yield {
             "path": one_line(evaluated.split.paths[i]),
             "thumbnail": shown[i],
-            "actual": int(labels[i]),
-            "predicted": int(predicted[i]),
-            "confidence": float(confidence[i]),
-            "margin": float(margin[i]),
-            "loss": float(losses[i]),
-            "wrong": bool(labels[i] != predicted[i]),
-            "abstains": threshold is not None and bool(confidence[i] < threshold),
+            "actual": labels[i],
+            "predicted": log_probs[i].argmax(),
+            "confidence": highest,
+            "margin": highest - second,
+            "loss": -log_probs[i, labels[i]],
+            "wrong": not correct[i],
+            "abstains": threshold is not None and highest < threshold,
         }
-        for i in by_loss.tolist()
-        if i in shown
-    ]
 
 
 def thumbnails_that_fit(evaluated: EvaluatedSplit, rows: Sequence[int], *, room: int) -> dict[int, tuple[str, str]]:
@@ -150,15 +145,13 @@ def thumbnails_that_fit(evaluated: EvaluatedSplit, rows: Sequence[int], *, room:
         return len(html.escape(one_line(text)).encode())
 
     shown: dict[int, tuple[str, str]] = {}
-    files = [evaluated.file(row) for row in rows]
     sides = [LARGE_SIDE] * LARGE + [pages.SIDE] * len(rows)
     around = MARKUP + 2 * max(length(name) for name in evaluated.run.classes)
+    files = [evaluated.file(row) for row in rows[: room // around + 1]]  # more can't fit
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(rows), 64):  # a few images ahead, and not all of a large folder
-            loaded = pool.map(pages.embedded_thumbnail, files[start : start + 64], sides[start : start + 64])
-            for row, (src, reason) in zip(rows[start : start + 64], loaded, strict=True):
-                room -= len(src) + 2 * length(evaluated.split.paths[row]) + length(reason) + around
-                if room < 0:
-                    return shown
-                shown[row] = src, reason
+        for row, (src, reason) in zip(rows, pool.map(pages.embedded_thumbnail, files, sides), strict=False):
+            room -= len(src) + 2 * length(evaluated.split.paths[row]) + length(reason) + around
+            if room < 0:
+                break  # the end of the iterator cancels the images that are not loaded yet
+            shown[row] = src, reason
     return shown

@@ -61,16 +61,15 @@ class Run:
     @property
     def checkpoint(self) -> dict[str, Any]:
         """What metrics.json and model.json say of the weights."""
-        chose = ["choosing the best epoch"] if self.best_epoch else []
-        facts = {"use": self.use, "step": self.step, "state": self.weights_hash, "valid_used_for": chose}
-        facts["own"] = self.user_functions
-        return {name: value for name, value in facts.items() if value is not None}
+        used_for = ["choosing the best epoch"] if self.best_epoch else []
+        facts = {"use": self.use, "step": self.step, "state": self.weights_hash, "valid_used_for": used_for}
+        return {name: value for name, value in (facts | {"own": self.user_functions}).items() if value is not None}
 
     @property
     def decoding(self) -> dict[str, Any]:
         """How batches of images are read."""
-        workers = self.config.data.workers
-        return {"preprocess": self.preprocess, "batch_size": self.config.feature_batch, "workers": workers}
+        config = self.config
+        return {"preprocess": self.preprocess, "batch_size": config.feature_batch, "workers": config.data.workers}
 
     def logits(self, split: Split) -> np.ndarray:
         """Logits float32 [N, C] of a split, through the feature cache where the phase trained on features."""
@@ -94,18 +93,14 @@ def load_run(folder: Path, use: str | None = None) -> Run:
     Raises:
         UserError: the folder is no run, or the checkpoint is missing or damaged.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"--run {folder}: not a run folder (it has no config.yaml). Give a folder that train wrote.")
+    if not ((folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()):
+        raise UserError(f"--run {folder}: has no config.yaml or no checkpoints; expected a folder that train wrote.")
     config = from_file(folder / "config.yaml")
-    if not (folder / "checkpoints").is_dir():
-        raise UserError(f"--run {folder}: has no checkpoints; train it first (train --resume continues a run).")
     experiment.enable_compile_cache(config)
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     use = use or config.checkpoint.use
     step = checkpoints.pick(use)
     meta = checkpoints.meta(step)
-    if meta["phase"] not in config.phases:
-        raise UserError(f"{folder}/config.yaml: has no phase '{meta['phase']}', but the checkpoint at step {step} has.")
     check_config(config, meta)
     phase = config.phases[meta["phase"]]
     model, preprocess = experiment.create_model(config, len(meta["classes"]), dtype=meta["dtype"])
@@ -135,10 +130,8 @@ def training_index(run: Run) -> FolderIndex:
     """The index of the images that the run was trained on; UserError where they have changed since."""
     root = run.config.data.root
     images = experiment.index_images(run.config, experiment.cache_folder_of(run.config), run.folder)
-    if images.classes != run.classes:
-        theirs, ours = ", ".join(images.classes), ", ".join(run.classes)
-        raise UserError(f"{root}: has the classes {theirs}; the run was trained on {ours}.")
-    if not experiment.same_images(experiment.fingerprint(images), run.fingerprint):
+    same = experiment.same_images(experiment.fingerprint(images), run.fingerprint)
+    if images.classes != run.classes or not same:
         raise UserError(f"{root}: the images have changed since this run was trained; evaluate a folder with --data.")
     return images
 
@@ -162,8 +155,8 @@ def other_dataset(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[S
         unlabelled: the folders in it are no classes.
     """
     data = run.config.data
-    options = {"on_bad_file": data.on_bad_file, "workers": data.workers, "rehash": data.rehash}
-    options |= {"cache_dir": experiment.cache_folder_of(run.config)}
+    cache = experiment.cache_folder_of(run.config)
+    options = {"on_bad_file": data.on_bad_file, "workers": data.workers, "rehash": data.rehash, "cache_dir": cache}
     root = Path(os.path.expanduser(folder))
     # A table names the images of one folder only.
     labels = "folders" if label_kind(data.labels) == "table" else data.labels

@@ -19,10 +19,17 @@ from jaxcats.train.evaluator import run_evaluation
 from jaxcats.train.experiment import stable_number
 
 
+def tta_preset(name: str) -> str:
+    """The augmentation that TTA uses for a phase that was trained with `name`: side_on where that was none."""
+    return "side_on" if name == "none" else name
+
+
 def evaluate_with_tta(
-    run: Run, split: Split, logits: np.ndarray, *, n: int, weight: float | None = None, preset: str | None = None
+    run: Run, split: Split, logits: np.ndarray, *, n: int, weight: float | None, preset: str
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Averages the probabilities of the plain image and of n changed versions.
+    """Averages the probabilities of the plain image and of n changed versions; each image is decoded once.
+
+    The changes depend on the run's seed, on the version and on the image's row alone.
 
     Args:
         run: a trained run.
@@ -30,27 +37,10 @@ def evaluate_with_tta(
         logits: of the plain images, [N, C].
         n: number of changed versions of each image.
         weight: of the plain image; None: 1 / (n + 1), the mean of all versions (fastai 0.7); fastai v2 has .25 with n 4.
-        preset: name of an augmentation; None: the one that the run was trained with.
+        preset: name of an augmentation, as from `tta_preset`.
 
     Returns:
         Log-probabilities float64 [N, C], and the facts for metrics.json.
-    """
-    preset = tta_preset(run.phase.augment) if preset is None else preset
-    weight = 1 / (n + 1) if weight is None else weight
-    augmented = augmented_probabilities(run, split, n=n, preset=preset).astype(np.float64)
-    mixed = weight * np.exp(log_softmax(logits)) + (1 - weight) * augmented
-    return np.log(np.maximum(mixed, np.finfo(np.float64).tiny)), {"versions": n, "weight": weight, "augment": preset}
-
-
-def tta_preset(name: str) -> str:
-    """The augmentation that TTA uses for a phase that was trained with `name`: side_on where that was none."""
-    return "side_on" if name == "none" else name
-
-
-def augmented_probabilities(run: Run, split: Split, *, n: int, preset: str) -> np.ndarray:
-    """The mean of the probabilities over n changed versions, float32 [N, C]; each image is decoded once.
-
-    The changes depend on the run's seed, on the version and on the image's row alone.
     """
     changes = augment.PRESETS.get(preset)
     if changes is None:
@@ -77,4 +67,8 @@ def augmented_probabilities(run: Run, split: Split, *, n: int, preset: str) -> n
             return mean_probabilities(params, batch_stats, batch["image"], batch["index"]), None
 
         decoding: dict[str, Any] = run.decoding | {"preprocess": augment.source_preprocess(run.preprocess, changes)}
-        return run_evaluation(step, run.params, run.batch_stats, image_batches(split, **decoding), n=len(split))
+        batches = image_batches(split, **decoding)
+        augmented = run_evaluation(step, run.params, run.batch_stats, batches, n=len(split)).astype(np.float64)
+    weight = 1 / (n + 1) if weight is None else weight
+    mixed = weight * np.exp(log_softmax(logits)) + (1 - weight) * augmented
+    return np.log(np.maximum(mixed, np.finfo(np.float64).tiny)), {"versions": n, "weight": weight, "augment": preset}

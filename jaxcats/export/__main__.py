@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", help="folder to write (default: model/ in the run folder)")
     parser.add_argument("--checkpoint", help="last, best or a step (default: what the run's config says)")
     options = parser.parse_args(argv)
-    from jaxcats.evaluate.predictions import read_calibration, read_metrics
+    from jaxcats.evaluate.predictions import read_calibration, read_json
     from jaxcats.evaluate.run import load_run
     from jaxcats.export.program import write_run
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     if calibration is None:
         print("No temperature is known for this checkpoint: it is not calibrated, and it never abstains.")
         print(f"To calibrate them: python -m jaxcats.evaluate --run {run.folder}, then export again.")
-    metrics = read_metrics(run.folder) if calibration else None
+    metrics = read_json(run.folder / "metrics.json") if calibration else None
     folder = write_run(run, metrics, calibration, out=Path(options.out) if options.out else None)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"Written: {folder} ({size / 1e6:.1f} MB); try: python -m jaxcats.predict --model {folder} IMAGES")

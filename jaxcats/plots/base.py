@@ -44,9 +44,6 @@ class Figure(matplotlib.figure.Figure):
     def _repr_png_(self) -> bytes:
         return _png(self, dpi=80)
 
-    def __repr__(self) -> str:
-        return "<a figure: .savefig('x.png') writes it>"
-
 
 @cache
 def _fonts() -> list[str]:
@@ -94,13 +91,10 @@ def _attributes(style: re.Match[str]) -> str:
     """An inline style as attributes; the `font` of matplotlib 3.10 is a shorthand, which no attribute can hold."""
     values = dict(re.findall(r"([\w-]+): *([^;]+)", style[1]))
     values.pop("font-family", None)
-    font = values.pop("font", "")
-    if size := re.search(r"[\d.]+px", font):
+    if size := re.search(r"[\d.]+px", values.pop("font", "")):
         values["font-size"] = size[0]
-    if weight := re.search(r"\b(bold|[1-9]00)\b", font):
-        values["font-weight"] = weight[0]
-    ink = (INK, "#000000")
-    return "".join(f' {name}="{"currentColor" if value in ink else value}"' for name, value in values.items())
+    text = "".join(f' {name}="{value}"' for name, value in values.items())
+    return text.replace(INK, "currentColor").replace("#000000", "currentColor")
 
 
 def fit(text: str, width: int, *, lines: int = 1) -> str:

@@ -71,35 +71,29 @@ def lr_find(
     ax.legend(loc="best" if refusal else "lower left", frameon=False, fontsize=9)
     if refusal:
         ax.set_title("\n".join(textwrap.wrap(f"No suggestion: {refusal}", 90)), fontsize=10, color=WRONG, loc="left")
-    else:
-        _mark_suggestions(ax, suggestions, ranges or {}, doubtful, rates, median)
+    labels = {name: f"{name}\n{lr:.2g}" for name, lr in suggestions.items()}
+    for name, (lowest, highest) in (ranges or {}).items():
+        if lowest < highest:
+            labels[name] += f"\n({lowest:.2g} to {highest:.2g})"
+    for name in doubtful:
+        labels[name] += "\n(not trusted)"
+    _mark_suggestions(ax, suggestions, labels, rates, median)
     return figure
 
 
 def _mark_suggestions(
-    ax: Axes,
-    suggestions: Mapping[str, float],
-    ranges: Mapping[str, tuple[float, float]],
-    doubtful: Sequence[str],
-    rates: np.ndarray,
-    losses: np.ndarray,
+    ax: Axes, suggestions: Mapping[str, float], labels: Mapping[str, str], rates: np.ndarray, losses: np.ndarray
 ) -> None:
     """Marks the suggestions on the curve and labels them in a row above it, without overlap."""
     left, right = np.log(ax.get_xlim())
     names = sorted(suggestions, key=lambda name: suggestions[name])
-    spans = {name: ranges[name] for name in names if name in ranges and ranges[name][0] < ranges[name][1]}
     places = [(np.log(suggestions[name]) - left) / (right - left) for name in names]
-    for name, place in zip(names, _push_apart(places, 0.2 if spans else 0.14), strict=True):
+    for name, place in zip(names, _push_apart(places, 0.2), strict=True):
         lr, (colour, marker) = suggestions[name], MARKERS[name]
-        label = f"{name}\n{lr:.2g}"
-        if name in spans:
-            label += "\n({:.2g} to {:.2g})".format(*spans[name])
-        if name in doubtful:
-            label += "\n(not trusted)"
         loss = float(np.interp(np.log(lr), np.log(rates), losses))
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.9, "alpha": 0.6, "shrinkB": 0}
         style = {"ha": "center", "va": "bottom", "fontsize": 9, "color": colour, "arrowprops": line}
-        ax.annotate(label, (lr, loss), xytext=(place, 1.03), textcoords="axes fraction", **style)
+        ax.annotate(labels[name], (lr, loss), xytext=(place, 1.03), textcoords="axes fraction", **style)
         ax.plot(lr, loss, marker, color=colour, markersize=8, markeredgecolor="white", zorder=4, clip_on=False)
 
 
@@ -148,18 +142,13 @@ def learning_rates(
 
 
 def losses(
-    steps: Sequence[int],
-    train: Sequence[float],
-    valid_steps: Sequence[int],
-    valid: Sequence[float],
-    *,
-    best: int | None = None,
+    steps: Sequence[int], train: Sequence[float], ends: Sequence[int], valid: Sequence[float], best: int | None = None
 ) -> Figure:
     """Shows training loss by step and validation loss by epoch, so that overfitting can be seen.
 
     Args:
         steps, train: [m], the step and the raw loss of each batch.
-        valid_steps, valid: [epochs], the step at which each epoch ended and its validation loss.
+        ends, valid: [epochs], the step at which each epoch ended and its validation loss.
         best: the epoch, counted from 0, with the lowest validation loss.
     """
     figure = Figure(figsize=(7.6, 4), layout="constrained")
@@ -167,10 +156,10 @@ def losses(
     smoothed = smooth(train)
     ax.plot(steps, train, color=LIGHT_BLUE, alpha=0.4, linewidth=0.8)
     ax.plot(steps, smoothed, color=BLUE, linewidth=2.2, label="training, smoothed")
-    ax.plot(valid_steps, valid, "o--", color=ORANGE, linewidth=1.5, markersize=6, label="validation, each epoch")
+    ax.plot(ends, valid, "o--", color=ORANGE, linewidth=1.5, markersize=6, label="validation, each epoch")
     if best is not None:
         ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK}
-        ax.plot(valid_steps[best], valid[best], "o", label=f"best: epoch {best}, {valid[best]:.3g}", **ring)
+        ax.plot(ends[best], valid[best], "o", label=f"best: epoch {best}, {valid[best]:.3g}", **ring)
     values = np.concatenate([valid, smoothed, train])
     values = values[np.isfinite(values)]
     ax.set_ylim(0, 1.06 * float(np.quantile(values, 0.99)) or None if len(values) else 1)

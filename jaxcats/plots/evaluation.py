@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, StrMethodFormatter
 
@@ -18,7 +17,7 @@ THOUSANDS = StrMethodFormatter("{x:,.0f}")
 STRETCHED_TICKS = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
 
 
-def confusion(matrix: np.ndarray | Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
+def confusion(matrix: Sequence[Sequence[int]] | np.ndarray, classes: Sequence[str]) -> Figure:
     """Shows the confusion matrix: a row per actual class, a column per predicted class, errors in another colour.
 
     The shade is the cell's share of its row. For errors it is the square root of that share, relative to the largest
@@ -29,22 +28,25 @@ def confusion(matrix: np.ndarray | Sequence[Sequence[int]], classes: Sequence[st
         matrix: int [C, C].
         classes: C names; long ones are shortened.
     """
-    counts = np.asarray(matrix)
-    c = len(counts)
+    counts, c = np.asarray(matrix), len(matrix)
+    diagonal = np.eye(c, dtype=bool)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    errors = shares * (1 - np.eye(c))
-    worst = errors.max()
-    opacity = np.where(np.eye(c) > 0, 0.75 * shares, np.sqrt(errors / (worst or 1)))
+    worst = shares[~diagonal].max(initial=0)
+    opacity = np.where(diagonal, 0.75 * shares, np.sqrt(shares / (worst or 1)))
     opacity = np.where(counts > 0, np.clip(opacity, 0.2, None), 0)
-    colour = np.where(np.eye(c)[..., None] > 0, to_rgb(RIGHT), to_rgb(WRONG))
+    colour = np.where(diagonal[..., None], to_rgb(RIGHT), to_rgb(WRONG))
 
     side = min(3.0 + 0.45 * c, 6.2)
     figure = Figure(figsize=(side + 1.2, side + 0.6), layout="compressed")
     ax = figure.subplots()
-    if c <= MOST_NUMBERS:
-        _write_numbers(ax, counts, shares, opacity)
     ax.imshow(np.dstack([colour, opacity]), interpolation="none")
     few, step = c <= 4, 1 if c <= MOST_NAMES else -(-c // 10)
+    size = (14 if few else 10 if c <= 10 else 8) * (0.8 if counts.max() >= 1000 else 1)
+    for (i, j), n in np.ndenumerate(counts):
+        if few or (n and c <= MOST_NUMBERS):
+            text = f"{n:,}\n{100 * shares[i, j]:.3g} %" if few else f"{n:,}"
+            ink = "#ffffff" if opacity[i, j] > 0.8 else INK
+            ax.text(j, i, text, ha="center", va="center", color=ink, fontsize=size)
     names = [fit(name, int(7.2 * side / c) if few else 20, lines=3 if few else 1) for name in classes]
     style = {"parse_math": False, "fontsize": 10 if c <= 10 else 8}
     ax.set_xticks(range(0, c, step), names[::step], rotation=0 if few else 90, **style)
@@ -60,18 +62,6 @@ def confusion(matrix: np.ndarray | Sequence[Sequence[int]], classes: Sequence[st
     note = f"the darkest is {100 * worst:.3g} % of its row" if worst else "none here"
     figure.suptitle(f"blue: right; orange: errors, {note}", fontsize=10, color=INK, x=0.02, ha="left")
     return figure
-
-
-def _write_numbers(ax: Axes, counts: np.ndarray, shares: np.ndarray, opacity: np.ndarray) -> None:
-    c = len(counts)
-    size = 14 if c <= 4 else 10 if c <= 10 else 8
-    if counts.max() >= 1000:
-        size *= 0.8
-    for (i, j), n in np.ndenumerate(counts):
-        if n or c <= 4:
-            text = f"{n:,}\n{100 * shares[i, j]:.3g} %" if c <= 4 else f"{n:,}"
-            colour = "#ffffff" if opacity[i, j] > 0.8 else INK
-            ax.text(j, i, text, ha="center", va="center", color=colour, fontsize=size)
 
 
 def reliability(panels: Mapping[str, tuple[Sequence[Mapping[str, Any]], float, np.ndarray]]) -> Figure:
@@ -90,10 +80,19 @@ def reliability(panels: Mapping[str, tuple[Sequence[Mapping[str, Any]], float, n
     _, _, first_confidence = next(iter(panels.values()))
     stretched = bool(np.median(first_confidence) > 0.95)
     end = float(_position(1.0, stretched))
+    ticks = STRETCHED_TICKS if stretched else (0, 0.25, 0.5, 0.75, 1)
+    labels = [f"{100 * t:g}" for t in ticks[:-1]] + ["100 %"]
     for (top, bottom), (title, (bins, ece, confidence)) in zip(axes.T, panels.items(), strict=True):
         style_axes(top, "", "share that is right").label_outer()
         top.set_title(f"{title}: calibration error {100 * ece:.2g} %", fontsize=11, color=INK, loc="left")
-        _draw_bins(top, bins, stretched)
+        keys = "confidence", "accuracy", "low", "high"
+        x, y, low, high = (_position([row[key] for row in bins], stretched) for key in keys)
+        top.plot([0, end], [0, end], "--", color=GREY, linewidth=1, label="perfectly calibrated")
+        top.vlines(x, low, high, color=LIGHT_BLUE, alpha=0.8, linewidth=2)
+        top.plot(x, y, "o", color=BLUE, markersize=6, label="predictions, 95 % interval", clip_on=False)
+        top.set(xlim=(0, end), ylim=(0, end))
+        top.set_xticks(_position(ticks, stretched), labels)
+        top.set_yticks(_position(ticks, stretched), labels)
         style_axes(bottom, "confidence", "predictions").label_outer()
         counts, edges = np.histogram(_position(confidence, stretched), 30, range=(0, end))
         bottom.stairs(counts, edges, fill=True, color=LIGHT_BLUE, alpha=0.8)
@@ -113,39 +112,20 @@ def _position(share: Any, stretched: bool) -> np.ndarray:
     return -np.log10(np.maximum(1 - share, 1 - STRETCHED_TICKS[-1])) if stretched else share
 
 
-def _draw_bins(ax: Axes, bins: Sequence[Mapping[str, Any]], stretched: bool) -> None:
-    x, y, low, high = (_position([b[k] for b in bins], stretched) for k in ("confidence", "accuracy", "low", "high"))
-    end = float(_position(1.0, stretched))
-    ax.plot([0, end], [0, end], "--", color=GREY, linewidth=1, label="perfectly calibrated")
-    ax.vlines(x, low, high, color=LIGHT_BLUE, alpha=0.8, linewidth=2)
-    ax.plot(x, y, "o", color=BLUE, markersize=6, label="predictions, 95 % interval", clip_on=False)
-    ax.set(xlim=(0, end), ylim=(0, end))
-    ticks = STRETCHED_TICKS if stretched else (0, 0.25, 0.5, 0.75, 1)
-    labels = [f"{100 * t:g}" for t in ticks[:-1]] + ["100 %"]
-    ax.set_xticks(_position(ticks, stretched), labels)
-    ax.set_yticks(_position(ticks, stretched), labels)
-
-
 def risk_coverage(
-    coverage: np.ndarray | Sequence[float],
-    risk: np.ndarray | Sequence[float],
-    *,
-    n: int,
-    max_error: float,
-    point: tuple[float, float] | None = None,
+    coverage: np.ndarray, risk: np.ndarray, *, n: int, max_error: float, point: tuple[float, float] | None = None
 ) -> Figure:
     """Shows the error rate of the accepted predictions by coverage, when the least confident are left out.
 
     Args:
-        coverage: share of the images whose prediction is accepted, [k], 0 to 1.
+        coverage: share of the images whose prediction is accepted, [k], ascending, 0 to 1.
         risk: share of the accepted predictions that is wrong, [k].
         n: number of images, for the 95 % Wilson interval.
         max_error: the error rate that the threshold was chosen for.
         point: (coverage, risk) at the chosen threshold; None where no threshold reaches `max_error`.
     """
-    order = np.argsort(coverage)
-    shown = order[np.linspace(0, len(order) - 1, min(len(order), 1000)).astype(int)]  # a screen has no more pixels
-    x, y = np.asarray(coverage, float)[shown], np.asarray(risk, float)[shown]
+    shown = np.linspace(0, len(risk) - 1, min(len(risk), 1000)).astype(int)  # a screen has no more pixels
+    x, y = coverage[shown], risk[shown]
     accepted = np.round(x * n).astype(int)
     low, high = zip(*(wilson_interval(round(e * m), m) for e, m in zip(y, accepted, strict=True)), strict=True)
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
@@ -154,14 +134,12 @@ def risk_coverage(
     ax.fill_between(x, low, high, color=LIGHT_BLUE, alpha=0.3, linewidth=0, label="95 % interval")
     ax.axhline(max_error, color=ORANGE, linestyle="--", linewidth=1.3, label=f"wanted: at most {100 * max_error:.3g} %")
     top = max(y[-1], max_error, high[-1] / 1.3)
-    left = 0.0 if y[-1] > 0.1 else 0.5  # an accurate network has hardly any errors at low coverage
     if point is not None:
         label = f"chosen: {100 * point[0]:.{percent_digits(n)}f} % answered, {100 * point[1]:.2g} % of them wrong"
         ring = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.8}
         ax.plot(*point, "o", linestyle="none", label=label, clip_on=False, zorder=4, **ring)
         top = max(top, point[1])
-        left = 0.0 if point[0] < 0.6 else left
-    ax.set(xlim=(left, 1), ylim=(0, min(1.5 * top, 1.05) or 0.01))
+    ax.set(xlim=(0, 1), ylim=(0, min(1.5 * top, 1.05) or 0.01))
     ax.xaxis.set_major_formatter(PERCENT)
     ax.yaxis.set_major_formatter(PERCENT)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, fontsize=9)
@@ -193,8 +171,6 @@ def per_class(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for place, row in enumerate(shown):
         missed = f"{row['n'] - round(row['recall'] * row['n']):,} of {row['n']:,} missed"
         ax.annotate(missed, (1, place), (10, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
-    note = f"{len(shown)} of {len(known):,} classes, worst first"
-    if len(rows) > len(known):
-        note += f"; {len(rows) - len(known):,} without images"
+    note = f"{len(shown)} of the {len(known):,} classes with images, worst first"
     ax.set_title(note, fontsize=10, color=INK, loc="left")
     return figure

@@ -20,6 +20,7 @@ def gallery(
     *,
     wrong: Sequence[bool] | None = None,
     heading: str | None = None,
+    pairs: bool = False,
 ) -> Figure:
     """Shows images in a grid, each under its title; titles of wrong predictions have another colour.
 
@@ -28,20 +29,39 @@ def gallery(
         titles: one per image; long ones are wrapped.
         wrong: whether each prediction is wrong; None for images without a label.
         heading: stands above all images.
+        pairs: each image is two squares side by side, and gets twice the width.
     """
     n = len(images)
-    columns = 3 if n in (5, 6, 9) else 4 if n <= 16 else 6
-    side = 2.6 if columns <= 4 else 2.1
-    return _grid(images, titles, wrong, heading, columns=columns, size=(side, side))
+    if not n:
+        return message_figure(heading, "no images to show")
+    columns = 2 if pairs else 3 if n in (5, 6, 9) else 4 if n <= 16 else 6
+    height = 2.6 if columns <= 4 else 2.1  # inches
+    width = 2 * height if pairs else height
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    wrapped = [fit(title, int(width * 10), lines=6) for title in titles]
+    title_lines = sum(max(t.count("\n") + 1 for t in wrapped[r * columns : (r + 1) * columns]) for r in range(rows))
+    total_height = rows * height + 0.18 * title_lines + (0.5 if heading else 0)
+    figure = Figure(figsize=(width * columns, total_height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    colours = [INK] * n if wrong is None else [WRONG if is_wrong else RIGHT for is_wrong in wrong]
+    for ax, image, title, colour in zip(axes.flat[:n], images, wrapped, colours, strict=True):
+        upright = open_upright(Image.fromarray(image) if isinstance(image, np.ndarray) else image).copy()
+        upright.thumbnail((LARGEST_SIDE, LARGEST_SIDE))  # leaves smaller ones as they are
+        ax.imshow(upright)
+        ax.set_title(title, fontsize=11 if height > 2.5 else 9, color=colour, parse_math=False)
+    set_heading(figure, heading)
+    return figure
 
 
 def heat_maps(
     images: Sequence[np.ndarray],
     heats: Sequence[np.ndarray],
     titles: Sequence[str],
-    *,
-    wrong: Sequence[bool] | None = None,
-    heading: str | None = None,
+    wrong: Sequence[bool],
+    heading: str,
 ) -> Figure:
     """Shows each image, and beside it the same image with its heat map laid over.
 
@@ -54,7 +74,7 @@ def heat_maps(
     for image, heat in zip(images, heats, strict=True):
         gap = np.full((len(image), max(2, len(image) // 50), 3), 255, np.uint8)
         pairs.append(np.concatenate([image, gap, overlay(image, heat)], axis=1))
-    return _grid(pairs, titles, wrong, heading, columns=2, size=(5.2, 2.6))
+    return gallery(pairs, titles, wrong=wrong, heading=heading, pairs=True)
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -75,9 +95,7 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return np.round((1 - share) * image + share * colour).astype(np.uint8)
 
 
-def top_loss_titles(
-    log_probs: np.ndarray, labels: np.ndarray, classes: Sequence[str], rows: Sequence[int] | np.ndarray
-) -> list[str]:
+def top_loss_titles(log_probs: np.ndarray, labels: np.ndarray, classes: Sequence[str], rows: np.ndarray) -> list[str]:
     """Titles images as fastai's plot_top_losses does: "prediction / actual / loss / probability of the prediction".
 
     Args:
@@ -87,46 +105,9 @@ def top_loss_titles(
         rows: which of the N images, as from `ranking.top_losses`.
     """
     titles = []
-    for row in map(int, rows):
-        best = int(log_probs[row].argmax())
+    for row in rows:
+        best = log_probs[row].argmax()
         loss, probability = abs(log_probs[row, labels[row]]), np.exp(log_probs[row, best])
         digits = 2 if probability < 0.995 else 4
         titles.append(f"{classes[best]} / {classes[labels[row]]} / {loss:.2f} / {probability:.{digits}f}")
     return titles
-
-
-def _grid(
-    images: Sequence[ImageSource],
-    titles: Sequence[str],
-    wrong: Sequence[bool] | None,
-    heading: str | None,
-    *,
-    columns: int,
-    size: tuple[float, float],
-) -> Figure:
-    """Images under their titles; each image has a place of `size` inches, with the title above it."""
-    n, (width, height) = len(images), size
-    if not n:
-        return message_figure(heading, "no images to show")
-    columns = min(columns, n)
-    rows = -(-n // columns)
-    wrapped = [fit(title, int(width * 10), lines=6) for title in titles]
-    title_lines = sum(max(t.count("\n") + 1 for t in wrapped[r * columns : (r + 1) * columns]) for r in range(rows))
-    total_height = rows * height + 0.18 * title_lines + (0.5 if heading else 0)
-    figure = Figure(figsize=(width * columns, total_height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    colours = [INK] * n if wrong is None else [WRONG if is_wrong else RIGHT for is_wrong in wrong]
-    for ax, image, title, colour in zip(axes.flat[:n], images, wrapped, colours, strict=True):
-        ax.imshow(_small(image))
-        ax.set_title(title, fontsize=11 if height > 2.5 else 9, color=colour, parse_math=False)
-    set_heading(figure, heading)
-    return figure
-
-
-def _small(image: ImageSource) -> Image.Image:
-    """The image, upright and as large as a gallery needs it."""
-    upright = open_upright(Image.fromarray(image) if isinstance(image, np.ndarray) else image).copy()
-    upright.thumbnail((LARGEST_SIDE, LARGEST_SIDE))  # leaves smaller ones as they are
-    return upright

@@ -269,17 +269,17 @@ def test_nothing_to_evaluate_is_said():
 def test_what_is_fitted_here_is_reported_out_of_fold():
     logits, labels = drawn(500, 2)
     logits *= 3
-    found, calibration = evaluation_metrics(logits, labels, named(2), max_error=0.02, folds=4, seed=7)
-    fold = assign_folds(labels, folds=4, seed=7)
+    found, calibration = evaluation_metrics(logits, labels, named(2), max_error=0.02)
+    fold = assign_folds(labels)
     scaled = logits.astype(np.float64)
-    for k in range(4):
+    for k in range(5):
         scaled[fold == k] /= fit_temperature(logits[fold != k], labels[fold != k])
     told = found["calibration"]
     assert calibration.temperature == told["temperature"] == fit_temperature(logits, labels)
     assert told["after"]["log_loss"] == pytest.approx(summary(scaled, labels)["log_loss"])
     assert told["before"]["log_loss"] == found["log_loss"] > told["after"]["log_loss"]
     assert told["before"]["ece"] > told["after"]["ece"]
-    assert (told["fitted_on_these_pictures"], told["folds"], len(told["fold_temperatures"])) == (True, 4, 4)
+    assert (told["fitted_on_these_pictures"], told["folds"], len(told["fold_temperatures"])) == (True, 5, 5)
     abstain = found["abstain"]
     sure = np.exp(log_softmax(logits / calibration.temperature)).max(1)
     here = abstain_metrics(calibration.is_answered(sure), logits.argmax(1) == labels)
@@ -319,11 +319,11 @@ def test_the_table_names_the_worst_classes_and_fits_the_screen():
 @pytest.mark.parametrize(
     ("threshold", "words"),
     [
-        (0.87654, "only at 0.87654 or surer"),
-        (0.99987, "only at 0.99987 or surer"),
-        (0.99999987, "only at 0.99999987 or surer"),
-        (0.0, "Every answer may be given"),
-        (None, "Every answer is given, with no threshold"),
+        (0.87654, "at a probability of 0.87654 or more"),
+        (0.99987, "at a probability of 0.99987 or more"),
+        (0.99999987, "at a probability of 0.99999987 or more"),
+        (0.0, "at a probability of 0 or more"),
+        (None, "Every answer is given; there is no threshold"),
     ],
 )
 def test_the_table_says_when_answers_are_given(threshold, words):
@@ -337,4 +337,4 @@ def test_the_table_says_when_no_threshold_will_do():
     found, calibration = evaluation_metrics(logits, labels, named(2))
     assert calibration.threshold is None
     assert (found["abstain"]["answered"], found["abstain"]["errors"]) == (2, 2)
-    assert "none keeps errors at 0.5 % or fewer" in table(found)
+    assert "there is no threshold for at most 0.5 % errors" in table(found)

@@ -32,15 +32,15 @@ THREE = np.log([[0.5, 0.3, 0.2], [0.2, 0.41, 0.39], [0.1, 0.1, 0.8], [0.34, 0.33
     [(0, True, [0, 2]), (0, False, [6, 1]), (1, True, [3, 7, 5]), (1, False, [4])],
 )
 def test_most_right_and_most_wrong_of_a_class(index, correct, rows):
-    assert most_by_correct(TWO, LABELS, index, correct).tolist() == rows
+    assert most_by_correct(TWO, LABELS, index, correct, n=4).tolist() == rows
     assert most_by_correct(TWO, LABELS, index, correct, n=1).tolist() == rows[:1]
 
 
 def test_most_by_correct_of_three_classes():
     labels = np.array([1, 1, 1, 1])
-    assert most_by_correct(THREE, labels, 1, False).tolist() == [2, 0, 3]  # the least probable first
-    assert most_by_correct(THREE, labels, 1, True).tolist() == [1]
-    assert most_by_correct(THREE, labels, 0, True).tolist() == []
+    assert most_by_correct(THREE, labels, 1, False, n=4).tolist() == [2, 0, 3]  # the least probable first
+    assert most_by_correct(THREE, labels, 1, True, n=4).tolist() == [1]
+    assert most_by_correct(THREE, labels, 0, True, n=4).tolist() == []
 
 
 def test_the_least_sure():
@@ -67,8 +67,8 @@ def test_random_ones_are_right_or_wrong_as_asked_and_repeat():
 def test_no_rows_give_no_rows():
     none = np.zeros((0, 2)), np.zeros(0, int)
     for found in (
-        rand_by_correct(*none, True),
-        most_by_correct(*none, 0, True),
+        rand_by_correct(*none, True, n=4),
+        most_by_correct(*none, 0, True, n=4),
         most_uncertain(none[0]),
         top_losses(*none),
     ):

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image, ImageFilter
 from reports import evaluated, metrics_of, run_folder
 
-from jaxcats.common import stats
 from jaxcats.data.images import ImageError
 from jaxcats.evaluate import pages, report
 
@@ -292,4 +291,4 @@ def test_what_is_no_image_has_no_thumbnail():
     ("p", "want"), [(0.971, "97.1 %"), (0.99999, "> 99.9 %"), (1.0, "100.0 %"), (0.0001, "< 0.1 %"), (0.0, "0.0 %")]
 )
 def test_no_probability_is_rounded_to_certainty(p, want):
-    assert stats.percent(p).replace("\N{NO-BREAK SPACE}", " ") == want
+    assert pages.percent(p).replace("\N{NO-BREAK SPACE}", " ") == want

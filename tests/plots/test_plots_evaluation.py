@@ -161,7 +161,7 @@ def test_risk_by_coverage_marks_the_threshold_and_what_was_wanted():
 def test_risk_by_coverage_for_few_and_many_images(n, accuracy):
     confidence, right = answers(n, accuracy=accuracy)
     coverage, risk = calibration.risk_coverage(confidence, right)
-    figure = plots.risk_coverage(coverage[::-1], risk[::-1], n=n, point=(coverage[0], risk[0]), max_error=0.01)
+    figure = plots.risk_coverage(coverage, risk, n=n, point=(coverage[0], risk[0]), max_error=0.01)
     line = figure.axes[0].lines[0]
     assert len(line.get_xdata()) <= 1000
     assert (line.get_xdata()[-1], line.get_ydata()[-1]) == (1.0, risk[-1])
@@ -187,7 +187,7 @@ def test_recall_by_class_shows_the_worst_first_and_thirty_at_most(c, n):
     (ax,) = figure.axes
     shown = list(ax.lines[0].get_xdata())
     assert shown == sorted(row["recall"] for row in rows)[:30]
-    assert ax.get_title(loc="left") == f"{min(c, 30)} of {c} classes, worst first; 1 without images"
+    assert ax.get_title(loc="left") == f"{min(c, 30)} of the {c} classes with images, worst first"
     worst = min(rows, key=lambda row: row["recall"])
     assert f"{n - round(worst['recall'] * n):,} of {n:,} missed" in [t.get_text() for t in drawn]
     left, right = ax.get_xlim()
@@ -224,7 +224,7 @@ def test_heat_maps_stand_beside_their_images(n):
     np.testing.assert_array_equal(both[:, :64], random_image(64, 64, 0))
     np.testing.assert_array_equal(both[:, -64:], overlay(random_image(64, 64, 0), heats[0]))
     assert_apart(figure, [*(ax.title for ax in shown), figure._suptitle])
-    assert "no images to show" in words(plots.heat_maps([], [], []))
+    assert "no images to show" in words(plots.heat_maps([], [], [], [], "none"))
 
 
 def test_top_losses_are_titled_as_in_fastai():
