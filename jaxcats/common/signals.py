@@ -26,11 +26,6 @@ class Stopped(KeyboardInterrupt):
         super().__init__(message or f"stopped by {'the keyboard' if signum == signal.SIGINT else 'SIGTERM'}.")
         self.signum, self.code = signum, 128 + signum
 
-    @classmethod
-    def saved(cls, signum: int, step: int) -> "Stopped":
-        """The exception to raise once the checkpoint of `step` is saved."""
-        return cls(signum, f"stopped as asked, at step {step:,}, which is saved.")
-
 
 class Stopping:
     """Turns signals into a question that the training loop asks after each step.
@@ -59,17 +54,13 @@ class Stopping:
 
     @contextlib.contextmanager
     def patient(self, patient: bool = True) -> Iterator[None]:
-        """Within it a signal waits for `asked`."""
+        """Within it a signal waits for `asked`; `patient(False)` within that is for long work that may be broken off."""
         self.check()
         before, self._patient = self._patient, patient
         try:
             yield
         finally:
             self._patient = before
-
-    def at_once(self) -> contextlib.AbstractContextManager[None]:
-        """Within `patient`: for work that takes long and can be broken off without loss."""
-        return self.patient(False)
 
     def check(self) -> None:
         """Raises Stopped again if other code, such as a callback, has swallowed it."""
@@ -87,9 +78,9 @@ class Stopping:
         return self.signum is not None
 
     def leave(self, step: int) -> Stopped:
-        """`Stopped.saved` for the signal that was received."""
+        """The exception to raise once the checkpoint of `step` is saved."""
         assert self.signum is not None
-        return Stopped.saved(self.signum, step)
+        return Stopped(self.signum, f"stopped as asked, at step {step:,}, which is saved.")
 
 
 def safe_keyboard_interrupt() -> contextlib.AbstractContextManager[None]:
