@@ -9,6 +9,7 @@ import contextlib
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -85,10 +86,8 @@ class Stopping:
 
 def safe_keyboard_interrupt() -> contextlib.AbstractContextManager[None]:
     """Within it Ctrl-C raises KeyboardInterrupt at a safe place; a handler that is not Python's own stays."""
-    is_pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return _handling(
-        [signal.SIGINT] if is_pythons else [], lambda _, frame: raise_when_safe(KeyboardInterrupt(), frame)
-    )
+    signals = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
+    return _handling(signals, lambda _, frame: raise_when_safe(KeyboardInterrupt(), frame))
 
 
 @contextlib.contextmanager
@@ -105,13 +104,8 @@ def _handling(signals: Sequence[signal.Signals], handler: Callable[[int, Any], N
 
 def raise_when_safe(error: BaseException, frame: Any) -> None:
     """Raises `error` from a signal handler, as soon as the interrupted `frame` is not in code that would lose it."""
-    caller = frame
-    while caller is not None:
-        code = caller.f_code
-        if code.co_name in _LOSES_EXCEPTIONS or code.co_filename == "<frozen importlib._bootstrap>":
-            break
-        caller = caller.f_back
-    else:
+    codes = [caller.f_code for caller, _ in traceback.walk_stack(frame)]
+    if not any(c.co_name in _LOSES_EXCEPTIONS or c.co_filename == "<frozen importlib._bootstrap>" for c in codes):
         raise error
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, lambda _, later: raise_when_safe(error, later))

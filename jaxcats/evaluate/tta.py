@@ -77,4 +77,4 @@ def augmented_probabilities(run: Run, split: Split, *, n: int, preset: str) -> n
             return mean_probabilities(params, batch_stats, batch["image"], batch["index"]), None
 
         decoding: dict[str, Any] = run.decoding | {"preprocess": augment.source_preprocess(run.preprocess, changes)}
-        return run_evaluation(step, run.params, run.batch_stats, image_batches(split, **decoding), n=len(split))
+        return run_evaluation(step, run.params, run.batch_stats, image_batches(split, **decoding))

@@ -12,7 +12,6 @@ from jaxcats.common.config import Config, ModelConfig, Phase, check_tta, sgdr_ep
 from jaxcats.common.errors import UserError, nearest
 from jaxcats.common.io import in_notebook
 from jaxcats.common.stats import log_softmax, sentence
-from jaxcats.core.state import TrainState
 from jaxcats.evaluate import tta
 from jaxcats.evaluate.run import Run
 from jaxcats.learner.data import ImageClassifierData
@@ -59,8 +58,6 @@ class Learner:
     def __init__(
         self, experiment: Experiment, data: ImageClassifierData, weights: tuple[Any, Any], workdir: Path, bn: BN
     ):
-        if bn not in ("frozen", "train"):
-            raise UserError(f"bn: {bn!r} is not one of frozen, train.")
         self.data, self.model, self.workdir = data, experiment.model, workdir
         self.history: list[Mapping[str, Any]] = []
         self.sched = Sched()
@@ -118,10 +115,8 @@ class Learner:
 
     def __repr__(self) -> str:
         m = self.model
-        return (
-            f"Learner({m.name}, {m.head} head, {self._experiment.preprocess.size} px, {m.dtype}; frozen: {self._freeze}; "
-            f"precompute: {self._precompute}; {self._progress.epoch} epochs trained)"
-        )
+        about = f"{m.name}, {m.head} head, {m.dtype}; frozen: {self._freeze}; precompute: {self._precompute}"
+        return f"Learner({about}; {self._progress.epoch} epochs trained)"
 
     # Training
 
@@ -132,7 +127,7 @@ class Learner:
         *,
         cycle_len: int | None = None,
         cycle_mult: int = 1,
-        keep: Literal["last", "best"] = "last",
+        keep="last",
         **options: Any,
     ) -> None:
         """Trains: `n_cycle` epochs at a constant rate, or so many cosine cycles with warm restarts.
@@ -182,9 +177,6 @@ class Learner:
         The rates are base_lr, then from base_lr/200 (early layers) to base_lr/2 (head). An error in the second part leaves
         the first one done.
         """
-        for name in ("pct_start", "div", "lr"):
-            if name in options:
-                raise UserError(f"{name}: fine_tune sets it itself; use fit_one_cycle to choose.")
         self.freeze()
         frozen = {k: v for k, v in options.items() if k != "augment" or not self._precompute}
         self.fit_one_cycle(freeze_epochs, base_lr, pct_start=0.99, **frozen)
@@ -214,14 +206,10 @@ class Learner:
         self, fixed: Mapping[str, Any], options: Mapping[str, Any]
     ) -> tuple[PhasePlan, tuple[Any, Any], dict[str, np.ndarray]]:
         """The plan of the next phase, the weights that it starts from, and features where it trains on them."""
-        user_functions, options = split_user_functions(options)
-        defaults = {
-            "batch_size": self.data.batch_size,
-            "freeze": self._freeze,
-            "bn": self._bn,
-            "precompute": self._precompute,
-            "augment": self.data.augment,
-        }
+        functions = {k: v for k, v in options.items() if k in UserFunctions.__annotations__ and not isinstance(v, str)}
+        user_functions, options = UserFunctions(**functions), {k: v for k, v in options.items() if k not in functions}
+        defaults: dict[str, Any] = {"batch_size": self.data.batch_size, "augment": self.data.augment}
+        defaults |= {"freeze": self._freeze, "bn": self._bn, "precompute": self._precompute}
         phase, name = phase_of(fixed, options, defaults), f"fit{len(self._phases) + 1}"
         config = dataclasses.replace(self._experiment.config, phases={**self._phases, name: phase})
         alone = validate(dataclasses.replace(config, phases={name: phase}))
@@ -251,11 +239,8 @@ class Learner:
         self._progress, self.history = progress, [*self.history, *memory.epochs]
         self._kept_best = self._kept_best or keep == "best"
         self.sched = Sched(rows=memory.rows, momentum=plan.momentum(), first_step=plan.first_step)
-        self._take(state, new_backbone=plan.phase.freeze != "backbone" or plan.phase.bn == "train")
-
-    def _take(self, state: TrainState, *, new_backbone: bool) -> None:
         self._state, self._logits = state, {}
-        if new_backbone:
+        if plan.phase.freeze != "backbone" or plan.phase.bn == "train":
             self._features = None
 
     def _computed_features(self) -> dict[str, np.ndarray]:
@@ -319,10 +304,6 @@ class Learner:
     export = _of_interpretation(Interpretation.export)
     report = _of_interpretation(Interpretation.report)
 
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self._experiment.index)
-
     def _run(self) -> Run:
         """The network as the evaluate and export commands know it."""
         return Run(
@@ -334,7 +315,7 @@ class Learner:
             params=self.params,
             batch_stats=self.batch_stats,
             phase=list(self.config.phases.values())[-1],
-            fingerprint=self._fingerprint,
+            fingerprint=fingerprint(self._experiment.index),
             use="last",
             step=self._progress.step,
             best_epoch=self._kept_best,
@@ -398,15 +379,9 @@ class Learner:
         Raises:
             UserError: the folder does not exist, is not finished, or holds another network or other classes.
         """
-        state, self._progress, self._phases, notes = load_state(self.workdir / name, self._experiment)
+        self._state, self._progress, self._phases, notes = load_state(self.workdir / name, self._experiment)
         self.history, self._kept_best, self._user_functions = notes["history"], notes["kept_best"], notes["own"]
-        self._take(state, new_backbone=True)
-
-
-def split_user_functions(options: Mapping[str, Any]) -> tuple[UserFunctions, dict[str, Any]]:
-    """(user functions, other options) of a call: `augment` may be a function or the name of a preset."""
-    functions = {k: v for k, v in options.items() if k in ("loss_fn", "metrics") or (k == "augment" and callable(v))}
-    return UserFunctions(**functions), {k: v for k, v in options.items() if k not in functions}
+        self._logits, self._features = {}, None
 
 
 def phase_of(fixed: Mapping[str, Any], options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Phase:
@@ -422,10 +397,8 @@ def phase_of(fixed: Mapping[str, Any], options: Mapping[str, Any], defaults: Map
     """
     known = [f.name for f in dataclasses.fields(Phase) if f.name not in fixed]
     for name in options:
-        if name in fixed:
-            raise UserError(f"{name}: this method sets it to {fixed[name]!r}.")
         if name not in known:
-            raise UserError(f"There is no option '{name}'.{nearest(name, known)} Options: {', '.join(known)}.")
+            raise UserError(f"{name}: not an option of this method.{nearest(name, known)} Options: {', '.join(known)}.")
     fields = {**defaults, **options, **fixed}
     fields = {k: v.item() if isinstance(v, np.generic) else v for k, v in fields.items()}
     if "lr" in fields:

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,13 +139,8 @@ def train(
     print("\n".join([f"Run folder: {workdir}", describe(experiment), *summary(problems)]))
 
     stopping.check()
-    result = train_run(
-        experiment,
-        workdir,
-        on_accepted=lambda: write_dataset_files(workdir, experiment, problems, resumed=resumed),
-        facts=facts,
-        stopping=stopping,
-    )
+    accept = partial(write_dataset_files, workdir, experiment, problems, resumed=resumed)
+    result = train_run(experiment, workdir, on_accepted=accept, facts=facts, stopping=stopping)
     stopping.check()
     start, weights = time.perf_counter(), (result.params, result.batch_stats)
     options = {"features": result.valid_features, **decoding(experiment)}
@@ -169,9 +165,7 @@ def run_facts(experiment: "Experiment") -> dict[str, Any]:
     return facts | ({"own": names} if names else {})
 
 
-def write_dataset_files(
-    folder: Path, experiment: "Experiment", problems: list[dict[str, Any]], *, resumed: bool
-) -> None:
+def write_dataset_files(folder: Path, experiment: "Experiment", problems: list[dict], *, resumed: bool) -> None:
     """Writes what later commands read of the settings and the images; a resumed run keeps its split."""
     from jaxcats.data.quality import counts
     from jaxcats.train.experiment import SPLIT_FILE

@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxcats import models
 from jaxcats.common.compile_cache import jit
-from jaxcats.common.errors import RunError
 from jaxcats.core import mesh
 from jaxcats.core.step import make_eval_step, normalise
 from jaxcats.data.images import Preprocess
@@ -20,13 +19,7 @@ ARRAY_BATCH = 1024  # rows per evaluation call on features
 
 
 def evaluate_split(
-    model: models.Model,
-    split: Split,
-    params: Any,
-    batch_stats: Any,
-    *,
-    features: np.ndarray | None = None,
-    **decoding: Any,
+    model: models.Model, split: Split, params: Any, batch_stats: Any, *, features: np.ndarray | None, **decoding: Any
 ) -> np.ndarray:
     """Logits float32 [n, C] of the n images of a split.
 
@@ -43,10 +36,10 @@ def evaluate_split(
         batches = image_batches(split, **decoding)
     else:
         batches = array_batches({"label": split.labels, "features": features}, ARRAY_BATCH)
-    return run_evaluation(eval_step, params, batch_stats, batches, n=len(split))
+    return run_evaluation(eval_step, params, batch_stats, batches)
 
 
-def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: Batches, *, n: int) -> np.ndarray:
+def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: Batches) -> np.ndarray:
     """Logits float32 [n, C] of every image once, in the order of their index.
 
     Args:
@@ -54,20 +47,13 @@ def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: 
         params: weights.
         batch_stats: running averages of BatchNorm.
         batches: padded and masked batches that hold each of the n images once.
-        n: images.
     """
 
     def logits_of(batch: dict[str, np.ndarray]) -> Any:
         return eval_step(params, batch_stats, mesh.place_batch(batch, len(batch["mask"])))[0]
 
-    logits, seen = None, 0
-    for rows, values in one_batch_late(batches, logits_of):
-        logits = np.zeros((n, values.shape[1]), np.float32) if logits is None else logits
-        logits[rows] = values
-        seen += len(rows)
-    if logits is None or seen != n:
-        raise RunError(f"The evaluation saw {seen} of {n} images.")
-    return logits
+    rows, logits = zip(*one_batch_late(batches, logits_of), strict=True)
+    return np.concatenate(logits).astype(np.float32)[np.argsort(np.concatenate(rows))]
 
 
 @functools.cache  # A notebook evaluates the same network after every fit: one program for all.

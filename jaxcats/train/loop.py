@@ -144,7 +144,7 @@ def train_run(
         loop = TrainingLoop(experiment, progress, log, checkpoints, facts, stopping=stopping, workdir=workdir)
         all_plans = plans(experiment)
         if state:
-            weights = state.params, state.batch_stats
+            weights: Weights = state.params, state.batch_stats
             where = f"step {progress.step:,} (epoch {progress.epoch})"
             done = progress.epoch == all_plans[-1].end_epoch
             print(f"Finished already, at {where}; evaluating again." if done else f"Resuming at {where}.")
@@ -177,10 +177,17 @@ def train_run(
         return TrainingResult(*weights, step, checkpoints.identity(step), valid, loop.seconds, counts)
 
 
-def resume_point(
-    experiment: Experiment, checkpoints: Checkpoints, fingerprint: str
-) -> tuple[Progress, TrainState] | None:
-    """(Progress, TrainState) of the latest checkpoint, or None; UserError where the run can't be resumed as it was started."""
+def resume_point(experiment: Experiment, checkpoints: Checkpoints, images: str) -> tuple[Progress, TrainState] | None:
+    """(Progress, TrainState) of the latest checkpoint, or None.
+
+    Args:
+        experiment: what is trained now.
+        checkpoints: of the run.
+        images: their fingerprint.
+
+    Raises:
+        UserError: the run can't be resumed as it was started.
+    """
     steps = checkpoints.steps()
     if not steps:
         return None
@@ -188,7 +195,7 @@ def resume_point(
     meta = checkpoints.meta(steps[-1])
     check_config(config, meta)
     check_same_functions(experiment.user_functions.names(config), meta.get("own", {}))
-    if meta["fingerprint"] != fingerprint:
+    if meta["fingerprint"] != images:
         raise UserError(
             f"{config.data.root}: the images have changed since this run was started. Restore them, or train into a new --workdir."
         )
