@@ -22,7 +22,7 @@ from jaxcats.core.scan import epoch_order
 from jaxcats.core.state import copy
 from jaxcats.data.index import FolderIndex, Split
 from jaxcats.train.drivers import decoding, make_driver
-from jaxcats.train.evaluator import Evaluator
+from jaxcats.train.evaluator import evaluate_split
 from jaxcats.train.experiment import Experiment, create_model, initial_params, make_phase, plans, setup
 from jaxcats.train.features import backbone_features
 
@@ -83,8 +83,8 @@ def train_and_evaluate(whole: Experiment, feats: np.ndarray, start, *, held: np.
     for epoch in range(plan.phase.epochs):
         order = epoch_order(len(parts["train"]), batch_size=plan.phase.batch_size, seed=one.config.seed, epoch=epoch)
         state = deque(drive(state, order, epoch), maxlen=1)[0][0]
-    evaluate = Evaluator(one.model, index.splits["valid"], features=feats[parts["valid"]], **decoding(one))
-    return evaluate(state.params, state.batch_stats)
+    valid, features = index.splits["valid"], feats[parts["valid"]]
+    return evaluate_split(one.model, valid, state.params, state.batch_stats, features=features, **decoding(one))
 
 
 def main() -> None:

@@ -252,7 +252,7 @@ def run_head(a: argparse.Namespace) -> dict[str, Any]:
     plan, valid = experiment.plans(exp)[0], exp.index.splits["valid"]
     step, create = experiment.make_phase(exp, plan)
     drive = drivers.make_driver(exp, plan, step, feats["train"])
-    evaluate = evaluator.Evaluator(exp.model, valid, features=feats["valid"], **drivers.decoding(exp))
+    options = {"features": feats["valid"], **drivers.decoding(exp)}
     begin, seconds, n = create(params, stats), [], len(feats["train"])
     trained = EPOCHS * plan.steps_per_epoch * min(a.batch, n)
     for _ in range(a.rounds + 1):
@@ -263,7 +263,7 @@ def run_head(a: argparse.Namespace) -> dict[str, Any]:
             for new, sums in drive(state, order, epoch):
                 state = new
                 jax.device_get(sums)
-            evaluate(state.params, state.batch_stats)
+            evaluator.evaluate_split(exp.model, valid, state.params, state.batch_stats, **options)
         seconds.append(time.perf_counter() - start)
     return warm(seconds, trained) | {"rows": n, "width": exp.model.feature_size, "epochs": EPOCHS}
 

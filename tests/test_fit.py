@@ -237,8 +237,8 @@ def test_phases_freeze_what_they_say_and_use_their_rates(pictures, tmp_path):
         folder = tmp_path / plan.name
         with closing(RunLog(folder)) as log, closing(Checkpoints(folder / "checkpoints")) as checkpoints:
             progress = Progress(plan=plan.index, epoch=plan.first_epoch, step=plan.first_step)
-            features = precompute(prepared, *start)[0] if plan.phase.precompute else None
-            training = TrainingLoop(prepared, progress, log=log, checkpoints=checkpoints)
+            features = precompute(prepared, *start)[0] if plan.phase.precompute else {}
+            training = TrainingLoop(prepared, progress, log, checkpoints)
             states[plan.name] = training.run_phase(plan, start, features)
     after = states["head"]
     for a, b in zip(jax.tree.leaves(start[0]["backbone"]), jax.tree.leaves(after.params["backbone"]), strict=True):

@@ -93,7 +93,7 @@ def test_switching_precompute_off_changes_the_way_and_not_the_answers(learn):
     learn.fit(0.05, 2)
     before = learn.predict()
     learn.precompute = False
-    learn._answers = {}
+    learn._logits = {}
     np.testing.assert_allclose(learn.predict(), before, rtol=1e-6, atol=1e-5)
 
 

@@ -21,7 +21,7 @@ from jaxcats.common.errors import UserError
 from jaxcats.common.io import write_text
 from jaxcats.common.signals import Stopped, Stopping
 from jaxcats.train import __main__ as train_command
-from jaxcats.train import experiment, loop
+from jaxcats.train import loop
 
 CONFIG = """
 report: false
@@ -158,14 +158,14 @@ def test_struck_in_a_step_or_an_evaluation_it_goes_on_to_the_bit(
     def command(name: str, *more: str) -> int:
         return run_command(train_command.main, [str(w) for w in (*words, "--workdir", place / name, *more)])
 
-    owner, name = (loop.Evaluator, "__call__") if strike == "evaluate" else (loop.TrainingLoop, "log_step_metrics")
+    owner, name = (loop, "evaluate_split") if strike == "evaluate" else (loop.TrainingLoop, "log_step_metrics")
     whole, calls = getattr(owner, name), []
 
-    def struck(self, *arguments):
+    def struck(*arguments, **options):
         calls.append(None)
         if len(calls) == nth:
             signal.raise_signal(signum)
-        return whole(self, *arguments)
+        return whole(*arguments, **options)
 
     assert command("whole") == 0
     monkeypatch.setattr(owner, name, struck)
@@ -186,7 +186,7 @@ def test_struck_in_a_step_or_an_evaluation_it_goes_on_to_the_bit(
 
 
 def test_before_the_first_checkpoint_it_says_so(place, monkeypatch, capsys):
-    monkeypatch.setattr(experiment, "initial_params", lambda setup: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(loop, "initial_params", lambda setup: signal.raise_signal(signal.SIGTERM))
     words = ["--config", place / "c.yaml", "--data.root", place / "photos", "--workdir", place / "run"]
     assert run_command(train_command.main, [str(w) for w in words]) == 143
     assert f"To start again: python -m jaxcats.train --resume --workdir {place / 'run'}" in capsys.readouterr().err

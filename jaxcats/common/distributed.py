@@ -31,20 +31,14 @@ def is_requested(settings: DistributedConfig) -> bool:
     """
     given = (settings.coordinator, settings.num_processes, settings.process_id)
     if given == (None, None, None):
-        hosts, env = os.environ.get("TPU_WORKER_HOSTNAMES", ""), os.environ
-        if "," in hosts or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env):
+        env, indexed_job = os.environ, {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"}
+        if "," in env.get("TPU_WORKER_HOSTNAMES", "") or env.keys() >= indexed_job:
             return True
         return any(env.get(name, "1") not in ("", "0", "1") for name in _PROCESS_COUNTS)
     if settings.coordinator is None or settings.num_processes is None or settings.process_id is None:
-        raise UserError(
-            "distributed: coordinator, num_processes and process_id belong together; give all three (process_id: 0 to "
-            "num_processes - 1, another one in each process), or none."
-        )
+        raise UserError("distributed: coordinator, num_processes and process_id belong together; give all or none.")
     if settings.process_id >= settings.num_processes:
-        raise UserError(
-            f"distributed.process_id: {settings.process_id} can't be used; expected 0 to num_processes - 1, "
-            f"which is {settings.num_processes - 1}."
-        )
+        raise UserError(f"distributed.process_id: {settings.process_id} can't be used; it must be below num_processes.")
     return True
 
 

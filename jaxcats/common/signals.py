@@ -9,6 +9,7 @@ import contextlib
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,11 +26,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message or f"stopped by {'the keyboard' if signum == signal.SIGINT else 'SIGTERM'}.")
         self.signum, self.code = signum, 128 + signum
-
-    @classmethod
-    def saved(cls, signum: int, step: int) -> "Stopped":
-        """The exception to raise once the checkpoint of `step` is saved."""
-        return cls(signum, f"stopped as asked, at step {step:,}, which is saved.")
 
 
 class Stopping:
@@ -59,17 +55,13 @@ class Stopping:
 
     @contextlib.contextmanager
     def patient(self, patient: bool = True) -> Iterator[None]:
-        """Within it a signal waits for `asked`."""
+        """Within it a signal waits for `asked`; `patient(False)` within that is for long work that may be broken off."""
         self.check()
         before, self._patient = self._patient, patient
         try:
             yield
         finally:
             self._patient = before
-
-    def at_once(self) -> contextlib.AbstractContextManager[None]:
-        """Within `patient`: for work that takes long and can be broken off without loss."""
-        return self.patient(False)
 
     def check(self) -> None:
         """Raises Stopped again if other code, such as a callback, has swallowed it."""
@@ -87,17 +79,15 @@ class Stopping:
         return self.signum is not None
 
     def leave(self, step: int) -> Stopped:
-        """`Stopped.saved` for the signal that was received."""
+        """The exception to raise once the checkpoint of `step` is saved."""
         assert self.signum is not None
-        return Stopped.saved(self.signum, step)
+        return Stopped(self.signum, f"stopped as asked, at step {step:,}, which is saved.")
 
 
 def safe_keyboard_interrupt() -> contextlib.AbstractContextManager[None]:
     """Within it Ctrl-C raises KeyboardInterrupt at a safe place; a handler that is not Python's own stays."""
-    is_pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return _handling(
-        [signal.SIGINT] if is_pythons else [], lambda _, frame: raise_when_safe(KeyboardInterrupt(), frame)
-    )
+    signals = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
+    return _handling(signals, lambda _, frame: raise_when_safe(KeyboardInterrupt(), frame))
 
 
 @contextlib.contextmanager
@@ -114,13 +104,8 @@ def _handling(signals: Sequence[signal.Signals], handler: Callable[[int, Any], N
 
 def raise_when_safe(error: BaseException, frame: Any) -> None:
     """Raises `error` from a signal handler, as soon as the interrupted `frame` is not in code that would lose it."""
-    caller = frame
-    while caller is not None:
-        code = caller.f_code
-        if code.co_name in _LOSES_EXCEPTIONS or code.co_filename == "<frozen importlib._bootstrap>":
-            break
-        caller = caller.f_back
-    else:
+    codes = [caller.f_code for caller, _ in traceback.walk_stack(frame)]
+    if not any(c.co_name in _LOSES_EXCEPTIONS or c.co_filename == "<frozen importlib._bootstrap>" for c in codes):
         raise error
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, lambda _, later: raise_when_safe(error, later))

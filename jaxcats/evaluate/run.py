@@ -17,7 +17,7 @@ from jaxcats.data.index import BadFile, FolderIndex, Split
 from jaxcats.models import Model
 from jaxcats.train import experiment
 from jaxcats.train.checkpoint import Checkpoints
-from jaxcats.train.evaluator import Evaluator
+from jaxcats.train.evaluator import evaluate_split
 from jaxcats.train.features import backbone_features
 from jaxcats.train.run_folder import check_config
 
@@ -77,7 +77,7 @@ class Run:
         if self.phase.precompute:
             cache = experiment.cache_folder_of(self.config)
             features = backbone_features(self.model, split, cache_dir=cache, **weights, **self.decoding).features
-        logits = Evaluator(self.model, split, features=features, **self.decoding)(**weights)
+        logits = evaluate_split(self.model, split, features=features, **weights, **self.decoding)
         if not np.isfinite(logits).all():
             raise RunError(f"{self.folder}: the network's logits are not numbers; train with a lower learning rate.")
         return logits

@@ -1,7 +1,5 @@
 """The images of a notebook: `ImageClassifierData`."""
 
-import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +11,13 @@ import numpy as np
 
 from jaxcats import plots
 from jaxcats.common.config import Columns, Config, DataConfig
-from jaxcats.common.errors import UserError, nearest
+from jaxcats.common.errors import UserError
 from jaxcats.common.io import cache_folder
 from jaxcats.data import augment
 from jaxcats.data.files import list_images
 from jaxcats.data.images import Preprocess, evaluation_pixels
 from jaxcats.data.index import FolderIndex, Split, scan_unlabelled
-from jaxcats.train.experiment import index_images
+from jaxcats.train.experiment import augment_key, index_images
 
 SIZE = 224  # of the shown images, until a network says otherwise
 
@@ -93,13 +91,12 @@ class ImageClassifierData:
         Raises:
             UserError: the folder cannot be trained on; the message says what was looked for.
         """
-        _check_preset(augment)
         d = DataConfig(
             root=str(path),
             size=size,
             policy=policy,
             labels=labels,
-            columns=_columns(columns or {}),
+            columns=Columns(**columns or {}),
             group=group,
             valid_fraction=valid_fraction,
             test_fraction=test_fraction,
@@ -111,15 +108,17 @@ class ImageClassifierData:
         index = index_images(Config(data=d, seed=seed), cache_folder())
         if test in index.classes:
             raise UserError(
-                f"{path}: {test} is beside the class folders and counts as a class; move it, or give test=None if it is one."
+                f"{path}: {test} is beside the class folders and so is a class; move it, or give test=None."
             )
-        folder = Path(os.path.expanduser(path)) / test if test else None
-        there = folder is not None and folder.is_dir() and list_images(folder, folder)
-        found = scan_unlabelled(folder, workers=workers)[0] if folder and there else None
-        return cls(index, d, batch_size, augment, seed, index.test if found is None else found)
+        folder = Path(path).expanduser() / test if test else None
+        unlabelled = index.test
+        if folder and folder.is_dir() and list_images(folder, folder):
+            unlabelled = scan_unlabelled(folder, workers=workers)[0]
+        return cls(index, d, batch_size, augment, seed, unlabelled)
 
     def __post_init__(self):
-        _check_preset(self.augment)
+        if self.augment not in augment.PRESETS:
+            raise UserError(f"augment: {self.augment!r} is not one of {', '.join(augment.PRESETS)}.")
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(self.split(name)):,} {name}" for name in self.names())
@@ -184,33 +183,17 @@ class ImageClassifierData:
         if not 0 <= row < len(self.trn_y):
             raise UserError(f"row {row}: there are {len(self.trn_y):,} training images, 0 to {len(self.trn_y) - 1:,}.")
         pixels = [self.training_pixels([row], epoch=epoch)[0] for epoch in range(n)]
-        return plots.gallery(
-            pixels, [f"epoch {e}" for e in range(n)], wrong=[False] * n, heading=f"augment: {self.augment}"
-        )
+        titles = [f"epoch {epoch}" for epoch in range(n)]
+        return plots.gallery(pixels, titles, wrong=[False] * n, heading=f"augment: {self.augment}")
 
     def training_pixels(self, rows: Sequence[int] | np.ndarray, *, epoch: int = 0) -> list[np.ndarray]:
         """Training images after augmentation, uint8 [size, size, 3] each."""
         preprocess = Preprocess(size=self.settings.size or SIZE, policy=self.settings.policy)
-        how = augment.PRESETS[self.augment]
-        source, files = augment.source_preprocess(preprocess, how), self.trn_paths
+        preset = augment.PRESETS[self.augment]
+        source, files = augment.source_preprocess(preprocess, preset), self.trn_paths
         images: Any = np.stack([evaluation_pixels(files[row], source) for row in rows])
-        if how is not None:
-            # The draws of a training run with this seed: job.make_phase derives its key likewise.
-            from jaxcats.train.experiment import augment_key
-
-            change = augment.make_augment(how, key=augment_key(jax.random.key(self.seed)), size=preprocess.size)
+        if preset is not None:
+            # The draws of a training run with this seed: `experiment.make_phase` derives its key in the same way.
+            change = augment.make_augment(preset, key=augment_key(jax.random.key(self.seed)), size=preprocess.size)
             images = jax.jit(change)(images, jnp.int32(epoch), jnp.asarray(rows, jnp.int32))
         return list(np.clip(np.round(np.asarray(images, np.float32)), 0, 255).astype(np.uint8))
-
-
-def _columns(names: Mapping[str, str]) -> Columns:
-    known = [f.name for f in dataclasses.fields(Columns)]
-    for name in names:
-        if name not in known:
-            raise UserError(f"columns: {name!r} is not one of {', '.join(known)}.{nearest(name, known)}")
-    return Columns(**names)
-
-
-def _check_preset(name: str) -> None:
-    if name not in augment.PRESETS:
-        raise UserError(f"augment: {name!r} is not one of {', '.join(augment.PRESETS)}.")

@@ -66,40 +66,30 @@ class Interpretation:
     def plot_val_with_title(self, indices: Sequence[int] | np.ndarray, title: str = "") -> plots.Figure:
         """Validation images titled as in the lesson: with two classes the probability of the second, else the answer's."""
         probabilities, classes, labels = np.exp(self.log_probs), self.data.classes, self.data.val_y
-        rows, paths = [int(i) for i in indices], self.data.val_paths
-        if not rows:
-            return plots.gallery([], [], wrong=[], heading=f"{title}: none" if title else "none")
-        best = probabilities.argmax(1)
-        titles = []
-        for i in rows:
-            if len(classes) == 2:
-                titles.append(f"{classes[1]}: {probabilities[i, 1]:.4g}")
-                continue
-            actual = "" if best[i] == labels[i] else f" (is {classes[labels[i]]})"
-            titles.append(f"{classes[best[i]]}: {probabilities[i, best[i]]:.3g}{actual}")
-        wrong = [bool(best[i] != labels[i]) for i in rows]
-        return plots.gallery([paths[i] for i in rows], titles, wrong=wrong, heading=title or None)
+        best, paths, titles = probabilities.argmax(1), self.data.val_paths, []
+        for i in indices:
+            shown = 1 if len(classes) == 2 else best[i]
+            actual = f" (is {classes[labels[i]]})" if len(classes) > 2 and best[i] != labels[i] else ""
+            titles.append(f"{classes[shown]}: {probabilities[i, shown]:.4g}{actual}")
+        wrong = [bool(best[i] != labels[i]) for i in indices]
+        return plots.gallery([paths[i] for i in indices], titles, wrong=wrong, heading=title or None)
 
     def _class_number(self, name: str | int) -> int:
         classes = self.data.classes
-        if isinstance(name, str) and name in classes:
-            return classes.index(name)
-        if not isinstance(name, str) and 0 <= int(name) < len(classes):
-            return int(name)
-        hint = nearest(str(name), classes)
-        raise UserError(f"There is no class {name!r}.{hint} The classes are {', '.join(classes)}.")
+        number = classes.index(name) if name in classes else name
+        if not isinstance(number, str) and 0 <= number < len(classes):
+            return int(number)
+        raise UserError(f"There is no class {name!r}.{nearest(str(name), classes)} The classes: {', '.join(classes)}.")
 
     # What `python -m jaxcats.evaluate` computes, draws and writes
 
     def metrics(self, *, max_error: float = 0.005) -> EvaluationMetrics:
         """The content of metrics.json: per class, calibration out of fold, the threshold to abstain at for `max_error`."""
-        return self.metrics_and_calibration(max_error)[0]
+        return EvaluationMetrics(self._metrics_and_calibration(max_error)[0])
 
-    def metrics_and_calibration(self, max_error: float = 0.005) -> tuple[EvaluationMetrics, Calibration]:
+    def _metrics_and_calibration(self, max_error: float = 0.005) -> tuple[dict[str, Any], Calibration]:
         """The same, with the temperature and threshold that were fitted on these images."""
-        labels, classes = self.data.val_y, self.data.classes
-        values, calibration = metrics.evaluation_metrics(self.logits, labels, classes, max_error=max_error)
-        return EvaluationMetrics(values), calibration
+        return metrics.evaluation_metrics(self.logits, self.data.val_y, self.data.classes, max_error=max_error)
 
     def plot_confusion(self) -> plots.Figure:
         """How often each class is mistaken for each other."""
@@ -125,7 +115,7 @@ class Interpretation:
         """Writes the classifier that can be shipped; `jaxcats.load(folder)` and `python -m jaxcats.predict` use it."""
         from jaxcats.export.program import write_run
 
-        return write_run(self.run, *self.metrics_and_calibration(), out=Path(folder))
+        return write_run(self.run, *self._metrics_and_calibration(), out=Path(folder))
 
     def report(self, folder: str | Path = "report") -> Path:
         """Writes figures/ and report.html into a folder; returns the path of the page."""

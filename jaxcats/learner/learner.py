@@ -12,7 +12,6 @@ from jaxcats.common.config import Config, ModelConfig, Phase, check_tta, sgdr_ep
 from jaxcats.common.errors import UserError, nearest
 from jaxcats.common.io import in_notebook
 from jaxcats.common.stats import log_softmax, sentence
-from jaxcats.core.state import TrainState
 from jaxcats.evaluate import tta
 from jaxcats.evaluate.run import Run
 from jaxcats.learner.data import ImageClassifierData
@@ -20,14 +19,15 @@ from jaxcats.learner.interpretation import Interpretation, Sched
 from jaxcats.learner.saving import FitMemory, load_state, save_state
 from jaxcats.train.drivers import decoding
 from jaxcats.train.epoch_table import NotebookTable, Table
-from jaxcats.train.evaluator import Evaluator
-from jaxcats.train.experiment import Experiment, PhasePlan, fingerprint, initial_params, plans, setup
+from jaxcats.train.evaluator import evaluate_split
+from jaxcats.train.experiment import Experiment, PhasePlan, fingerprint, initial_params, make_phase, plans, setup
 from jaxcats.train.features import backbone_features, precompute
 from jaxcats.train.loop import Progress, TrainingLoop
 from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr
 from jaxcats.train.user_functions import UserFunctions
 
 LR = float | Sequence[float] | slice | Literal["auto"]
+BN = Literal["frozen", "train"]
 
 
 def _of_interpretation(method: Callable) -> Callable:
@@ -56,25 +56,16 @@ class Learner:
     """
 
     def __init__(
-        self,
-        experiment: Experiment,
-        data: ImageClassifierData,
-        params: Any,
-        batch_stats: Any,
-        *,
-        workdir: Path,
-        bn: Literal["frozen", "train"] = "frozen",
+        self, experiment: Experiment, data: ImageClassifierData, weights: tuple[Any, Any], workdir: Path, bn: BN
     ):
-        if bn not in ("frozen", "train"):
-            raise UserError(f"bn: {bn!r} is not one of frozen, train.")
         self.data, self.model, self.workdir = data, experiment.model, workdir
         self.history: list[Mapping[str, Any]] = []
         self.sched = Sched()
-        self._params, self._batch_stats = params, batch_stats
-        self._state: TrainState | None = None
         self._experiment, self._phases, self._progress = experiment, dict[str, Phase](), Progress()
+        # Before the first fit there is no phase: its defaults give the optimizer of the state that `save` writes.
+        self._state = make_phase(experiment, PhasePlan(0, "fit1", Phase()))[1](*weights)
         self._freeze: Literal["backbone", "first", "nothing"] = "backbone"
-        self._bn: Literal["frozen", "train"] = bn
+        self._bn: BN = bn
         self._precompute = self._kept_best = False
         self._user_functions: dict[str, dict[str, str]] = {}  # by fit: names of the user's functions
         self._features: dict[str, np.ndarray] | None = None  # of the present backbone
@@ -89,7 +80,7 @@ class Learner:
         precompute: bool = False,
         weights: str | Path | None = None,
         head: Literal["lesson", "linear"] = "lesson",
-        bn: Literal["frozen", "train"] = "frozen",
+        bn: BN = "frozen",
         pretrained: bool = True,
         precision: Literal["auto", "float32", "bfloat16"] = "auto",
         workdir: str | Path = "runs/notebook",
@@ -118,16 +109,14 @@ class Learner:
             precision=precision,
         )
         experiment = setup(validate(config), data.index)
-        learn = cls(experiment, data, *initial_params(experiment)[:2], workdir=Path(workdir), bn=bn)
+        learn = cls(experiment, data, initial_params(experiment)[:2], Path(workdir), bn)
         learn.precompute = precompute
         return learn
 
     def __repr__(self) -> str:
         m = self.model
-        return (
-            f"Learner({m.name}, {m.head} head, {self._experiment.preprocess.size} px, {m.dtype}; frozen: {self._freeze}; "
-            f"precompute: {self._precompute}; {self._progress.epoch} epochs trained)"
-        )
+        about = f"{m.name}, {m.head} head, {m.dtype}; frozen: {self._freeze}; precompute: {self._precompute}"
+        return f"Learner({about}; {self._progress.epoch} epochs trained)"
 
     # Training
 
@@ -138,7 +127,7 @@ class Learner:
         *,
         cycle_len: int | None = None,
         cycle_mult: int = 1,
-        keep: Literal["last", "best"] = "last",
+        keep="last",
         **options: Any,
     ) -> None:
         """Trains: `n_cycle` epochs at a constant rate, or so many cosine cycles with warm restarts.
@@ -161,15 +150,13 @@ class Learner:
 
         After an error, or Ctrl-C, the Learner is as it was before.
         """
-        counts = {"n_cycle": n_cycle, "cycle_mult": cycle_mult, "cycle_len": 1 if cycle_len is None else cycle_len}
-        for name, value in counts.items():
+        for name, value in {"n_cycle": n_cycle, "cycle_mult": cycle_mult, "cycle_len": cycle_len or 1}.items():
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}: {value!r} can't be used; expected a whole number, at least 1.")
-        if cycle_len is None:
-            self._fit(lr, {"epochs": n_cycle}, options, keep=keep)
-            return
-        epochs = sgdr_epochs(n_cycle, cycle_len, cycle_mult)
-        cycles = {"epochs": epochs, "schedule": "sgdr", "cycle_len": cycle_len, "cycle_mult": cycle_mult}
+        cycles = {"epochs": n_cycle}
+        if cycle_len is not None:
+            epochs = sgdr_epochs(n_cycle, cycle_len, cycle_mult)
+            cycles = {"epochs": epochs, "schedule": "sgdr", "cycle_len": cycle_len, "cycle_mult": cycle_mult}
         self._fit(lr, cycles, options, keep=keep)
 
     def fit_one_cycle(
@@ -190,9 +177,6 @@ class Learner:
         The rates are base_lr, then from base_lr/200 (early layers) to base_lr/2 (head). An error in the second part leaves
         the first one done.
         """
-        for name in ("pct_start", "div", "lr"):
-            if name in options:
-                raise UserError(f"{name}: fine_tune sets it itself; use fit_one_cycle to choose.")
         self.freeze()
         frozen = {k: v for k, v in options.items() if k != "augment" or not self._precompute}
         self.fit_one_cycle(freeze_epochs, base_lr, pct_start=0.99, **frozen)
@@ -213,33 +197,27 @@ class Learner:
             **options: as of `fit`.
         """
         plan, weights, features = self._next_phase({}, options)
-        train = features["train"] if features else None
         span = {"start": start, "end": end, "iterations": iterations, "seeds": seeds}
-        result = find_lr(self._experiment, plan, weights, train, **span)
+        result = find_lr(self._experiment, plan, weights, features.get("train"), **span)
         self.sched = Sched(result=result)
         return result
 
     def _next_phase(
         self, fixed: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> tuple[PhasePlan, tuple[Any, Any], dict[str, np.ndarray] | None]:
+    ) -> tuple[PhasePlan, tuple[Any, Any], dict[str, np.ndarray]]:
         """The plan of the next phase, the weights that it starts from, and features where it trains on them."""
-        user_functions, options = split_user_functions(options)
-        defaults = {
-            "batch_size": self.data.batch_size,
-            "freeze": self._freeze,
-            "bn": self._bn,
-            "precompute": self._precompute,
-            "augment": self.data.augment,
-        }
+        functions = {k: v for k, v in options.items() if k in UserFunctions.__annotations__ and not isinstance(v, str)}
+        user_functions, options = UserFunctions(**functions), {k: v for k, v in options.items() if k not in functions}
+        defaults: dict[str, Any] = {"batch_size": self.data.batch_size, "augment": self.data.augment}
+        defaults |= {"freeze": self._freeze, "bn": self._bn, "precompute": self._precompute}
         phase, name = phase_of(fixed, options, defaults), f"fit{len(self._phases) + 1}"
         config = dataclasses.replace(self._experiment.config, phases={**self._phases, name: phase})
         alone = validate(dataclasses.replace(config, phases={name: phase}))
         user_functions.check(alone, classes=len(self.data.classes), size=self._experiment.preprocess.size)
         self._experiment = dataclasses.replace(self._experiment, config=validate(config), user_functions=user_functions)
-        plan = dataclasses.replace(
-            plans(self._experiment)[-1], first_step=self._progress.step, first_epoch=self._progress.epoch
-        )
-        return plan, (self.params, self.batch_stats), self._computed_features() if phase.precompute else None
+        plan, done = plans(self._experiment)[-1], self._progress
+        plan = dataclasses.replace(plan, first_step=done.step, first_epoch=done.epoch)
+        return plan, (self.params, self.batch_stats), self._computed_features() if phase.precompute else {}
 
     def _fit(self, lr: LR, fixed: Mapping[str, Any], options: Mapping[str, Any], *, keep: str) -> None:
         if keep not in ("last", "best"):
@@ -249,8 +227,7 @@ class Learner:
         progress = dataclasses.replace(self._progress)  # An interrupted fit leaves no trace.
         progress.begin_phase(plan)
         table = NotebookTable() if in_notebook() else Table()
-        loop = TrainingLoop(self._experiment, progress, log=memory, checkpoints=memory, table=table)
-        state = loop.run_phase(plan, weights, features)
+        state = TrainingLoop(self._experiment, progress, memory, memory, table=table).run_phase(plan, weights, features)
         if keep == "best":
             state, best = memory.state, memory.best_row
             if not in_notebook():
@@ -262,12 +239,8 @@ class Learner:
         self._progress, self.history = progress, [*self.history, *memory.epochs]
         self._kept_best = self._kept_best or keep == "best"
         self.sched = Sched(rows=memory.rows, momentum=plan.momentum(), first_step=plan.first_step)
-        self._take(state, new_backbone=plan.phase.freeze != "backbone" or plan.phase.bn == "train")
-
-    def _take(self, state: TrainState, *, new_backbone: bool) -> None:
-        self._state, self._params, self._batch_stats = state, state.params, state.batch_stats
-        self._logits = {}
-        if new_backbone:
+        self._state, self._logits = state, {}
+        if plan.phase.freeze != "backbone" or plan.phase.bn == "train":
             self._features = None
 
     def _computed_features(self) -> dict[str, np.ndarray]:
@@ -281,13 +254,12 @@ class Learner:
         """Logits float32 [n, classes] of the train, valid or test images, in the order of the files."""
         if split not in self._logits:
             images, options = self.data.split(split), decoding(self._experiment)
+            weights = {"params": self.params, "batch_stats": self.batch_stats}
             features = self._computed_features().get(split) if self._precompute else None
             if self._precompute and features is None:
-                weights = {"params": self.params, "batch_stats": self.batch_stats}
-                cached = backbone_features(self.model, images, cache_dir=self._experiment.cache, **weights, **options)
-                features = cached.features
-            evaluate = Evaluator(self.model, images, features=features, **options)
-            self._logits[split] = evaluate(self.params, self.batch_stats)
+                cache = self._experiment.cache
+                features = backbone_features(self.model, images, cache_dir=cache, **weights, **options).features
+            self._logits[split] = evaluate_split(self.model, images, features=features, **weights, **options)
         return self._logits[split]
 
     def predict(self, split: str = "valid") -> np.ndarray:
@@ -332,10 +304,6 @@ class Learner:
     export = _of_interpretation(Interpretation.export)
     report = _of_interpretation(Interpretation.report)
 
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self._experiment.index)
-
     def _run(self) -> Run:
         """The network as the evaluate and export commands know it."""
         return Run(
@@ -347,7 +315,7 @@ class Learner:
             params=self.params,
             batch_stats=self.batch_stats,
             phase=list(self.config.phases.values())[-1],
-            fingerprint=self._fingerprint,
+            fingerprint=fingerprint(self._experiment.index),
             use="last",
             step=self._progress.step,
             best_epoch=self._kept_best,
@@ -358,12 +326,12 @@ class Learner:
     @property
     def params(self) -> Any:
         """{"backbone": ..., "head": ...}, nested dicts of float32 arrays."""
-        return self._params
+        return self._state.params
 
     @property
     def batch_stats(self) -> Any:
         """{"backbone": ..., "head": ...}; running averages of BatchNorm."""
-        return self._batch_stats
+        return self._state.batch_stats
 
     @property
     def precompute(self) -> bool:
@@ -403,8 +371,7 @@ class Learner:
         """Writes the state as a run folder `workdir/name`, which `load` and `python -m jaxcats.evaluate --run` read."""
         experiment = dataclasses.replace(self._experiment, config=self.config)
         notes = {"history": self.history, "kept_best": self._kept_best, "own": self._user_functions}
-        weights = (self.params, self.batch_stats)
-        return save_state(self.workdir / name, experiment, self._state, self._progress, weights, notes)
+        return save_state(self.workdir / name, experiment, self._state, self._progress, notes)
 
     def load(self, name: str | Path) -> None:
         """Loads what `save(name)` wrote, or the folder of a finished run (an absolute path).
@@ -412,19 +379,9 @@ class Learner:
         Raises:
             UserError: the folder does not exist, is not finished, or holds another network or other classes.
         """
-        state, self._progress, self._phases, notes = load_state(self.workdir / name, self._experiment)
-        self.history, self._kept_best, self._user_functions = (
-            list(notes["history"]),
-            bool(notes["kept_best"]),
-            notes["own"],
-        )
-        self._take(state, new_backbone=True)
-
-
-def split_user_functions(options: Mapping[str, Any]) -> tuple[UserFunctions, dict[str, Any]]:
-    """(user functions, other options) of a call: `augment` may be a function or the name of a preset."""
-    functions = {k: v for k, v in options.items() if k in ("loss_fn", "metrics") or (k == "augment" and callable(v))}
-    return UserFunctions(**functions), {k: v for k, v in options.items() if k not in functions}
+        self._state, self._progress, self._phases, notes = load_state(self.workdir / name, self._experiment)
+        self.history, self._kept_best, self._user_functions = notes["history"], notes["kept_best"], notes["own"]
+        self._logits, self._features = {}, None
 
 
 def phase_of(fixed: Mapping[str, Any], options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Phase:
@@ -440,10 +397,8 @@ def phase_of(fixed: Mapping[str, Any], options: Mapping[str, Any], defaults: Map
     """
     known = [f.name for f in dataclasses.fields(Phase) if f.name not in fixed]
     for name in options:
-        if name in fixed:
-            raise UserError(f"{name}: this method sets it to {fixed[name]!r}.")
         if name not in known:
-            raise UserError(f"There is no option '{name}'.{nearest(name, known)} Options: {', '.join(known)}.")
+            raise UserError(f"{name}: not an option of this method.{nearest(name, known)} Options: {', '.join(known)}.")
     fields = {**defaults, **options, **fixed}
     fields = {k: v.item() if isinstance(v, np.generic) else v for k, v in fields.items()}
     if "lr" in fields:
@@ -456,12 +411,10 @@ def phase_of(fixed: Mapping[str, Any], options: Mapping[str, Any], defaults: Map
 def spread(lr: LR) -> float | tuple[float, ...] | Literal["auto"]:
     """A learning rate as in a configuration; slice(a, b) is geometric from a to b, slice(b) is b/10, b/10, b."""
     if isinstance(lr, slice):
-        if lr.stop is None or lr.step is not None:
-            raise UserError(f"lr: {lr} can't be used; expected slice(a, b) or slice(b).")
+        if lr.stop is None or lr.step is not None or (lr.start is not None and not 0 < lr.start <= lr.stop):
+            raise UserError(f"lr: {lr} can't be used; expected slice(b), or slice(a, b) with 0 < a <= b.")
         if lr.start is None:
             return (lr.stop / 10, lr.stop / 10, lr.stop)
-        if not 0 < lr.start <= lr.stop:
-            raise UserError(f"lr: {lr} can't be used; expected 0 < a <= b.")
         return tuple(float(x) for x in np.geomspace(lr.start, lr.stop, 3))
     if isinstance(lr, (Sequence, np.ndarray)) and not isinstance(lr, str):
         return tuple(float(x) for x in lr)

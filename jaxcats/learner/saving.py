@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,27 @@ from jaxcats.common.io import write_json, write_text
 from jaxcats.core.state import TrainState, copy
 from jaxcats.train.checkpoint import Checkpoints
 from jaxcats.train.epoch_table import best_epoch
-from jaxcats.train.experiment import Experiment, PhasePlan, abstract_state, fingerprint, make_phase
+from jaxcats.train.experiment import Experiment, PhasePlan, abstract_state, fingerprint
 from jaxcats.train.loop import Progress, checkpoint_facts
 
 MARK = "learner.json"  # Only `save_state` writes it; a folder without it is never replaced.
 
 
+@dataclass
 class FitMemory:
     """The log and the checkpoints of a fit, in memory.
 
     Attributes:
+        keep_best: whether to keep the state of the best epoch.
         rows: of steps and epochs.
         state: with `keep_best`, the best TrainState so far.
         best_row: the row of its epoch.
     """
 
-    def __init__(self, *, keep_best: bool):
-        self.keep_best = keep_best
-        self.rows: list[dict[str, Any]] = []
-        self.best_row: dict[str, Any] = {}
-        self.state: Any = None
+    keep_best: bool
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    state: Any = None
+    best_row: dict[str, Any] = field(default_factory=dict)
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
@@ -52,34 +53,25 @@ class FitMemory:
 
 
 def save_state(
-    folder: Path,
-    experiment: Experiment,
-    state: TrainState | None,
-    progress: Progress,
-    weights: tuple[Any, Any],
-    notes: Mapping[str, Any],
+    folder: Path, experiment: Experiment, state: TrainState, progress: Progress, notes: dict[str, Any]
 ) -> Path:
     """Writes the state of a Learner as a run folder, complete or absent; replaces one that this function wrote before.
 
     Args:
         folder: to write.
         experiment: with the phases trained so far in its configuration.
-        state: after the last fit; None before the first one.
+        state: of the Learner.
         progress: of the last fit.
-        weights: (params, batch_stats), used where there is no state.
         notes: "history", "kept_best" and "own" (names of user functions).
 
     Raises:
         UserError: the folder holds something else, or can't be written.
     """
     phase = list(experiment.config.phases)[-1]
-    if state is None:
-        plan = PhasePlan(0, phase, experiment.config.phases[phase])
-        state = make_phase(experiment, plan)[1](*weights)
     if folder.exists() and not (folder / MARK).is_file():
         raise UserError(f"{folder}: exists already, and learn.save did not write it; choose another name.")
-    meta = checkpoint_facts(experiment, progress, phase, fingerprint(experiment.index))
-    meta["kept_best"] = notes["kept_best"]
+    meta = checkpoint_facts(experiment, progress, phase)
+    meta |= {"fingerprint": fingerprint(experiment.index), "kept_best": notes["kept_best"]}
     if notes["own"]:
         meta["own"] = notes["own"]
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
@@ -89,7 +81,7 @@ def save_state(
         checkpoints.save(state, meta)
         checkpoints.close()
         write_text(new / "config.yaml", to_yaml(experiment.config))
-        write_json(new / MARK, dict(notes))
+        write_json(new / MARK, notes)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -112,10 +104,8 @@ def load_state(folder: Path, experiment: Experiment) -> tuple[TrainState, Progre
     config = from_file(folder / "config.yaml")
     saved, ours = config.model, experiment.config.model
     if (saved.backbone, saved.head) != (ours.backbone, ours.head):
-        raise UserError(
-            f"{folder}: is a {saved.backbone} with the {saved.head} head; this Learner is a {ours.backbone} with the "
-            f"{ours.head} head."
-        )
+        theirs, network = (f"{m.backbone} with the {m.head} head" for m in (saved, ours))
+        raise UserError(f"{folder}: is a {theirs}; this Learner is a {network}.")
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     step = checkpoints.pick("last")
     meta = checkpoints.meta(step)

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,8 @@ def train_main(
 def main(argv: Sequence[str], *, user_functions: "UserFunctions | None" = None) -> None:
     """The command; with `user_functions` it is the main of a script."""
     started = time.perf_counter()
-    prog = "python -m jaxcats.train" if user_functions is None else f"python {sys.argv[0]}"
-    config, options = parse(_with_saved_config(argv), prog=prog, description=DESCRIPTION, options=OPTIONS)
+    command = command_line("train") if user_functions is None else f"python {shlex.quote(sys.argv[0])}"
+    config, options = parse(_with_saved_config(argv), prog=command, description=DESCRIPTION, options=OPTIONS)
     if options["print_config"]:
         print(to_yaml(config), end="")
         return
@@ -73,12 +74,11 @@ def main(argv: Sequence[str], *, user_functions: "UserFunctions | None" = None) 
             train(config, folder, started=started, stopping=stopping, user_functions=user_functions)
     except KeyboardInterrupt as stopped:
         if folder:
-            script = command_line("train") if user_functions is None else shlex.join(["python", *sys.argv[:1]])
             purpose = "To continue from the last checkpoint" if has_checkpoint(folder) else "To start again"
-            print(f"{purpose}: {script} --resume {shlex.join(['--workdir', str(folder)])}", file=sys.stderr)
-        code = getattr(stopped, "code", 130)
-        if code == 130 and distributed.has_joined():  # The other processes know of a SIGTERM, but not of Ctrl-C here.
-            distributed.exit_now(str(stopped) or "stopped by the keyboard.", code)
+            print(f"{purpose}: {command} --resume {shlex.join(['--workdir', str(folder)])}", file=sys.stderr)
+        # The other processes know of a SIGTERM, but not of Ctrl-C here.
+        if getattr(stopped, "code", 130) == 130 and distributed.has_joined():
+            distributed.exit_now(str(stopped), 130)
         raise
     finally:
         if folder:
@@ -92,14 +92,9 @@ def _with_saved_config(argv: Sequence[str]) -> list[str]:
         return words
     if not workdir:
         raise UserError("--resume: needs --workdir, the run folder to continue.")
-    if flag_value(words, "config") is not None:
-        return words
-    saved = Path(workdir) / "config.yaml"
-    if not saved.is_file():
-        raise UserError(
-            f"--resume: {workdir} holds no run (no config.yaml). Name a run folder, or give a --config to start."
-        )
-    return [*words, "--config", str(saved)]
+    if flag_value(words, "config") is None:
+        words += ["--config", str(Path(workdir) / "config.yaml")]
+    return words
 
 
 def begin(config: Config, options: Mapping[str, Any]) -> Path:
@@ -119,12 +114,7 @@ def begin(config: Config, options: Mapping[str, Any]) -> Path:
 
 
 def train(
-    config: Config,
-    workdir: Path,
-    *,
-    started: float,
-    stopping: Stopping,
-    user_functions: "UserFunctions | None" = None,
+    config: Config, workdir: Path, *, started: float, stopping: Stopping, user_functions: "UserFunctions | None"
 ) -> None:
     """Runs everything that a Config says into an open run folder.
 
@@ -137,8 +127,8 @@ def train(
     """
     from jaxcats.data.quality import findings, summary
     from jaxcats.train.drivers import decoding
-    from jaxcats.train.evaluator import Evaluator
-    from jaxcats.train.experiment import describe, initial_params, setup
+    from jaxcats.train.evaluator import evaluate_split
+    from jaxcats.train.experiment import describe, setup
     from jaxcats.train.loop import train_run
 
     seconds, start = {"imports": time.perf_counter() - started}, time.perf_counter()
@@ -148,27 +138,13 @@ def train(
     facts, problems = run_facts(experiment), findings(experiment.index)
     print("\n".join([f"Run folder: {workdir}", describe(experiment), *summary(problems)]))
 
-    def initial_weights() -> tuple[Any, Any]:
-        start = time.perf_counter()
-        params, batch_stats, weights = distributed.all_or_none(lambda: initial_params(experiment))
-        if distributed.is_primary():
-            write_json(workdir / "versions.json", facts | {"weights": weights})
-        seconds["weights"] = time.perf_counter() - start
-        return params, batch_stats
-
     stopping.check()
-    result = train_run(
-        experiment,
-        workdir,
-        initial_weights=initial_weights,
-        on_accepted=lambda: write_dataset_files(workdir, experiment, problems, resumed=resumed),
-        facts=facts,
-        stopping=stopping,
-    )
+    accept = partial(write_dataset_files, workdir, experiment, problems, resumed=resumed)
+    result = train_run(experiment, workdir, on_accepted=accept, facts=facts, stopping=stopping)
     stopping.check()
-    start, valid = time.perf_counter(), experiment.index.splits["valid"]
-    evaluate = Evaluator(experiment.model, valid, features=result.valid_features, **decoding(experiment))
-    logits = evaluate(result.params, result.batch_stats)
+    start, weights = time.perf_counter(), (result.params, result.batch_stats)
+    options = {"features": result.valid_features, **decoding(experiment)}
+    logits = evaluate_split(experiment.model, experiment.index.splits["valid"], *weights, **options)
     seconds |= result.seconds | {"evaluate": time.perf_counter() - start}
     if distributed.is_primary():
         # Evaluate and export stand to the right of this folder, so they are loaded by name, as a command is.
@@ -184,19 +160,12 @@ def run_facts(experiment: "Experiment") -> dict[str, Any]:
 
     from jaxcats.train.experiment import fingerprint
 
-    facts = {
-        "versions": versions(),
-        "fingerprint": fingerprint(experiment.index),
-        "backend": jax.default_backend(),
-    }
-    if names := experiment.user_functions.names(experiment.config):
-        facts["own"] = names
-    return facts
+    index, names = experiment.index, experiment.user_functions.names(experiment.config)
+    facts = {"versions": versions(), "fingerprint": fingerprint(index), "backend": jax.default_backend()}
+    return facts | ({"own": names} if names else {})
 
 
-def write_dataset_files(
-    folder: Path, experiment: "Experiment", problems: list[dict[str, Any]], *, resumed: bool
-) -> None:
+def write_dataset_files(folder: Path, experiment: "Experiment", problems: list[dict], *, resumed: bool) -> None:
     """Writes what later commands read of the settings and the images; a resumed run keeps its split."""
     from jaxcats.data.quality import counts
     from jaxcats.train.experiment import SPLIT_FILE

@@ -4,6 +4,7 @@
 and runs many steps in one program, `stream` decodes batches while the device works.
 """
 
+import itertools
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxcats.data.images import Preprocess
 from jaxcats.data.index import Split
 from jaxcats.train.experiment import Experiment, PhasePlan
 
-Batches = Iterator[dict[str, np.ndarray]]
+Batches = Generator[dict[str, np.ndarray], None, None]
 
 
 def make_driver(experiment: Experiment, plan: PhasePlan, train_step: Callable, features: np.ndarray | None) -> Callable:
@@ -40,10 +41,7 @@ def make_driver(experiment: Experiment, plan: PhasePlan, train_step: Callable, f
         )
     batch_size, devices = min(plan.phase.batch_size, len(experiment.index.splits["train"])), jax.device_count()
     if mesh.has_many_devices() and batch_size % devices:
-        raise UserError(
-            f"phases.{plan.name}.batch_size: a batch of {batch_size} does not divide among {devices} devices; "
-            f"make it a multiple of {devices}."
-        )
+        raise UserError(f"phases.{plan.name}.batch_size: {batch_size} does not divide among {devices} devices.")
     jitted = jit(train_step, **options)
     arrays = None if features is None else resident_arrays(experiment, plan, features)
 
@@ -68,22 +66,17 @@ def resident_arrays(experiment: Experiment, plan: PhasePlan, features: np.ndarra
         return arrays | {"features": features}
     preprocess = source_preprocess(experiment, plan)
     images = np.zeros((n, preprocess.size, preprocess.size, 3), np.uint8)
-    options: dict[str, Any] = {**decoding(experiment), "preprocess": preprocess}
+    options: dict[str, Any] = decoding(experiment) | {"preprocess": preprocess}
     for batch in image_batches(split, **options):
         pixels = np.asarray(mesh.gather_rows(batch["image"], len(batch["mask"])))
         images[batch["index"][batch["mask"]]] = pixels[batch["mask"]]
     return arrays | {"image": images}
 
 
-def streamed(
-    experiment: Experiment, plan: PhasePlan, order: np.ndarray
-) -> Generator[dict[str, np.ndarray], None, None]:
+def streamed(experiment: Experiment, plan: PhasePlan, order: np.ndarray) -> Batches:
     """Training batches, decoded while the device works: one per row of `order`, int32 [steps, B]."""
-    from jaxcats.data.pipeline import training_batches
-
     split, preprocess = experiment.index.splits["train"], source_preprocess(experiment, plan)
-    read = _local_batches if mesh.has_many_devices() else training_batches
-    return read(split, preprocess=preprocess, order=order, workers=experiment.config.data.workers)
+    return _local_batches(split, order=order, preprocess=preprocess, workers=experiment.config.data.workers)
 
 
 def source_preprocess(experiment: Experiment, plan: PhasePlan) -> Preprocess:
@@ -115,9 +108,7 @@ def image_batches(
     return _local_batches(split, order=order.reshape(-1, size), preprocess=preprocess, workers=workers)
 
 
-def _local_batches(
-    split: Split, *, order: np.ndarray, preprocess: Preprocess, workers: int | None
-) -> Generator[dict[str, np.ndarray], None, None]:
+def _local_batches(split: Split, *, order: np.ndarray, preprocess: Preprocess, workers: int | None) -> Batches:
     """Batches with the labels of all rows and the images of this process; -1 in `order` is padding."""
     from jaxcats.data.pipeline import training_batches
 
@@ -140,18 +131,8 @@ def array_batches(arrays: dict[str, np.ndarray], batch_size: int) -> Batches:
         yield {k: v[index] for k, v in arrays.items()} | {"mask": mask, "index": index.astype(np.int32)}
 
 
-def unmask(batch: dict[str, np.ndarray], values: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(rows of the split, their values) of a batch without its padding."""
-    return batch["index"][batch["mask"]], np.asarray(values)[batch["mask"]]
-
-
-def one_batch_late(batches: Batches, run: Callable[[dict[str, np.ndarray]], jax.Array]) -> Iterator[Any]:
-    """(rows, values) of `run(batch)` for each batch, read while the device computes the next one."""
-    pending = None
-    for batch in batches:
-        values = run(batch)
-        if pending:
-            yield unmask(*pending)
-        pending = batch, values
-    if pending:
-        yield unmask(*pending)
+def one_batch_late(batches: Batches, run: Callable[..., Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows of the split, values) of `run(batch)` without the padding, read while the device computes the next batch."""
+    started = ((batch, run(batch)) for batch in batches)
+    for (batch, values), _ in itertools.pairwise(itertools.chain(started, [({}, None)])):
+        yield batch["index"][batch["mask"]], np.asarray(values)[batch["mask"]]

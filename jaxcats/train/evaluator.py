@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxcats import models
 from jaxcats.common.compile_cache import jit
-from jaxcats.common.errors import RunError
 from jaxcats.core import mesh
 from jaxcats.core.step import make_eval_step, normalise
 from jaxcats.data.images import Preprocess
@@ -19,40 +18,28 @@ from jaxcats.train.experiment import head_on_features
 ARRAY_BATCH = 1024  # rows per evaluation call on features
 
 
-class Evaluator:
-    """`(params, batch_stats) -> logits float32 [n, C]` of a split.
+def evaluate_split(
+    model: models.Model, split: Split, params: Any, batch_stats: Any, *, features: np.ndarray | None, **decoding: Any
+) -> np.ndarray:
+    """Logits float32 [n, C] of the n images of a split.
 
     Args:
         model: the network.
         split: n images.
-        features: float32 [n, F] of them; None: the images are decoded and go through the whole network.
-        preprocess: what evaluation does to an image.
-        batch_size: images per call.
-        workers: decoding threads; None: one per core.
+        params: weights.
+        batch_stats: running averages of BatchNorm.
+        features: float32 [n, F] of the images; None: the images are decoded and go through the whole network.
+        **decoding: preprocess, batch_size and workers, as of `drivers.image_batches`.
     """
-
-    def __init__(
-        self,
-        model: models.Model,
-        split: Split,
-        *,
-        features: np.ndarray | None = None,
-        preprocess: Preprocess,
-        batch_size: int,
-        workers: int | None,
-    ):
-        self.split = split
-        self.arrays = None if features is None else {"label": split.labels, "features": features}
-        self.decoding: dict[str, Any] = {"preprocess": preprocess, "batch_size": batch_size, "workers": workers}
-        on_features = features is not None
-        self.eval_step = _eval_program(model, preprocess, on_features, mesh.has_many_devices())
-
-    def __call__(self, params: Any, batch_stats: Any) -> np.ndarray:
-        batches = array_batches(self.arrays, ARRAY_BATCH) if self.arrays else image_batches(self.split, **self.decoding)
-        return run_evaluation(self.eval_step, params, batch_stats, batches, n=len(self.split))
+    eval_step = _eval_program(model, decoding["preprocess"], features is not None, mesh.has_many_devices())
+    if features is None:
+        batches = image_batches(split, **decoding)
+    else:
+        batches = array_batches({"label": split.labels, "features": features}, ARRAY_BATCH)
+    return run_evaluation(eval_step, params, batch_stats, batches)
 
 
-def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: Batches, *, n: int) -> np.ndarray:
+def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: Batches) -> np.ndarray:
     """Logits float32 [n, C] of every image once, in the order of their index.
 
     Args:
@@ -60,20 +47,13 @@ def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: 
         params: weights.
         batch_stats: running averages of BatchNorm.
         batches: padded and masked batches that hold each of the n images once.
-        n: images.
     """
 
     def logits_of(batch: dict[str, np.ndarray]) -> Any:
         return eval_step(params, batch_stats, mesh.place_batch(batch, len(batch["mask"])))[0]
 
-    logits, seen = None, 0
-    for rows, values in one_batch_late(batches, logits_of):
-        logits = np.zeros((n, values.shape[1]), np.float32) if logits is None else logits
-        logits[rows] = values
-        seen += len(rows)
-    if logits is None or seen != n:
-        raise RunError(f"The evaluation saw {seen} of {n} images.")
-    return logits
+    rows, logits = zip(*one_batch_late(batches, logits_of), strict=True)
+    return np.concatenate(logits).astype(np.float32)[np.argsort(np.concatenate(rows))]
 
 
 @functools.cache  # A notebook evaluates the same network after every fit: one program for all.

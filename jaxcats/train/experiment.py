@@ -200,8 +200,7 @@ def plans(experiment: Experiment) -> list[PhasePlan]:
         batch = min(phase.batch_size, n)
         if phase.accumulate > 1 and (batch % phase.accumulate or batch < 2 * phase.accumulate):
             raise UserError(
-                f"phases.{name}.accumulate: a batch of {batch} (there are no more training images) does not divide into "
-                f"{phase.accumulate} parts of at least two images; set phases.{name}.accumulate to 1 or to a divisor."
+                f"phases.{name}.accumulate: a batch of {batch} does not divide into {phase.accumulate} parts of two or more images."
             )
         plan = PhasePlan(i, name, phase, step, epoch, n // batch)
         phase_plans.append(plan)
@@ -299,28 +298,17 @@ def head_on_features(model: models.Model) -> Callable:
 def describe(experiment: Experiment) -> str:
     """What is about to be trained, in a few lines."""
     index, c = experiment.index, experiment.config
-    names = ", ".join([*index.classes[:6], *(["..."] if len(index.classes) > 6 else [])])
+    names = ", ".join(index.classes[:6]) + (", ..." if len(index.classes) > 6 else "")
     start = "pretrained" if c.model.pretrained else "random weights"
-    phases = []
-    for name, p in c.phases.items():
-        epochs = f"{p.epochs} epoch{'s' if p.epochs > 1 else ''}"
-        phases.append(
-            f"{name}: {epochs}, {p.optimizer} {p.schedule} lr {_lr_text(p.lr)}, {p.freeze} frozen, BatchNorm {p.bn}"
-        )
     lines = [
         f"{len(index.splits['train']):,} training and {len(index.splits['valid']):,} validation images in "
         f"{len(index.classes)} classes ({names}) from {index.root}",
         *skipped(index.bad),
-        f"{c.model.backbone} ({start}), {c.model.head} head, {experiment.preprocess.size} px, {experiment.model.dtype}; "
-        + "; ".join(phases),
+        f"{c.model.backbone} ({start}), {c.model.head} head, {experiment.preprocess.size} px, {experiment.model.dtype}",
     ]
+    for name, p in c.phases.items():
+        rate = f"{p.optimizer} {p.schedule} lr {p.lr}"
+        lines.append(f"{name}: epochs {p.epochs}, {rate}, {p.freeze} frozen, BatchNorm {p.bn}")
     if functions := experiment.user_functions.names(c):
         lines.append(f"User functions: {describe_functions(functions)}")
     return "\n".join(lines)
-
-
-def _lr_text(lr: Any) -> str:
-    """A learning rate, or the three of the layer groups where they differ."""
-    if not isinstance(lr, (tuple, list)):
-        return str(lr)
-    return " / ".join(map(str, lr)) if len(set(lr)) > 1 else str(lr[0])

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ import numpy as np
 from jaxcats.common import distributed, stats
 from jaxcats.common.config import flat
 from jaxcats.common.errors import RunError, UserError
-from jaxcats.common.io import progress_bar
+from jaxcats.common.io import progress_bar, write_json
 from jaxcats.common.signals import Stopped, Stopping
 from jaxcats.core import mesh
 from jaxcats.core.scan import epoch_order
@@ -28,10 +28,10 @@ from jaxcats.core.state import TrainState, copy
 from jaxcats.train.checkpoint import Checkpoints
 from jaxcats.train.drivers import decoding, make_driver
 from jaxcats.train.epoch_table import Table
-from jaxcats.train.evaluator import Evaluator
-from jaxcats.train.experiment import Experiment, PhasePlan, abstract_state, fingerprint, make_phase, plans
+from jaxcats.train.evaluator import evaluate_split
+from jaxcats.train.experiment import Experiment, PhasePlan, abstract_state, initial_params, make_phase, plans
 from jaxcats.train.features import precompute
-from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr, write_lr_find
+from jaxcats.train.lr_finder import find_lr, write_lr_find
 from jaxcats.train.run_folder import NoLog, RunLog, check_config
 from jaxcats.train.user_functions import check_same_functions
 
@@ -39,7 +39,7 @@ SMOOTHING = 0.98  # of the training loss that is shown, as fastai's
 LR_FIND_SEEDS = 5  # fresh heads that decide `lr: auto` where one range test gives no answer
 
 Weights = tuple[Any, Any]  # params, batch_stats
-Features = dict[str, np.ndarray] | None  # float32 [n, F] by split, in a phase with precompute
+Features = Mapping[str, np.ndarray]  # float32 [n, F] by split; empty in a phase without precompute
 
 
 class Log(Protocol):
@@ -51,9 +51,7 @@ class Log(Protocol):
 class StateSaver(Protocol):
     """Where the loop saves states: Checkpoints, or the memory of a Learner."""
 
-    def save(
-        self, state: TrainState, meta: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
-    ) -> None: ...
+    def save(self, state: TrainState, meta: Mapping[str, Any], *, metrics: Any = None) -> None: ...
 
 
 @dataclass
@@ -117,24 +115,15 @@ class TrainingResult:
 
 
 def train_run(
-    experiment: Experiment,
-    workdir: Path,
-    *,
-    initial_weights: Callable[[], Weights],
-    on_accepted: Callable[[], None] = lambda: None,
-    facts: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = print,
-    stopping: Stopping | None = None,
+    experiment: Experiment, workdir: Path, *, on_accepted: Callable[[], None], facts: dict[str, Any], stopping: Stopping
 ) -> TrainingResult:
     """Runs all phases in a run folder, from its latest checkpoint if there is one.
 
     Args:
         experiment: what to train.
         workdir: the run folder.
-        initial_weights: gives the weights that a new run starts from.
         on_accepted: called by the primary process once it is clear that the run can start or resume.
-        facts: saved with each checkpoint (versions and the like).
-        say: prints a line.
+        facts: saved with each checkpoint: versions, fingerprint of the images and the like.
         stopping: asked after each step whether to save and leave.
 
     Raises:
@@ -144,7 +133,7 @@ def train_run(
     """
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints")))
-        resumed = resume_point(experiment, checkpoints)
+        resumed = resume_point(experiment, checkpoints, facts["fingerprint"])
         distributed.on_primary(on_accepted)
         progress, state = resumed or (Progress(), None)
         log: Log = NoLog()
@@ -152,30 +141,25 @@ def train_run(
             # A state saved within an epoch, or before the evaluation at its end, has that evaluation to come.
             step, evaluated = progress.step if resumed else None, progress.epoch_step == 0
             log = stack.enter_context(contextlib.closing(RunLog(workdir, resume_step=step, evaluated=evaluated)))
+        loop = TrainingLoop(experiment, progress, log, checkpoints, facts, stopping=stopping, workdir=workdir)
         all_plans = plans(experiment)
-        if resumed:
+        if state:
+            weights: Weights = state.params, state.batch_stats
             where = f"step {progress.step:,} (epoch {progress.epoch})"
             done = progress.epoch == all_plans[-1].end_epoch
-            say(f"Finished already, at {where}; evaluating again." if done else f"Resuming at {where}.")
-        weights = (state.params, state.batch_stats) if state else mesh.replicate(initial_weights())
-        loop = TrainingLoop(
-            experiment,
-            progress,
-            log=log,
-            checkpoints=checkpoints,
-            facts=facts,
-            say=say,
-            stopping=stopping,
-            keep_lr_find=lambda plan, result: (
-                distributed.is_primary() and write_lr_find(workdir, result, name=f"lr_find_{plan.name}")
-            ),
-        )
-        features, counts = None, {}
+            print(f"Finished already, at {where}; evaluating again." if done else f"Resuming at {where}.")
+        else:
+            with loop.clock("weights"):
+                params, batch_stats, source = distributed.all_or_none(lambda: initial_params(experiment))
+            if distributed.is_primary():
+                write_json(workdir / "versions.json", facts | {"weights": source})
+            weights = mesh.replicate((params, batch_stats))
+        features, counts = {}, {}
         for plan in all_plans[progress.plan :]:
             if plan.index != progress.plan:
                 progress.begin_phase(plan)
                 state = None
-            features = None
+            features = {}
             if plan.phase.precompute:
                 with loop.clock(f"{plan.name}.features"):
                     features, counts = precompute(experiment, *weights)
@@ -183,19 +167,27 @@ def train_run(
             weights = state.params, state.batch_stats
         with loop.clock("checkpoint_wait"):
             checkpoints.wait()
-        valid = features["valid"] if features else None
+        valid = features.get("valid")
         step = checkpoints.pick(experiment.config.checkpoint.use)
         if step != progress.step:
             plan = all_plans[checkpoints.meta(step)["progress"]["plan"]]
             best = checkpoints.restore(step, abstract_state(experiment.model, plan))
             weights = best.params, best.batch_stats
             valid = valid if plan.index == progress.plan else None
-        params, batch_stats = weights
-        return TrainingResult(params, batch_stats, step, checkpoints.identity(step), valid, loop.seconds, counts)
+        return TrainingResult(*weights, step, checkpoints.identity(step), valid, loop.seconds, counts)
 
 
-def resume_point(experiment: Experiment, checkpoints: Checkpoints) -> tuple[Progress, TrainState] | None:
-    """(Progress, TrainState) of the latest checkpoint, or None; UserError where the run can't be resumed as it was started."""
+def resume_point(experiment: Experiment, checkpoints: Checkpoints, images: str) -> tuple[Progress, TrainState] | None:
+    """(Progress, TrainState) of the latest checkpoint, or None.
+
+    Args:
+        experiment: what is trained now.
+        checkpoints: of the run.
+        images: their fingerprint.
+
+    Raises:
+        UserError: the run can't be resumed as it was started.
+    """
     steps = checkpoints.steps()
     if not steps:
         return None
@@ -203,47 +195,43 @@ def resume_point(experiment: Experiment, checkpoints: Checkpoints) -> tuple[Prog
     meta = checkpoints.meta(steps[-1])
     check_config(config, meta)
     check_same_functions(experiment.user_functions.names(config), meta.get("own", {}))
-    if meta["fingerprint"] != fingerprint(experiment.index):
+    if meta["fingerprint"] != images:
         raise UserError(
-            f"{config.data.root}: the images have changed since this run was started, so a resumed run would not be the "
-            f"same. Restore the folder, or train into a new --workdir."
+            f"{config.data.root}: the images have changed since this run was started. Restore them, or train into a new --workdir."
         )
     if meta["dtype"] != dtype:
         raise UserError(
-            f"precision: this run was computed in {meta['dtype']}, and this machine would continue in {dtype}; add "
-            f"--precision {meta['dtype']} to a new run, or resume on the kind of device that it was started on."
+            f"precision: this run was computed in {meta['dtype']}, not {dtype}; resume it on the kind of device it started on."
         )
     progress = Progress(**meta["progress"])
     return progress, checkpoints.restore(steps[-1], abstract_state(experiment.model, plans(experiment)[progress.plan]))
 
 
+@dataclass
 class TrainingLoop:
     """Runs phases one after the other.
 
     Attributes:
+        experiment: what all phases share.
         progress: where the run is; changes as it goes on.
+        log: takes the rows of metrics.
+        checkpoints: take the states.
+        facts: saved with each checkpoint.
+        table: shows the epochs.
+        stopping: asked after each step whether to save and leave.
+        workdir: folder for the range tests of `lr: auto`; None: they are not kept.
         seconds: time spent, by phase and part.
     """
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        progress: Progress,
-        *,
-        log: Log,
-        checkpoints: StateSaver,
-        facts: Mapping[str, Any] | None = None,
-        say: Callable[[str], None] = print,
-        table: Table | None = None,
-        stopping: Stopping | None = None,
-        keep_lr_find: Callable[[PhasePlan, LRFindResult | LRFindBand], Any] = lambda plan, result: None,
-    ):
-        """`facts` are saved with each checkpoint; `say` prints a line; `table` shows the epochs; `keep_lr_find` keeps a range test."""
-        self.experiment, self.progress = experiment, progress
-        self.log, self.checkpoints, self.facts, self.keep_lr_find = log, checkpoints, facts or {}, keep_lr_find
-        self.say, self.table, self.stopping = say, table or Table(say), stopping or Stopping()
-        self.fingerprint = fingerprint(experiment.index)  # computed once, because it reads every row of the index
-        self.seconds: dict[str, float] = {}
+    experiment: Experiment
+    progress: Progress
+    log: Log
+    checkpoints: StateSaver
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    table: Table = field(default_factory=Table)
+    stopping: Stopping = field(default_factory=Stopping)
+    workdir: Path | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -260,7 +248,7 @@ class TrainingLoop:
         Args:
             plan: the phase.
             weights: (params, batch_stats) that the phase starts from.
-            features: of the training and validation images, with precompute.
+            features: of the training and validation images, with precompute; else empty.
             state: of a resumed phase; None: the phase begins.
         """
         plan = self.resolve_lr(plan, weights, features)
@@ -268,11 +256,8 @@ class TrainingLoop:
         state = create_state(*weights) if state is None else state
         if self.progress.epoch >= plan.end_epoch:
             return state
-        train_features, valid_features = (features["train"], features["valid"]) if features else (None, None)
         with self.clock(f"{plan.name}.prepare"):
-            drive = make_driver(self.experiment, plan, train_step, train_features)
-        valid = self.experiment.index.splits["valid"]
-        evaluate = Evaluator(self.experiment.model, valid, features=valid_features, **decoding(self.experiment))
+            drive = make_driver(self.experiment, plan, train_step, features.get("train"))
         # One program where all layer groups learn alike, since each is traced and compiled.
         schedules = [jax.jit(s) for s in plan.lr_schedules()[: 1 if len(set(plan.phase.lrs)) == 1 else None]]
         # The driver donates the state, and the caller may still hold its arrays.
@@ -283,7 +268,7 @@ class TrainingLoop:
                 with self.clock(f"{plan.name}.train"):
                     running = self.run_epoch(plan, running, drive, schedules)
                 seconds, steps = time.perf_counter() - start, plan.steps_per_epoch - first_step
-                logits = self.evaluate_epoch(plan, running, evaluate)
+                logits = self.evaluate_epoch(plan, running, features.get("valid"))
                 batch_size = min(plan.phase.batch_size, len(self.experiment.index.splits["train"]))
                 self.end_epoch(plan, running, logits, seconds=seconds, rate=steps * batch_size / seconds)
         self.table.end()
@@ -293,20 +278,20 @@ class TrainingLoop:
         """The plan with a number for `lr: auto`: the valley of a range test, or RunError where that can't be trusted."""
         if plan.phase.lr != "auto":
             return plan
-        progress, train_features = self.progress, features["train"] if features else None
+        progress, train_features = self.progress, features.get("train")
         if progress.lr is None:
             with self.clock(f"{plan.name}.lr_find"):
                 result = find_lr(self.experiment, plan, weights, train_features)
                 # One noisy curve may mislead where several fresh heads do not. They say nothing of a trained head.
                 if result.refusal and features and progress.step == 0:
                     result = find_lr(self.experiment, plan, weights, train_features, seeds=LR_FIND_SEEDS)
-            self.keep_lr_find(plan, result)
+            if self.workdir and distributed.is_primary():
+                write_lr_find(self.workdir, result, name=f"lr_find_{plan.name}")
             if result.refusal:
-                raise RunError(
-                    f"phase '{plan.name}': lr_find suggests no rate ({result.refusal}). Set phases.{plan.name}.lr to a number."
-                )
+                way_out = f"Set phases.{plan.name}.lr to a number."
+                raise RunError(f"phase '{plan.name}': lr_find suggests no rate ({result.refusal}). {way_out}")
             progress.lr = float(result.suggestion())
-            self.say(f"{plan.name}: learning rate {progress.lr:.3g}, by lr_find ({result.why})")
+            print(f"{plan.name}: learning rate {progress.lr:.3g}, by lr_find ({result.why})")
         return plan.with_lr(progress.lr)
 
     def run_epoch(self, plan: PhasePlan, state: TrainState, drive: Callable, schedules: list[Callable]) -> TrainState:
@@ -346,10 +331,7 @@ class TrainingLoop:
         losses = (values["loss"] / values["n"]).astype(float)
         bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
-            raise RunError(
-                f"phase '{plan.name}': the loss is {losses[bad[0]]} at step {first_step + bad[0] + 1} (steps "
-                f"{first_step + 1} to {first_step + len(losses)} were run together). {_lower_lr(plan)}, or precision: float32."
-            )
+            raise _diverged(plan, f"the loss is {losses[bad[0]]} at step {first_step + bad[0] + 1}")
         rows = []
         for step, loss in enumerate(losses.tolist(), start=first_step):
             self.progress.add_loss(loss)
@@ -359,25 +341,26 @@ class TrainingLoop:
         bar.update(int(values["n"].sum()))
         bar.set_postfix_str(f"loss {self.progress.train_loss:.4f}")
 
-    def evaluate_epoch(self, plan: PhasePlan, state: TrainState, evaluate: Callable) -> np.ndarray:
+    def evaluate_epoch(self, plan: PhasePlan, state: TrainState, features: np.ndarray | None) -> np.ndarray:
         """Logits of the validation images. A signal breaks it off: the state is saved, and a resumed run begins with it."""
+        experiment, valid = self.experiment, self.experiment.index.splits["valid"]
         try:
-            with self.clock(f"{plan.name}.evaluate"), self.stopping.at_once():
-                return evaluate(state.params, state.batch_stats)
+            with self.clock(f"{plan.name}.evaluate"), self.stopping.patient(False):
+                return evaluate_split(
+                    experiment.model, valid, state.params, state.batch_stats, features=features, **decoding(experiment)
+                )
         except Stopped as stopped:
             if stopped.signum == signal.SIGINT and distributed.is_multiprocess():
                 raise  # The other processes know nothing of it, and a checkpoint needs them all.
             self.save(plan, state)
-            raise Stopped.saved(stopped.signum, self.progress.step) from None
+            raise self.stopping.leave(self.progress.step) from None
 
     def end_epoch(self, plan: PhasePlan, state: TrainState, logits: np.ndarray, *, seconds: float, rate: float) -> None:
         """Brings the validation metrics into table, log and checkpoint; leaves where a signal has asked for it."""
         progress, labels = self.progress, self.experiment.index.splits["valid"].labels
         metrics = stats.summary(logits, labels)
         if not math.isfinite(metrics["log_loss"]):
-            raise RunError(
-                f"phase '{plan.name}': the validation loss after epoch {progress.epoch} is not a number. {_lower_lr(plan)}."
-            )
+            raise _diverged(plan, f"the validation loss after epoch {progress.epoch} is not a number")
         row = {"step": progress.step, "phase": plan.name, "epoch": progress.epoch, "train_loss": progress.train_loss}
         row |= {"valid_loss": metrics["log_loss"]} | {k: metrics[k] for k in ("errors", "n", "accuracy", "interval")}
         row |= {"seconds": seconds, "images_per_second": rate}
@@ -397,15 +380,13 @@ class TrainingLoop:
         """Starts a checkpoint; RunError instead of one whose weights are not numbers."""
         weights = jax.device_get(jax.tree.leaves((state.params, state.batch_stats)))
         if not all(np.isfinite(x).all() for x in weights):
-            raise RunError(
-                f"phase '{plan.name}': the weights are no longer numbers at step {self.progress.step}. {_lower_lr(plan)}."
-            )
-        facts = checkpoint_facts(self.experiment, self.progress, plan.name, self.fingerprint)
+            raise _diverged(plan, f"the weights are no longer numbers at step {self.progress.step}")
+        facts = checkpoint_facts(self.experiment, self.progress, plan.name)
         self.checkpoints.save(state, {**self.facts, **facts}, metrics=metrics)
 
 
-def checkpoint_facts(experiment: Experiment, progress: Progress, phase: str, images: str) -> dict[str, Any]:
-    """The JSON facts that a checkpoint is saved with; `images` is the fingerprint of the dataset."""
+def checkpoint_facts(experiment: Experiment, progress: Progress, phase: str) -> dict[str, Any]:
+    """The JSON facts of a checkpoint; the callers add the fingerprint of the images."""
     return {
         "step": progress.step,
         "epoch": progress.epoch,
@@ -414,9 +395,9 @@ def checkpoint_facts(experiment: Experiment, progress: Progress, phase: str, ima
         "classes": list(experiment.index.classes),
         "config": flat(experiment.config),
         "dtype": experiment.model.dtype,
-        "fingerprint": images,
     }
 
 
-def _lower_lr(plan: PhasePlan) -> str:
-    return f"Try a lower learning rate (phases.{plan.name}.lr is {plan.phase.lr})"
+def _diverged(plan: PhasePlan, problem: str) -> RunError:
+    advice = f"Try a lower learning rate (phases.{plan.name}.lr is {plan.phase.lr}), or precision: float32."
+    return RunError(f"phase '{plan.name}': {problem}. {advice}")
