@@ -24,7 +24,7 @@ from jaxcats.train.evaluator import Evaluator
 from jaxcats.train.experiment import Experiment, PhasePlan, fingerprint, initial_params, plans, setup
 from jaxcats.train.features import backbone_features, precompute
 from jaxcats.train.loop import Progress, TrainingLoop
-from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr
+from jaxcats.train.lr_finder import LRFindResult, Sweep, find_lr
 from jaxcats.train.user_functions import UserFunctions
 
 LR = float | Sequence[float] | slice | Literal["auto"]
@@ -202,7 +202,7 @@ class Learner:
 
     def lr_find(
         self, start: float = 1e-7, end: float = 10.0, *, iterations: int = 100, seeds: int = 1, **options: Any
-    ) -> LRFindResult | LRFindBand:
+    ) -> LRFindResult:
         """Loss under a rate that grows from `start` to `end`; the Learner's state doesn't change.
 
         Args:
@@ -214,8 +214,8 @@ class Learner:
         """
         plan, weights, features = self._next_phase({}, options)
         train = features["train"] if features else None
-        span = {"start": start, "end": end, "iterations": iterations, "seeds": seeds}
-        result = find_lr(self._experiment, plan, weights, train, **span)
+        sweep = Sweep(start, end, iterations=iterations, seeds=seeds)
+        result = find_lr(self._experiment, plan, weights, train, sweep)
         self.sched = Sched(result=result)
         return result
 

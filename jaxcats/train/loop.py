@@ -31,7 +31,7 @@ from jaxcats.train.epoch_table import Table
 from jaxcats.train.evaluator import Evaluator
 from jaxcats.train.experiment import Experiment, PhasePlan, abstract_state, fingerprint, make_phase, plans
 from jaxcats.train.features import precompute
-from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr, write_lr_find
+from jaxcats.train.lr_finder import LRFindResult, Sweep, find_lr, write_lr_find
 from jaxcats.train.run_folder import NoLog, RunLog, check_config
 from jaxcats.train.user_functions import check_same_functions
 
@@ -236,7 +236,7 @@ class TrainingLoop:
         say: Callable[[str], None] = print,
         table: Table | None = None,
         stopping: Stopping | None = None,
-        keep_lr_find: Callable[[PhasePlan, LRFindResult | LRFindBand], Any] = lambda plan, result: None,
+        keep_lr_find: Callable[[PhasePlan, LRFindResult], Any] = lambda plan, result: None,
     ):
         """`facts` are saved with each checkpoint; `say` prints a line; `table` shows the epochs; `keep_lr_find` keeps a range test."""
         self.experiment, self.progress = experiment, progress
@@ -299,7 +299,7 @@ class TrainingLoop:
                 result = find_lr(self.experiment, plan, weights, train_features)
                 # One noisy curve may mislead where several fresh heads do not. They say nothing of a trained head.
                 if result.refusal and features and progress.step == 0:
-                    result = find_lr(self.experiment, plan, weights, train_features, seeds=LR_FIND_SEEDS)
+                    result = find_lr(self.experiment, plan, weights, train_features, Sweep(seeds=LR_FIND_SEEDS))
             self.keep_lr_find(plan, result)
             if result.refusal:
                 raise RunError(
