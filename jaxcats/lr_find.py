@@ -32,16 +32,15 @@ def main(argv: Sequence[str]) -> None:
     silence_tensorflow()
     from jaxcats.train.experiment import describe, initial_params, plans, setup
     from jaxcats.train.features import precompute
-    from jaxcats.train.lr_finder import check_range, find_lr, write_lr_find
+    from jaxcats.train.lr_finder import Sweep, find_lr, write_lr_find
 
-    span = {key: options[key] for key in ("start", "end", "iterations", "seeds")}
-    check_range(**span)
+    sweep = Sweep(**{key: options[key] for key in ("start", "end", "iterations", "seeds")})
     experiment = setup(config)
     print(describe(experiment))
     plan = plans(experiment)[names.index(name)]
     params, batch_stats, _ = initial_params(experiment)
     features = precompute(experiment, params, batch_stats)[0]["train"] if plan.phase.precompute else None
-    result = find_lr(experiment, plan, (params, batch_stats), features, **span)
+    result = find_lr(experiment, plan, (params, batch_stats), features, sweep)
     folder = Path(options["out"] or f"runs/lr_find-{time.strftime('%Y%m%d-%H%M%S')}")
     files = write_lr_find(folder, result)
     print(result.table())

@@ -289,14 +289,15 @@ def run_lr_find(a: argparse.Namespace) -> dict[str, Any]:
     calls = []
     for _ in range(a.rounds + 1):
         start = time.perf_counter()
-        stopped = lr_finder.find_lr(exp, plan, (params, stats), feats["train"]).stopped
+        stopped = lr_finder.find_lr(exp, plan, (params, stats), feats["train"]).curves[0].stopped
         calls.append(time.perf_counter() - start)
-    params, stats = lr_finder.head_only(params), lr_finder.head_only(stats)
-    rates = lr_finder.group_rates(plan, lr_finder.START, lr_finder.END, lr_finder.ITERATIONS)
+    params, stats = ({"backbone": {}, "head": tree["head"]} for tree in (params, stats))
+    sweep = lr_finder.Sweep()
+    rates = lr_finder.group_rates(plan, sweep)
     step, create = experiment.make_phase(exp, plan, rates=rates, params=params)
-    program, seconds = jit(scan.make_range_test(step, iterations=lr_finder.ITERATIONS)), []
+    program, seconds = jit(scan.make_range_test(step, iterations=sweep.iterations)), []
     begin = scan.begin_range_test(create(params, stats))
-    order = lr_finder.cycled_order(exp, plan, lr_finder.ITERATIONS, seed=0)
+    order = lr_finder.cycled_order(exp, plan, sweep.iterations, seed=0)
     [(arrays, order)] = lr_finder.chunks(exp, plan, order, feats["train"])
     for _ in range(a.rounds + 1):
         start = time.perf_counter()

@@ -157,12 +157,12 @@ def test_feature_caches(tmp_path, forged):
         assert loaded.features.dtype == np.float32
         assert (loaded.features == truth).all() or (forged and loaded.reused)
         assert loaded.reused + loaded.computed == 6
-        return "whole" if data == good else f"{loaded.reused} reused, {len(loaded.damaged)} damaged"
+        return "whole" if data == good else f"{loaded.reused} reused"
 
     words = (b'"F32"', b'"F64"', b'"BF16"', b'"U8"', b"[6,5]", b"[5,6]", b"[]", b"-1", b"\xff" * 8, b"\x00" * 8)
     counts = fuzz(good, words, try_reading)
-    assert counts["0 reused, 1 damaged"] > 10
-    assert ("6 reused, 0 damaged" in counts) == forged
+    assert counts["0 reused"] > 10
+    assert ("6 reused" in counts) == forged
 
 
 @pytest.mark.slow

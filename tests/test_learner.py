@@ -238,17 +238,20 @@ def test_lr_find_changes_nothing_and_plots(learn):
     result = learn.lr_find(iterations=40)
     assert weights_of(learn) == before
     assert learn.history == []
-    assert len(result.lrs) <= 40
-    np.testing.assert_allclose(result.lrs[:3], 1e-7 * 1e8 ** (np.arange(3) / 40), rtol=1e-5)
+    lrs = result.curves[0].lrs
+    assert len(lrs) <= 40
+    np.testing.assert_allclose(lrs[:3], 1e-7 * 1e8 ** (np.arange(3) / 40), rtol=1e-5)
     assert learn.sched.plot()._repr_png_()[:4] == b"\x89PNG"
     assert learn.sched.plot_lr().axes
     band = learn.lr_find(iterations=40, seeds=3)
-    assert len(band.results) == 3
-    alone = learn.lr_find(iterations=40)
-    n = min(len(alone.losses), len(band.results[0].losses), 20)
-    np.testing.assert_allclose(band.results[0].losses[:n], alone.losses[:n], rtol=1e-3)  # seed 0 is the run's own
+    assert len(band.curves) == 3
+    alone = learn.lr_find(iterations=40).curves[0]
+    n = min(len(alone.losses), len(band.curves[0].losses), 20)
+    np.testing.assert_allclose(band.curves[0].losses[:n], alone.losses[:n], rtol=1e-3)  # seed 0 is the run's own
     learn.precompute = False
-    assert len(learn.lr_find(iterations=7, batch_size=8).lrs) == 7  # images, in chunks of ten, gone through thrice
+    assert (
+        len(learn.lr_find(iterations=7, batch_size=8).curves[0].lrs) == 7
+    )  # images, in chunks of ten, gone through thrice
     with pytest.raises(jc.UserError, match="precompute"):
         learn.lr_find(seeds=3)
     with pytest.raises(jc.UserError, match="start"):
@@ -256,9 +259,9 @@ def test_lr_find_changes_nothing_and_plots(learn):
 
 
 def test_images_and_features_give_the_same_range_test(learn):
-    features = learn.lr_find(1e-5, 1.0, iterations=12)
+    features = learn.lr_find(1e-5, 1.0, iterations=12).curves[0]
     learn.precompute = False
-    pictures = learn.lr_find(1e-5, 1.0, iterations=12)
+    pictures = learn.lr_find(1e-5, 1.0, iterations=12).curves[0]
     np.testing.assert_allclose(pictures.losses, features.losses, rtol=1e-3)
 
 

@@ -171,7 +171,7 @@ def test_a_fit_s_own_precompute_decides_about_augmentation(learn):
 
 def test_lr_find_takes_rates_as_fit_does(learn):
     result = learn.lr_find(1e-5, 1.0, iterations=20, lr=slice(1e-4, 1e-2))
-    np.testing.assert_allclose(result.lrs[:2], [1e-5, 1e-5 * 1e5**0.05], rtol=1e-4)
+    np.testing.assert_allclose(result.curves[0].lrs[:2], [1e-5, 1e-5 * 1e5**0.05], rtol=1e-4)
 
 
 def test_auto_for_a_trained_head_never_asks_fresh_ones(learn, monkeypatch):

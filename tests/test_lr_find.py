@@ -72,7 +72,7 @@ def test_the_command_prints_its_table_and_writes_its_files(separable, tmp_path, 
     assert (out / "figures" / "lr_find.png").read_bytes()[:4] == b"\x89PNG"
     assert code == (1 if result.refusal else 0)
     assert bool(result.refusal) == ("no trustworthy learning rate" in said.err)
-    np.testing.assert_allclose(result.lrs[:5], 1e-7 * 1e8 ** (np.arange(5) / 100), rtol=1e-4)
+    np.testing.assert_allclose(result.curves[0].lrs[:5], 1e-7 * 1e8 ** (np.arange(5) / 100), rtol=1e-4)
     assert not result.refusal or not record["suggestions"]
 
 
@@ -96,9 +96,9 @@ def test_several_seeds_give_a_band(separable, tmp_path, capsys):
     assert command(lr_find.main, *argv) in (0, 1)
     assert "under 3 seeds" in capsys.readouterr().out
     band = band_of(json.loads((out / "lr_find.json").read_text()))
-    first = [r.losses[0] for r in band.results]
+    first = [r.losses[0] for r in band.curves]
     assert len(set(first)) == 3  # heads and orders of their own
-    np.testing.assert_allclose(band.results[0].lrs[:5], 1e-5 * 1e5 ** (np.arange(5) / 50), rtol=1e-4)
+    np.testing.assert_allclose(band.curves[0].lrs[:5], 1e-5 * 1e5 ** (np.arange(5) / 50), rtol=1e-4)
 
 
 @pytest.mark.parametrize(

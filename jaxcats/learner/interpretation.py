@@ -142,7 +142,7 @@ class Sched:
     def plot_lr(self) -> plots.Figure:
         """Learning rate by iteration, with the momentum where that is a schedule."""
         if self.result is not None:
-            return plots.learning_rates(self.result.results[0].lrs)
+            return plots.learning_rates(self.result.curves[0].lrs)
         return figures.plot_learning_rates(self._fit_rows(), momentum=self.momentum)
 
     def plot(self) -> plots.Figure:

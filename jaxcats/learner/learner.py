@@ -23,7 +23,7 @@ from jaxcats.train.evaluator import evaluate_split
 from jaxcats.train.experiment import Experiment, PhasePlan, fingerprint, initial_params, make_phase, plans, setup
 from jaxcats.train.features import backbone_features, precompute
 from jaxcats.train.loop import Progress, TrainingLoop
-from jaxcats.train.lr_finder import LRFindBand, LRFindResult, find_lr
+from jaxcats.train.lr_finder import LRFindResult, Sweep, find_lr
 from jaxcats.train.user_functions import UserFunctions
 
 LR = float | Sequence[float] | slice | Literal["auto"]
@@ -186,7 +186,7 @@ class Learner:
 
     def lr_find(
         self, start: float = 1e-7, end: float = 10.0, *, iterations: int = 100, seeds: int = 1, **options: Any
-    ) -> LRFindResult | LRFindBand:
+    ) -> LRFindResult:
         """Loss under a rate that grows from `start` to `end`; the Learner's state doesn't change.
 
         Args:
@@ -197,8 +197,8 @@ class Learner:
             **options: as of `fit`.
         """
         plan, weights, features = self._next_phase({}, options)
-        span = {"start": start, "end": end, "iterations": iterations, "seeds": seeds}
-        result = find_lr(self._experiment, plan, weights, features.get("train"), **span)
+        sweep = Sweep(start, end, iterations=iterations, seeds=seeds)
+        result = find_lr(self._experiment, plan, weights, features.get("train"), sweep)
         self.sched = Sched(result=result)
         return result
 

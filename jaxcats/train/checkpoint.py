@@ -29,9 +29,6 @@ from jaxcats.core.state import copy, tree_hash
 # Orbax logs every save at INFO and WARNING, and at ERROR what it raises as well.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-# In the message of an error: the files may be intact, so nobody is told to remove them.
-MAY_BE_INTACT = ("PERMISSION_DENIED", os.strerror(errno.EACCES), os.strerror(errno.EPERM), os.strerror(errno.EIO))
-
 
 def selection_metric(metrics: Mapping[str, float]) -> float:
     """What `best` minimises: validation errors, then the loss (mapped to less than one error)."""
@@ -70,9 +67,7 @@ class Checkpoints:
         except OSError as e:
             raise unwritable(f"{self.folder}:", e) from None
         except (ValueError, RecursionError) as e:  # a damaged JSON file in one of the checkpoints
-            raise UserError(
-                f"{self.folder}: can't be opened ({_reason(e)}). Remove the damaged checkpoint, or train again."
-            ) from e
+            raise UserError(f"{self.folder}: can't be opened ({_reason(e)}). Remove the damaged checkpoint.") from e
         self._best: dict[str, Any] | None = None  # {"step", "badness"} of the best so far
         if not read_only and self.steps():
             self._continue()
@@ -86,11 +81,10 @@ class Checkpoints:
             metrics: {"errors", "loss"} of the validation images, where it was evaluated.
         """
         state, step = copy(state), int(meta["step"])
-        metrics = dict(metrics) if metrics else None
-        if metrics and (
-            self._best is None or selection_metric(metrics) <= self._best["badness"]
-        ):  # Of equals the later.
-            self._best = {"step": step, "badness": selection_metric(metrics)}
+        if metrics:
+            badness = selection_metric(metrics)
+            if self._best is None or badness <= self._best["badness"]:  # Of equals the later.
+                self._best = {"step": step, "badness": badness}
         facts = {"meta": dict(meta), "metrics": metrics, "best": self._best, "arrays": tree_hash(state)}
         sealed = ocp.args.JsonSave({"facts": facts, "sha256": _json_hash(facts)})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=sealed)
@@ -132,13 +126,12 @@ class Checkpoints:
         steps = self.steps()
         self._best = self._best_so_far(steps)
         keep = {steps[-1]} | ({self._best["step"]} if self._best else set())
-        superfluous = [p for p in self.folder.iterdir() if p.name.isdigit() and int(p.name) not in keep]
-        if superfluous:
+        if superfluous := [p for p in self.folder.iterdir() if p.name.isdigit() and int(p.name) not in keep]:
             on_primary(lambda: [shutil.rmtree(path) for path in superfluous])
             self._manager.reload()
         for step in keep:
             if _json_hash(self._manager.metrics(step)) != _json_hash(self._facts(step)["metrics"]):
-                raise self._damaged(step, "its metrics are not those that were saved")
+                raise self._unusable(step, "its metrics are not those that were saved")
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -155,9 +148,7 @@ class Checkpoints:
             best = self._best_so_far(steps)
             return best["step"] if best else steps[-1]
         if which not in map(str, steps):
-            raise UserError(
-                f"--checkpoint {which}: does not exist; choose last, best or one of {', '.join(map(str, steps))}."
-            )
+            raise UserError(f"--checkpoint {which}: choose last, best or one of {', '.join(map(str, steps))}.")
         return int(which)
 
     def _best_so_far(self, steps: list[int]) -> dict[str, Any] | None:
@@ -179,7 +170,7 @@ class Checkpoints:
         """{"meta", "metrics", "best": {"step", "badness"} so far, "arrays": hash of the state}, as they were saved."""
         sealed = self._read(step, meta=ocp.args.JsonRestore())["meta"]
         if not isinstance(sealed, dict) or _json_hash(sealed.get("facts")) != sealed.get("sha256"):
-            raise self._damaged(step, "its facts are not those that were saved")
+            raise self._unusable(step, "its facts are not those that were saved")
         return sealed["facts"]
 
     def restore(self, step: int, target: Any) -> Any:
@@ -198,7 +189,7 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), target)
         state = self._read(step, state=ocp.args.StandardRestore(abstract))["state"]
         if tree_hash(state) != self._facts(step)["arrays"]:
-            raise self._damaged(step, "its arrays are not those that were saved")
+            raise self._unusable(step, "its arrays are not those that were saved")
         return state
 
     def _read(self, step: int, **args: Any) -> Any:
@@ -208,21 +199,18 @@ class Checkpoints:
         except Exception as e:  # Orbax and tensorstore raise many kinds for a damaged file.
             if "tructure" in str(e) and "ismatch" in str(e):
                 raise UserError(
-                    f"{place}: was saved from another network than config.yaml beside it says (backbone, head, optimizer). "
-                    f"Restore that config.yaml."
+                    f"{place}: was saved from another network than config.yaml says (backbone, head, optimizer); restore that file."
                 ) from e
             if not place.exists():
                 raise UserError(
-                    f"{place}: a training that is running has removed this checkpoint; run the command again."
+                    f"{place}: a running training has removed this checkpoint; run the command again."
                 ) from e
-            if isinstance(e, MemoryError) or any(text in str(e) for text in MAY_BE_INTACT):
-                raise UserError(f"{place}: this checkpoint can't be read ({_reason(e)}).") from e
-            raise self._damaged(step, _reason(e)) from e
+            raise self._unusable(step, _reason(e)) from e
 
-    def _damaged(self, step: int, reason: str) -> UserError:
+    def _unusable(self, step: int, reason: str) -> UserError:
+        place = self.folder / str(step)
         return UserError(
-            f"{self.folder / str(step)}: this checkpoint can't be used ({reason}). Remove that folder to use an older one, "
-            f"or train again."
+            f"{place}: this checkpoint can't be used ({reason}). If it is damaged, remove that folder to use an older one."
         )
 
     def wait(self) -> None:
@@ -236,9 +224,7 @@ class Checkpoints:
             yield
         except Exception as e:  # Orbax and tensorstore raise many kinds of their own.
             reason = os.strerror(errno.ENOSPC) if is_full(e) else _reason(e)
-            raise RunError(
-                f"{self.folder}: a checkpoint can't be saved ({reason}); the one before it, if any, is complete. {MAKE_ROOM}"
-            ) from None
+            raise RunError(f"{self.folder}: a checkpoint can't be saved ({reason}). {MAKE_ROOM}") from None
 
     def close(self) -> None:
         """Waits until every save is complete, and ends."""

@@ -62,13 +62,13 @@ class Table:
     """Epochs as lines of text: `add` each row, `end` the phase."""
 
     def __init__(self, say: Callable[[str], None] = print):
-        self.say, self.rows, self.has_head = say, list[Row](), False
+        self.say, self.rows, self.head = say, list[Row](), table_head()
 
     def add(self, row: Row) -> None:
         """Shows an epoch."""
-        if not self.has_head:
-            self.say(table_head())
-            self.has_head = True
+        if self.head:
+            self.say(self.head)
+            self.head = ""
         self.rows.append(row)
         self.say(table_row(row))
 
@@ -112,21 +112,10 @@ def to_html(rows: Sequence[Row], *, best: int | None = None, note: str | None = 
     heads = ("phase", "epoch", "train loss", "valid loss", "result", "time", "")
     lines = ["<table><thead><tr>", *(f"<th>{head}</th>" for head in heads), "</tr></thead><tbody>"]
     for i, row in enumerate(rows):
-        remarks = user_metrics_text(row)
-        if i == best:
-            remarks.insert(0, "best")
-        cells = (
-            row["phase"],
-            row["epoch"],
-            f"{row['train_loss']:.4f}",
-            f"{row['valid_loss']:.4f}",
-            sentence(row["errors"], row["n"]),
-            f"{row['seconds']:.1f} s",
-            ", ".join(remarks),
-        )
-        style = " style='font-weight: bold'" if i == best else ""
+        style, mark = (" style='font-weight: bold'", ["best"]) if i == best else ("", [])
+        losses = (f"{row[name]:.4f}" for name in ("train_loss", "valid_loss"))
+        remarks = ", ".join([*mark, *user_metrics_text(row)])
+        result = sentence(row["errors"], row["n"])
+        cells = (row["phase"], row["epoch"], *losses, result, f"{row['seconds']:.1f} s", remarks)
         lines += [f"<tr{style}>", *(f"<td>{html.escape(str(cell))}</td>" for cell in cells), "</tr>"]
-    lines.append("</tbody></table>")
-    if note:
-        lines.append(f"<p>{html.escape(note)}</p>")
-    return "".join(lines)
+    return "".join([*lines, "</tbody></table>", f"<p>{html.escape(note)}</p>" if note else ""])

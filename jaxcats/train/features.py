@@ -10,16 +10,15 @@ import importlib.metadata
 import inspect
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import jax
 import numpy as np
 import PIL
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from jaxcats import models
@@ -34,8 +33,7 @@ from jaxcats.data.index import Split
 from jaxcats.train.drivers import decoding, image_batches, one_batch_late
 from jaxcats.train.experiment import Experiment
 
-SHARD_ROWS = 4096
-SAVE_SECONDS = 60.0  # what a killed process can lose
+SHARD_ROWS = 64  # A killed process loses the last rows: less than a minute of work from two images a second on.
 XLA_ALIGNMENT = 64  # bytes
 
 
@@ -87,7 +85,9 @@ def backbone_features(
                 yield indices, values
                 bar.update(len(indices))
 
-    shape = jax.ShapeDtypeStruct((mesh.round_up_to_devices(batch_size), preprocess.size, preprocess.size, 3), np.uint8)
+    image_shape = (mesh.round_up_to_devices(batch_size), preprocess.size, preprocess.size, 3)
+    # Shapes alone: arrays restored from a checkpoint would add their placement to the text of the program.
+    shapes = (*jax.eval_shape(lambda: weights), jax.ShapeDtypeStruct(image_shape, np.uint8))
     facts = {
         "backbone": model.name,
         "head": model.head,
@@ -97,23 +97,14 @@ def backbone_features(
         "transform": TRANSFORM_VERSION,
         "pillow": PIL.__version__,
         "batch_size": batch_size,  # changes the last bits
-        "program": source_hash(model.backbone) or _lowered(run, *jax.eval_shape(lambda: weights), shape),
+        "program": source_hash(model.backbone) or _sha256(run.lower(*shapes).as_text()),
         "compiler": compiler_options(jax.default_backend()),
         "platform": jax.default_backend(),
     }
     if mesh.has_many_devices():
         facts["devices"] = jax.device_count()
-    cached = cached_features(
-        split.hashes,
-        facts=facts,
-        width=model.feature_size,
-        compute=compute,
-        cache_dir=cache_dir,
-        agree=distributed.any_process,
-    )
-    for path in cached.damaged:
-        print(f"{path}: damaged; removed and computed again.", file=sys.stderr)
-    return cached
+    agree, width = distributed.any_process, model.feature_size
+    return cached_features(split.hashes, facts=facts, width=width, compute=compute, cache_dir=cache_dir, agree=agree)
 
 
 def feature_program(model: models.Model, preprocess: Preprocess) -> Callable:
@@ -150,12 +141,11 @@ def source_hash(backbone: models.Backbone) -> str | None:
     except OSError:
         return None
     code += [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")]
-    return hashlib.sha256("\0".join(code).encode()).hexdigest()
+    return _sha256("\0".join(code))
 
 
-def _lowered(run: Callable, *shapes: Any) -> str:
-    """Hash of the text of a program. Of shapes alone: arrays restored from a checkpoint would add their placement."""
-    return hashlib.sha256(run.lower(*shapes).as_text().encode()).hexdigest()
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # --- the cache: a folder per key, files of rows under the hashes of their images ---
@@ -169,13 +159,11 @@ class Cached:
         features: float32 [N, F], read-only.
         reused: rows read from the cache.
         computed: images that went through the backbone.
-        damaged: unreadable cache files, whose rows were computed again.
     """
 
     features: np.ndarray
     reused: int
     computed: int
-    damaged: tuple[str, ...]
 
 
 def cached_features(
@@ -197,88 +185,77 @@ def cached_features(
         cache_dir: parent of the cache folders. When it is not writable, the features are used and not kept.
         agree: from the rows that are missing here (bool [N]) to those that all processes compute together.
     """
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_dir / "features" / key
+    folder = cache_dir / "features" / _sha256(json.dumps(facts, sort_keys=True))[:32]
     remove_stale_temporaries(folder)
     features = _aligned_zeros(len(hashes), width)
     row_of: dict[str, int] = {}
     first = np.array([row_of.setdefault(h, row) for row, h in enumerate(hashes)], int)  # equal images are computed once
-    known, damaged = _read_shards(folder, row_of, features)
+    known = _read_shards(folder, row_of, features)
     missing = agree(~known[first])
     rows = np.flatnonzero(missing & (first == np.arange(len(hashes))))
     if len(rows):
-        shards = _Shards(folder, facts, hashes, features)
-        try:
-            for computed, values in compute(rows):
-                features[computed] = values
-                shards.add(computed)
-        finally:  # An interrupted process (Ctrl-C, SIGTERM) keeps what it has computed.
-            shards.save()
+        _compute_and_keep(compute(rows), folder, facts, hashes, features)
     copies = np.flatnonzero(first != np.arange(len(hashes)))
     features[copies] = features[first[copies]]
     features.flags.writeable = False  # From here on a device may share the memory.
-    return Cached(features, len(hashes) - int(missing.sum()), len(rows), tuple(damaged))
+    return Cached(features, len(hashes) - int(missing.sum()), len(rows))
 
 
-class _Shards:
-    """Writes rows of features as they come: full files, and every minute the one under way, which replaces its predecessor.
+def _compute_and_keep(
+    batches: Iterator[tuple[np.ndarray, np.ndarray]],
+    folder: Path,
+    facts: Mapping[str, Any],
+    hashes: Sequence[str],
+    features: np.ndarray,
+) -> None:
+    """Fills rows of `features` as they come, and writes a file once there are SHARD_ROWS; warns where that fails.
 
-    So every process that computes these rows leaves the same files, however long it takes.
+    The files depend on the rows alone, so every process that computes these rows leaves the same files.
     """
+    rows: list[int] = []  # computed and not yet written
+    writable = True
+    try:
+        for computed, values in batches:
+            features[computed] = values
+            rows += computed.tolist()
+            if len(rows) >= SHARD_ROWS:
+                writable = writable and _write_shard(folder, facts, hashes, features, rows)
+                rows = []  # If an interrupt strikes before this, they are written once more under the same name.
+    finally:  # An interrupted process (Ctrl-C, SIGTERM) keeps what it has computed.
+        if rows and writable:
+            _write_shard(folder, facts, hashes, features, rows)
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], hashes: Sequence[str], features: np.ndarray):
-        self.folder, self.facts, self.hashes, self.features = folder, facts, hashes, features
-        self._rows: list[int] = []  # of the shard under way
-        self._path: Path | None = None  # its file, once it has been saved
-        self._due = monotonic() + SAVE_SECONDS
-        self._warned = False
 
-    def add(self, rows: np.ndarray) -> None:
-        """Takes up rows of `features` that have been filled."""
-        self._rows += rows.tolist()
-        if len(self._rows) >= SHARD_ROWS:
-            self.save()  # If an interrupt strikes here, it is saved once more under the same name.
-            self._rows, self._path = [], None
-        elif monotonic() > self._due:
-            self.save()
-
-    def save(self) -> None:
-        """Writes the shard under way; warns once where that fails."""
-        if not self._rows:
-            return
-        self._due = monotonic() + SAVE_SECONDS
-        names = np.frombuffer(bytes.fromhex("".join(self.hashes[r] for r in self._rows)), np.uint8).reshape(-1, 32)
-        data = save({"hashes": np.ascontiguousarray(names), "features": self.features[self._rows]})
+def _write_shard(
+    folder: Path, facts: Mapping[str, Any], hashes: Sequence[str], features: np.ndarray, rows: list[int]
+) -> bool:
+    """Writes some rows of features with the hashes of their images; warns where the folder can't be written, and returns False."""
+    names = np.frombuffer(bytes.fromhex("".join(hashes[row] for row in rows)), np.uint8).reshape(-1, 32)
+    data = save({"hashes": names, "features": features[rows]})
+    try:
         # The name is the hash of the content: a file that is cut short or altered later no longer matches it.
-        path = self.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
-        try:
-            write_bytes(path, data)
-            previous, self._path = self._path, path
-            if previous not in (None, path):
-                previous.unlink(missing_ok=True)
-            write_json(self.folder / "facts.json", dict(self.facts))
-        except OSError as e:
-            if not self._warned:
-                warn(f"features are not kept: {self.folder} can't be written ({e.strerror})")
-            self._warned = True
+        write_bytes(folder / f"{hashlib.sha256(data).hexdigest()}.safetensors", data)
+        write_json(folder / "facts.json", dict(facts))
+    except OSError as e:
+        warn(f"features are not kept: {folder} can't be written ({e.strerror})")
+        return False
+    return True
 
 
-def _read_shards(folder: Path, row_of: Mapping[str, int], features: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Fills the rows of `features` that the cache has; returns which these are, bool [N], and the damaged files.
+def _read_shards(folder: Path, row_of: Mapping[str, int], features: np.ndarray) -> np.ndarray:
+    """Fills the rows of `features` that the cache has; returns which these are, bool [N].
 
     Damaged files are removed. A file that can't be read (no permission, a disk error) may be intact and is skipped.
     """
-    known, damaged, unread = np.zeros(len(features), bool), [], dict[str, str]()
+    known, unread = np.zeros(len(features), bool), []
     for path in sorted(folder.glob("*.safetensors")) if os.path.isdir(folder) else []:
         try:
-            names, values = _read_shard(path, features.shape[1])
-        except FileNotFoundError:  # another process has replaced it
-            continue
+            names, values = _parse_shard(path.read_bytes(), path.stem, features.shape[1])
         except OSError as e:
-            unread[str(path)] = str(e.strerror)
+            unread.append(f"{path}: can't be read ({e.strerror})")
             continue
-        except ValueError:
-            damaged.append(str(path))
+        except (ValueError, TypeError, KeyError, AttributeError, SafetensorError):
+            warn(f"{path}: damaged; removed and computed again.")
             with contextlib.suppress(OSError):  # a shared cache may be read-only
                 path.unlink()
             continue
@@ -287,28 +264,20 @@ def _read_shards(folder: Path, row_of: Mapping[str, int], features: np.ndarray) 
             if row is not None:
                 features[row], known[row] = value, True
     if unread:
-        path, reason = next(iter(unread.items()))
-        others = f", and {len(unread) - 1:,} more files" if len(unread) > 1 else ""
-        warn(f"{path}: can't be read ({reason}){others}: these features are computed again")
-    return known, damaged
+        warn(f"{unread[0]}; the features in {len(unread):,} such files are computed again")
+    return known
 
 
-def _read_shard(path: Path, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes uint8 [M, 32], features float32 [M, width]) of a file; ValueError where it is damaged."""
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != path.stem:
+def _parse_shard(data: bytes, sha256: str, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes uint8 [M, 32], features float32 [M, width]) of a file's content; raises some error where it is damaged."""
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError("the content does not match its name")
-    try:
-        tensors = load(data)
-        names, values = tensors["hashes"], tensors["features"]
-    except MemoryError:
-        raise
-    except Exception as e:  # whatever the library raises for a file that was never a shard
-        raise ValueError("not a shard") from e
-    if (names.dtype, values.dtype) != (np.uint8, np.float32):
-        raise ValueError("unexpected types")
-    if names.ndim != 2 or names.shape[1] != 32 or values.shape != (len(names), width):
-        raise ValueError("unexpected shapes")
+    tensors = load(data)
+    names, values = tensors["hashes"], tensors["features"]
+    if (names.dtype, names.shape[1:]) != (np.uint8, (32,)):
+        raise ValueError("unexpected hashes")
+    if (values.dtype, values.shape) != (np.float32, (len(names), width)):
+        raise ValueError("unexpected features")
     return names, values
 
 

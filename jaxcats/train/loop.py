@@ -31,7 +31,7 @@ from jaxcats.train.epoch_table import Table
 from jaxcats.train.evaluator import evaluate_split
 from jaxcats.train.experiment import Experiment, PhasePlan, abstract_state, initial_params, make_phase, plans
 from jaxcats.train.features import precompute
-from jaxcats.train.lr_finder import find_lr, write_lr_find
+from jaxcats.train.lr_finder import Sweep, find_lr, write_lr_find
 from jaxcats.train.run_folder import NoLog, RunLog, check_config
 from jaxcats.train.user_functions import check_same_functions
 
@@ -284,7 +284,7 @@ class TrainingLoop:
                 result = find_lr(self.experiment, plan, weights, train_features)
                 # One noisy curve may mislead where several fresh heads do not. They say nothing of a trained head.
                 if result.refusal and features and progress.step == 0:
-                    result = find_lr(self.experiment, plan, weights, train_features, seeds=LR_FIND_SEEDS)
+                    result = find_lr(self.experiment, plan, weights, train_features, Sweep(seeds=LR_FIND_SEEDS))
             if self.workdir and distributed.is_primary():
                 write_lr_find(self.workdir, result, name=f"lr_find_{plan.name}")
             if result.refusal:

@@ -9,9 +9,11 @@ import base64
 import contextlib
 import html
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ import jax
 import numpy as np
 
 from jaxcats.common.compile_cache import jit
-from jaxcats.common.errors import UserError, nearest
+from jaxcats.common.errors import UserError
 from jaxcats.common.io import write_bytes, write_json
 from jaxcats.core import scan
 from jaxcats.core.schedules import Schedule, constant, exponential
@@ -29,7 +31,6 @@ from jaxcats.train.experiment import Experiment, PhasePlan, make_phase, stable_n
 if TYPE_CHECKING:
     from jaxcats.plots import Figure
 
-START, END, ITERATIONS = 1e-7, 10.0, 100  # fastai v2's
 IMAGE_CHUNK = 10  # iterations per program when the batches are images; bounds the memory
 STOPPED = ("end", "diverged", "nan")  # by the reason of core.scan.RangeTest
 ENOUGH_POINTS = 16  # The slide rule compares slopes 15 steps apart; with fewer points fastai raises IndexError.
@@ -42,44 +43,102 @@ WINDOW, STANDARD_ERRORS, SHARE = 10, 4.0, 0.01  # see `changes`
 # --- running the test ---
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What a range test goes through; the defaults are fastai v2's. UserError for values that are impossible.
+
+    Attributes:
+        start: first learning rate.
+        end: the rate after the last iteration would be this: `start (end / start)^(i / iterations)`.
+        iterations: number of batches; the dataset is repeated where it has fewer.
+        seeds: more than one: this number of fresh heads, each with its own initialisation, order and dropout, in one
+            program; it needs features.
+    """
+
+    start: float = 1e-7
+    end: float = 10.0
+    iterations: int = 100
+    seeds: int = 1
+
+    def __post_init__(self) -> None:
+        counts = all(isinstance(n, int) and n >= 1 for n in (self.iterations, self.seeds))
+        if not counts or not 0 < self.start < self.end < float("inf"):
+            raise UserError(
+                f"lr_find: {self} can't be used; expected 0 < start < end, and whole numbers from 1 as iterations and seeds."
+            )
+
+
 def find_lr(
     experiment: Experiment,
     plan: PhasePlan,
     weights: tuple[Any, Any],
     features: np.ndarray | None,
-    *,
-    start: float = START,
-    end: float = END,
-    iterations: int = ITERATIONS,
-    seeds: int = 1,
-) -> "LRFindResult | LRFindBand":
-    """Trains a copy for a while under a learning rate that grows from `start` to `end`, and records the losses.
+    sweep: Sweep = Sweep(),
+) -> "LRFindResult":
+    """Trains a copy for a while under a learning rate that grows, and records the losses.
 
     Args:
         experiment: what all phases share.
         plan: the phase to find a rate for. Three rates keep their ratios; the reported one is that of the last group.
         weights: (params, batch_stats) where it starts; unchanged afterwards, bit for bit.
         features: float32 [n, F] of the training images, with precompute.
-        start: first learning rate.
-        end: the rate after the last iteration would be this: `start (end / start)^(i / iterations)`.
-        iterations: number of batches; the dataset is repeated where it has fewer.
-        seeds: more than one: this number of fresh heads, each with its own initialisation, order and dropout, in one
-            program; it needs features.
+        sweep: the rates to go through, and how often.
 
     Raises:
-        UserError: rates, iterations or seeds that are impossible.
+        UserError: several seeds without features, or a phase without a rate for its last layer group.
     """
-    check_range(start, end, iterations, seeds)
-    if features is None and seeds > 1:
+    if features is None and sweep.seeds > 1:
         raise UserError("seeds: several at once need cached features; set precompute: true, or use seeds 1.")
     if features is not None:  # The step does not need the backbone, and without it there is less to carry.
         weights = ({"backbone": {}, "head": weights[0]["head"]}, {"backbone": {}, "head": weights[1]["head"]})
-    rates = group_rates(plan, start, end, iterations)
-    lrs = np.asarray(jax.vmap(rates[-1])(np.arange(iterations)), np.float64)
+    rates = group_rates(plan, sweep)
+    lrs = np.asarray(jax.vmap(rates[-1])(np.arange(sweep.iterations)), np.float64)
     first = experiment.config.seed
-    orders = [cycled_order(experiment, plan, iterations, seed=seed) for seed in range(first, first + seeds)]
-    if seeds == 1:
-        return _run_test(experiment, plan, weights, features, rates=rates, lrs=lrs, order=orders[0])
+    seeds = range(first, first + sweep.seeds)
+    orders = [cycled_order(experiment, plan, sweep.iterations, seed=seed) for seed in seeds]
+    if sweep.seeds == 1:
+        tests = [_test_weights(experiment, plan, weights, features, rates, orders[0])]
+    else:
+        tests = zip(*_test_fresh_heads(experiment, plan, weights, features, rates, orders, seeds), strict=True)
+    curves = []
+    for losses, averages, count, reason in tests:
+        arrays = [np.asarray(values[: int(count)], np.float64) for values in (lrs, losses, averages)]
+        curves.append(Curve(*arrays, iterations=sweep.iterations, stopped=STOPPED[int(reason)]))
+    return LRFindResult(tuple(curves))
+
+
+def _test_weights(
+    experiment: Experiment,
+    plan: PhasePlan,
+    weights: tuple[Any, Any],
+    features: np.ndarray | None,
+    rates: list[Schedule],
+    order: np.ndarray,
+) -> tuple[Any, ...]:
+    """(losses, averages, count, reason) of one range test from given weights, a chunk at a time."""
+    train_step, create_state = make_phase(experiment, plan, rates=rates, params=weights[0])
+    run = jit(scan.make_range_test(train_step, iterations=len(order)), convolutions=features is None)
+    test = scan.begin_range_test(create_state(*weights))
+    outputs = []
+    for arrays, rows in chunks(experiment, plan, order, features):
+        test, losses_and_averages = run(test, arrays, rows)
+        outputs.append(jax.device_get(losses_and_averages))
+        if int(test.reason):
+            break
+    losses, averages = np.concatenate(outputs, axis=1)
+    return losses, averages, test.count, test.reason
+
+
+def _test_fresh_heads(
+    experiment: Experiment,
+    plan: PhasePlan,
+    weights: tuple[Any, Any],
+    features: np.ndarray | None,
+    rates: list[Schedule],
+    orders: list[np.ndarray],
+    seeds: range,
+) -> tuple[Any, ...]:
+    """(losses, averages, count, reason), each with an axis of seeds, of a range test for each of several new heads."""
 
     def run_seed(seed: jax.Array, arrays: dict[str, jax.Array], order: jax.Array):
         key = jax.random.key(seed)
@@ -87,67 +146,31 @@ def find_lr(
         heads = experiment.model.init_head(init_key)
         train_step, create_state = make_phase(experiment, plan, key=key, rates=rates, params=weights[0])
         state = create_state(*(tree | {"head": head} for tree, head in zip(weights, heads, strict=True)))
-        run = scan.make_range_test(train_step, iterations=iterations)
+        run = scan.make_range_test(train_step, iterations=len(orders[0]))
         test, (losses, averages) = run(scan.begin_range_test(state), arrays, order)
         return losses, averages, test.count, test.reason
 
     run_seeds = jax.jit(jax.vmap(run_seed, in_axes=(0, None, 0)))
     arrays = resident_arrays(experiment, plan, features)
-    outputs = jax.device_get(run_seeds(np.arange(first, first + seeds), arrays, np.stack(orders)))
-    return LRFindBand(tuple(LRFindResult.of_test(lrs, *parts) for parts in zip(*outputs, strict=True)))
+    return jax.device_get(run_seeds(np.arange(seeds.start, seeds.stop), arrays, np.stack(orders)))
 
 
-def _run_test(
-    experiment: Experiment,
-    plan: PhasePlan,
-    weights: tuple[Any, Any],
-    features: np.ndarray | None,
-    *,
-    rates: list[Schedule],
-    lrs: np.ndarray,
-    order: np.ndarray,
-) -> "LRFindResult":
-    """One range test from given weights, a chunk at a time."""
-    train_step, create_state = make_phase(experiment, plan, rates=rates, params=weights[0])
-    run = jit(scan.make_range_test(train_step, iterations=len(lrs)), convolutions=features is None)
-    test = scan.begin_range_test(create_state(*weights))
-    losses, averages = [], []
-    for arrays, rows in chunks(experiment, plan, order, features):
-        test, (loss, average) = run(test, arrays, rows)
-        losses.append(np.asarray(loss))
-        averages.append(np.asarray(average))
-        if int(test.reason):
-            break
-    return LRFindResult.of_test(lrs, np.concatenate(losses), np.concatenate(averages), test.count, test.reason)
-
-
-def check_range(start: float, end: float, iterations: int, seeds: int = 1) -> None:
-    """Raises UserError for a range test that is impossible."""
-    for name, value in (("iterations", iterations), ("seeds", seeds)):
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name}: {value!r} can't be used; expected a whole number, at least 1.")
-    if not 0 < start < end < float("inf"):
-        raise UserError(f"lr_find: the rates {start} to {end} can't be used; expected 0 < start < end.")
-
-
-def group_rates(plan: PhasePlan, start: float, end: float, iterations: int) -> list[Schedule]:
-    """An exponential rate for each layer group, in the ratios of the phase; `start` to `end` is that of the last group."""
+def group_rates(plan: PhasePlan, sweep: Sweep) -> list[Schedule]:
+    """An exponential rate for each layer group, in the ratios of the phase; the last group goes from `start` to `end`."""
     lrs = (1.0, 1.0, 1.0) if plan.phase.lr == "auto" else plan.phase.lrs
-    last = lrs[-1]
-    if not last:
+    if not lrs[-1]:
         raise UserError(
             f"lr_find: the rate of the last layer group is 0 in {lrs}; give it one, so that one can be found."
         )
-    return [exponential(start * lr / last, end * lr / last, iterations) if lr else constant(0.0) for lr in lrs]
+    ratios = [lr / lrs[-1] for lr in lrs]
+    return [exponential(sweep.start * r, sweep.end * r, sweep.iterations) if r else constant(0.0) for r in ratios]
 
 
 def cycled_order(experiment: Experiment, plan: PhasePlan, iterations: int, *, seed: int) -> np.ndarray:
     """Rows of each iteration, int32 [iterations, B]: epoch after epoch, as training would see them."""
-    n, epochs = len(experiment.index.splits["train"]), -(-iterations // plan.steps_per_epoch)
-    orders = [
-        scan.epoch_order(n, batch_size=plan.phase.batch_size, seed=seed, epoch=plan.first_epoch + e)
-        for e in range(epochs)
-    ]
+    n, first = len(experiment.index.splits["train"]), plan.first_epoch
+    epochs = range(first, first - (-iterations // plan.steps_per_epoch))
+    orders = [scan.epoch_order(n, batch_size=plan.phase.batch_size, seed=seed, epoch=epoch) for epoch in epochs]
     return np.concatenate(orders)[:iterations]
 
 
@@ -162,12 +185,11 @@ def chunks(
     padded = order[np.arange(steps) % len(order)]  # one program for every chunk; extra iterations do nothing
     rows = np.arange(IMAGE_CHUNK * order.shape[1], dtype=np.int32).reshape(IMAGE_CHUNK, -1)
     with contextlib.closing(streamed(experiment, plan, padded)) as batches:  # The test may end before they do.
-        for _ in range(0, steps, IMAGE_CHUNK):
-            parts = [next(batches) for _ in range(IMAGE_CHUNK)]
+        while parts := list(islice(batches, IMAGE_CHUNK)):
             yield {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}, rows
 
 
-def write_lr_find(folder: Path, result: "LRFindResult | LRFindBand", *, name: str = "lr_find") -> list[Path]:
+def write_lr_find(folder: Path, result: "LRFindResult", *, name: str = "lr_find") -> list[Path]:
     """Writes NAME.json and figures/NAME.png into a folder; returns their paths."""
     image = io.BytesIO()
     result.plot().savefig(image, format="png", dpi=120)
@@ -180,94 +202,9 @@ def write_lr_find(folder: Path, result: "LRFindResult | LRFindBand", *, name: st
 # --- its result ---
 
 
-class _Suggestions:
-    """What one test and a band of tests have in common."""
-
-    results: tuple["LRFindResult", ...]
-    if TYPE_CHECKING:
-        refusal: str | None
-        why: str
-
-    @cached_property
-    def suggestions(self) -> dict[str, float]:
-        """The learning rate by each of valley, steep, minimum and slide (for a band: the median); empty when refused."""
-        return {} if self.refusal else _medians(self.results)
-
-    @property
-    def outliers(self) -> tuple[str, ...]:
-        """Methods whose suggestion is more than a factor 30 from the middle of the four; not to be trusted."""
-        return _outliers(self.suggestions)
-
-    def suggestion(self, method: str = "valley") -> float:
-        """The learning rate by a method; UserError with the reason when none can be trusted."""
-        if method not in RULES:
-            raise UserError(f"method {method!r} is not one of {', '.join(RULES)}.{nearest(method, list(RULES))}")
-        if self.refusal:
-            raise UserError(f"lr_find has no trustworthy answer: {self.refusal}")
-        if method in self.outliers:
-            raise UserError(
-                f"lr_find has no trustworthy answer by {method}: {_rate(self.suggestions[method])} is more than a factor "
-                f"{AGREEMENT:.0f} from the middle of the four; choose another method, or from the figure"
-            )
-        return self.suggestions[method]
-
-    def range(self, method: str = "valley") -> tuple[float, float]:
-        """The lowest and the highest suggestion of the seeds; UserError as `suggestion`."""
-        self.suggestion(method)
-        return self._range(method)
-
-    def _range(self, method: str) -> tuple[float, float]:
-        rates = [r.rates[method] for r in self.results if not r.refusal]
-        return min(rates), max(rates)
-
-    def _details(self) -> list[str]:
-        """Lines of the table between its head and the suggestions."""
-        raise NotImplementedError
-
-    def table(self) -> str:
-        """The result as plain text."""
-        lines = [f"learning rate range test: {self.why}", *self._details()]
-        if self.refusal:
-            return "\n".join([*lines, f"no suggestion: {self.refusal}"])
-        lines.append(f"{'method':<9}  learning rate")
-        for name, value in self.suggestions.items():
-            line = f"{name:<9}  {_rate(value)}"
-            if len(self.results) > 1:
-                low, high = self._range(name)
-                line = f"{name:<9}  {_rate(value):<9} ({_rate(low)} to {_rate(high)})"
-            if name in self.outliers:
-                line += f"  not to be trusted: more than a factor {AGREEMENT:.0f} from the middle of the others"
-            lines.append(line)
-        return "\n".join(lines)
-
-    def plot(self) -> "Figure":
-        """Loss by learning rate (for a band: median and spread of the seeds), with the suggestions or the refusal."""
-        from jaxcats import plots  # Importing matplotlib takes half a second.
-
-        return plots.lr_find(
-            [(r.lrs, r.losses, r.smoothed) for r in self.results],
-            suggestions=self.suggestions,
-            ranges={name: self._range(name) for name in self.suggestions},
-            doubtful=self.outliers,
-            refusal=self.refusal,
-            skip_start=self.results[0].iterations // 10,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The summary as plain JSON."""
-        return {"refusal": self.refusal, "suggestions": self.suggestions, "outliers": list(self.outliers)}
-
-    def __repr__(self) -> str:
-        return self.table()
-
-    def _repr_html_(self) -> str:
-        image = base64.b64encode(self.plot()._repr_png_()).decode()
-        return f'<pre>{html.escape(self.table())}</pre><img src="data:image/png;base64,{image}" alt="loss by learning rate">'
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LRFindResult(_Suggestions):
-    """One range test: what was recorded, where and why it stopped, and the suggestions that follow from it.
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One range test: what was recorded, where and why it stopped, and the rates that the rules read off it.
 
     Attributes:
         lrs: float64 [m], learning rate of the last layer group at each iteration that ran.
@@ -283,28 +220,6 @@ class LRFindResult(_Suggestions):
     iterations: int
     stopped: str
 
-    def __post_init__(self) -> None:
-        for name in ("lrs", "losses", "smoothed"):
-            values = np.array(getattr(self, name), np.float64)
-            values.setflags(write=False)
-            object.__setattr__(self, name, values)
-        if not self.lrs.ndim == 1 or not self.lrs.shape == self.losses.shape == self.smoothed.shape:
-            raise ValueError(f"lrs, losses, smoothed: {self.lrs.shape}, {self.losses.shape}, {self.smoothed.shape}")
-        if not 0 < len(self.lrs) <= self.iterations or self.stopped not in STOPPED:
-            raise ValueError(f"{len(self.lrs)} of {self.iterations} iterations, stopped={self.stopped!r} ({STOPPED})")
-
-    @classmethod
-    def of_test(
-        cls, lrs: np.ndarray, losses: np.ndarray, averages: np.ndarray, count: Any, reason: Any
-    ) -> "LRFindResult":
-        """The result of a RangeTest that ran `count` of the len(lrs) iterations."""
-        n = int(count)
-        return cls(lrs[:n], losses[:n], averages[:n], iterations=len(lrs), stopped=STOPPED[int(reason)])
-
-    @property
-    def results(self) -> "tuple[LRFindResult, ...]":
-        return (self,)
-
     @property
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """Rates and smoothed losses that the rules look at: without the first tenth, the last five, and all from a NaN on."""
@@ -313,20 +228,18 @@ class LRFindResult(_Suggestions):
         goes_on = self.stopped == "nan" and not np.isinf(self.smoothed[-1])
         end = (self.iterations if goes_on else len(self.lrs)) - 5
         part = slice(self.iterations // 10, max(end, 0))
-        lrs, losses = self.lrs[part], self.smoothed[part]
-        good = int(np.isnan(losses).argmax()) if np.isnan(losses).any() else len(losses)
-        return lrs[:good], losses[:good]
+        good = np.logical_and.accumulate(~np.isnan(self.smoothed[part]))
+        return self.lrs[part][good], self.smoothed[part][good]
 
     @property
     def why(self) -> str:
         """Where and why the test stopped."""
         if self.stopped == "end":
-            return f"ran all {self.iterations} iterations (learning rate {_rate(self.lrs[0])} to {_rate(self.lrs[-1])})"
+            return f"ran all {self.iterations} iterations (learning rate {self.lrs[0]:.2g} to {self.lrs[-1]:.2g})"
         reason = "the smoothed loss passed 4 x its best"
         if self.stopped == "nan":
             reason = f"the loss was {'infinite' if np.isinf(self.losses[-1]) else 'not a number'}"
-        where = f"iteration {len(self.lrs)} of {self.iterations} (learning rate {_rate(self.lrs[-1])})"
-        return f"stopped at {where}: {reason}"
+        return f"stopped at iteration {len(self.lrs)} of {self.iterations} (learning rate {self.lrs[-1]:.2g}): {reason}"
 
     @cached_property
     def rates(self) -> dict[str, float]:
@@ -343,95 +256,143 @@ class LRFindResult(_Suggestions):
         if not fell and (stopped_early or 0 < rose <= half):
             return f"the loss diverged from the start: it never fell; the test {self.why}; start from a lower learning rate"
         if len(lrs) < ENOUGH_POINTS:
-            remedy = "more iterations" + ("" if self.stopped == "end" else " or start from a lower learning rate")
-            return f"too few points: {len(lrs)} of the {ENOUGH_POINTS} needed; the test {self.why}; ask for {remedy}"
+            needed = f"{len(lrs)} of the {ENOUGH_POINTS} needed"
+            return f"too few points: {needed}; the test {self.why}; ask for more iterations or a lower start"
         infinite = np.isinf(smoothed)
         if infinite.sum() > 1:  # One ends a test; with more, slopes are differences of infinities.
-            return f"the loss is infinite: from learning rate {_rate(lrs[infinite.argmax()])} on, and the test went on"
+            return f"the loss is infinite: from learning rate {lrs[infinite.argmax()]:.2g} on, and the test went on"
         if not fell:
             return "no descent: the loss never fell clearly below its noise; is the model trained already, or frozen?"
-        rates = self.rates
-        _, low, high, _ = sorted(rates, key=lambda name: rates[name])
-        if rates[high] > AGREEMENT * rates[low]:
-            return (
-                f"the methods disagree: even the middle two, {low} and {high}, are a factor {rates[high] / rates[low]:,.1f} "
-                f"apart, more than {AGREEMENT:.0f}; choose from the figure"
-            )
-        if "valley" in _outliers(rates):
-            return (
-                f"the methods disagree: the valley ({_rate(rates['valley'])}) is more than a factor {AGREEMENT:.0f} from the "
-                f"middle of the four; choose from the figure"
-            )
-        return None
-
-    def _details(self) -> list[str]:
-        best = int(np.nanargmin(self.smoothed)) if np.isfinite(self.smoothed).any() else 0
-        return [
-            f"smoothed loss: {self.smoothed[0]:.3g} at first, {self.smoothed[best]:.3g} at its lowest "
-            f"(learning rate {_rate(self.lrs[best])}), {self.smoothed[-1]:.3g} at last"
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON; NaN is null and an infinite loss the string "inf"."""
-        record = {"iterations": self.iterations, "stopped": self.stopped, "why": self.why, **super().to_dict()}
-        return record | {name: list(map(_to_json, getattr(self, name))) for name in ("lrs", "losses", "smoothed")}
+        return disagreement(self.rates)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LRFindBand(_Suggestions):
-    """The same range test under several seeds: other initialisations, other orders of the images."""
+class LRFindResult:
+    """One range test, or a band: the same test under several seeds (other initialisations, other orders of the images)."""
 
-    results: tuple[LRFindResult, ...]
+    curves: tuple[Curve, ...]
 
-    def __post_init__(self) -> None:
-        if not self.results:
-            raise ValueError("a band needs at least one result")
+    @cached_property
+    def trusted(self) -> list[dict[str, float]]:
+        """The rates of each test that suggests any."""
+        return [curve.rates for curve in self.curves if not curve.refusal]
 
     @cached_property
     def refusal(self) -> str | None:
-        """Why no rate can be suggested: fewer than half of the seeds suggest one."""
-        reasons = [r.refusal.split(":")[0] for r in self.results if r.refusal]
-        n, answers = len(self.results), len(self.results) - len(reasons)
-        if 2 * answers >= n:
-            alone = "valley" in _outliers(_medians(self.results))
-            return "the methods disagree: the valley stands alone among the medians" if alone else None
-        common = max(reasons, key=reasons.count)
-        return f"{answers} of {n} seeds give an answer, fewer than half; {reasons.count(common)} times {common}"
+        """Why no rate can be suggested: the test suggests none, or fewer than half of the seeds do, or they disagree."""
+        refusals = [curve.refusal for curve in self.curves if curve.refusal]
+        if len(refusals) <= len(self.trusted):
+            return disagreement(self._medians())
+        if len(self.curves) == 1:
+            return refusals[0]
+        [(reason, times)] = Counter(refusal.split(":")[0] for refusal in refusals).most_common(1)
+        answers = f"{len(self.trusted)} of {len(self.curves)} seeds give an answer, fewer than half"
+        return f"{answers}; {times} times {reason}"
+
+    def _medians(self) -> dict[str, float]:
+        return {name: float(np.median([rates[name] for rates in self.trusted])) for name in RULES}
+
+    @property
+    def suggestions(self) -> dict[str, float]:
+        """The learning rate by each of valley, steep, minimum and slide (for a band: the median); empty when refused."""
+        return {} if self.refusal else self._medians()
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The lowest and the highest suggestion of the seeds by each method; empty when refused."""
+        values = {name: [rates[name] for rates in self.trusted] for name in self.suggestions}
+        return {name: (min(rates), max(rates)) for name, rates in values.items()}
+
+    @property
+    def outliers(self) -> tuple[str, ...]:
+        """Methods whose suggestion is more than a factor 30 from the middle of the four; not to be trusted."""
+        return outliers(self.suggestions) if self.suggestions else ()
+
+    def suggestion(self, method: str = "valley") -> float:
+        """The learning rate by a method; UserError with the reason when none can be trusted."""
+        if method not in RULES:
+            raise UserError(f"method {method!r} is not one of {', '.join(RULES)}.")
+        if self.refusal:
+            raise UserError(f"lr_find has no trustworthy answer: {self.refusal}")
+        if method in self.outliers:
+            middle = f"more than a factor {AGREEMENT:.0f} from the middle of the four"
+            raise UserError(f"lr_find has no trustworthy answer by {method}: it is {middle}; choose another method.")
+        return self.suggestions[method]
 
     @property
     def why(self) -> str:
-        """How many seeds there were, how far they ran, and how many give an answer."""
-        answers, ran = sum(not r.refusal for r in self.results), [len(r.lrs) for r in self.results]
-        return (
-            f"ran {min(ran)} to {max(ran)} of {self.results[0].iterations} iterations under {len(self.results)} seeds, of "
-            f"which {answers} give an answer"
+        """Where and why the test stopped; of a band, how far its tests ran and how many give an answer."""
+        if len(self.curves) == 1:
+            return self.curves[0].why
+        lengths = [len(curve.lrs) for curve in self.curves]
+        ran = f"ran {min(lengths)} to {max(lengths)} of {self.curves[0].iterations} iterations"
+        return f"{ran} under {len(self.curves)} seeds, of which {len(self.trusted)} give an answer"
+
+    def table(self) -> str:
+        """The result as plain text."""
+        band = len(self.curves) > 1
+        lines = [f"learning rate range test: {self.why}"]
+        if band:
+            lines += [f"  seed {i}: {curve.refusal}" for i, curve in enumerate(self.curves) if curve.refusal]
+        if self.refusal:
+            return "\n".join([*lines, f"no suggestion: {self.refusal}"])
+        lines.append(f"{'method':<9}  learning rate")
+        for name, (low, high) in self.ranges.items():
+            line = f"{name:<9}  {self.suggestions[name]:<9.2g}"
+            if band:
+                line += f" ({low:.2g} to {high:.2g})"
+            if name in self.outliers:
+                line += f"  not to be trusted: more than a factor {AGREEMENT:.0f} from the middle of the others"
+            lines.append(line.rstrip())
+        return "\n".join(lines)
+
+    def plot(self) -> "Figure":
+        """Loss by learning rate (for a band: median and spread of the seeds), with the suggestions or the refusal."""
+        from jaxcats import plots  # Importing matplotlib takes half a second.
+
+        return plots.lr_find(
+            [(curve.lrs, curve.losses, curve.smoothed) for curve in self.curves],
+            suggestions=self.suggestions,
+            ranges=self.ranges,
+            doubtful=self.outliers,
+            refusal=self.refusal,
+            skip_start=self.curves[0].iterations // 10,
         )
 
-    def _details(self) -> list[str]:
-        return [f"  seed {i}: {r.refusal}" for i, r in enumerate(self.results) if r.refusal]
-
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON: the summary, and the result of each seed."""
-        ranges = {name: list(self._range(name)) for name in self.suggestions}
-        return {**super().to_dict(), "ranges": ranges, "seeds": [r.to_dict() for r in self.results]}
+        """As plain JSON, a band with the result of each seed; NaN is null and an infinite loss the string "inf"."""
+        summary = {"refusal": self.refusal, "suggestions": self.suggestions, "outliers": list(self.outliers)}
+        if len(self.curves) > 1:
+            seeds = [LRFindResult((curve,)).to_dict() for curve in self.curves]
+            return {**summary, "ranges": self.ranges, "seeds": seeds}
+        curve = self.curves[0]
+        series = {name: [*map(_to_json, getattr(curve, name))] for name in ("lrs", "losses", "smoothed")}
+        return {"iterations": curve.iterations, "stopped": curve.stopped, "why": curve.why, **summary, **series}
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        image = base64.b64encode(self.plot()._repr_png_()).decode()
+        return f'<pre>{html.escape(self.table())}</pre><img src="data:image/png;base64,{image}" alt="loss by learning rate">'
 
 
-def _medians(results: tuple[LRFindResult, ...]) -> dict[str, float]:
-    """By each method the median of the results that suggest a rate."""
-    answered = [r.rates for r in results if not r.refusal]
-    return {name: float(np.median([rates[name] for rates in answered])) for name in RULES}
+def disagreement(rates: Mapping[str, float]) -> str | None:
+    """Why the rates of the four rules contradict each other, in one line; None when they agree."""
+    _, low, high, _ = sorted(rates.values())
+    if high > AGREEMENT * low:
+        return f"the methods disagree: even the middle two are a factor {high / low:,.1f} apart; choose from the figure"
+    if "valley" in outliers(rates):
+        valley_rate = f"the valley ({rates['valley']:.2g}) is more than a factor {AGREEMENT:.0f} from the middle"
+        return f"the methods disagree: {valley_rate} of the four; choose from the figure"
+    return None
 
 
-def _outliers(rates: Mapping[str, float]) -> tuple[str, ...]:
-    if not rates:
-        return ()
+def outliers(rates: Mapping[str, float]) -> tuple[str, ...]:
+    """The rules whose rate is more than a factor AGREEMENT from the middle of the four."""
     _, low, high, _ = sorted(rates.values())
     middle = (low * high) ** 0.5
     return tuple(name for name, x in rates.items() if not middle / AGREEMENT <= x <= middle * AGREEMENT)
-
-
-def _rate(value: float) -> str:
-    return f"{value:.2g}"
 
 
 def _to_json(x: float) -> float | str | None:
@@ -473,13 +434,11 @@ def minimum(lrs: np.ndarray, losses: np.ndarray) -> float:
 def slide(lrs: np.ndarray, losses: np.ndarray) -> float:
     """The left end of a window of 15 steps that slides left while the slopes at its ends differ by more than 0.005.
 
-    Slopes are losses by step (Gugger's rule in fastai). Raises IndexError with fewer than 16 points, as fastai does.
+    Slopes are losses by step (Gugger's rule in fastai); it needs ENOUGH_POINTS.
     """
     with np.errstate(invalid="ignore"):
         slope = np.gradient(np.asarray(losses, np.float32))
     right, left = len(losses) - 1, len(losses) - 16
-    if left < 0:
-        raise IndexError(f"slide needs 16 points, got {len(losses)}")
     found = left
     while left >= 0 and abs(slope[right] - slope[left]) > 0.005:
         found, right, left = left, right - 1, left - 1
@@ -495,7 +454,7 @@ def changes(losses: np.ndarray) -> tuple[int, int]:
     A level is the mean of WINDOW batches. It has changed when it is STANDARD_ERRORS from the mean of all batches before it
     (pure noise gets there in 2 to 3 tests of 100) and, for a fall, at least SHARE of it: a smaller fall is of no use.
     """
-    losses = losses[: int(np.isfinite(losses).argmin())] if not np.isfinite(losses).all() else losses
+    losses = losses[np.logical_and.accumulate(np.isfinite(losses))]
     fell = rose = 0
     for end in range(2 * WINDOW, len(losses) + 1):
         before, window = losses[: end - WINDOW], losses[end - WINDOW : end]

@@ -17,27 +17,11 @@ from jaxcats.common.config import Config, DistributedConfig, Phase, flat, to_yam
 from jaxcats.common.errors import UserError, unwritable
 from jaxcats.common.io import REPLACED_CHECKPOINT, lock_folder, remove_stale_temporaries, write_text
 
-# Settings that a resumed run may change, because they do not change what is computed.
-RESUMABLE = {
-    "data.root",  # The images themselves are compared.
-    "data.manifest",
-    "data.workers",
-    "data.rehash",
-    "data.on_bad_file",
-    "checkpoint.every_steps",
-    "checkpoint.every_epochs",
-    "checkpoint.use",
-    "distributed.coordinator",
-    "distributed.num_processes",
-    "distributed.process_id",
-    "cache_dir",
-    "max_error",
-    "export",
-    "report",
-}
-
-# Settings that may differ between processes that train together, because they only say where things are.
+# Settings that only say where things are, so they may differ between processes that train together. The images are compared.
 PER_PROCESS = {"data.root", "data.manifest", "data.workers", "data.rehash", "cache_dir"}
+# Settings that a resumed run may change as well, because they do not change what is computed.
+RESUMABLE = PER_PROCESS | {"data.on_bad_file", "max_error", "export", "report"}
+RESUMABLE_SECTIONS = ("checkpoint.", "distributed.")
 
 
 # --- opening ---
@@ -73,8 +57,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
         )
     if resumed and (changes := training_changes(flat(from_file(saved)), flat(config))):
         raise UserError(
-            f"--resume: the run in {folder} was started with other settings ({'; '.join(changes)}). "
-            f"Resume without them, or use another --workdir."
+            f"--resume: {folder} was started with other settings ({'; '.join(changes)}); leave them, or use another --workdir."
         )
     for place in (folder, folder / "figures"):
         remove_stale_temporaries(place, older=-math.inf)
@@ -93,10 +76,8 @@ def write_config(folder: Path, config: Config) -> None:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run folder holds a checkpoint to resume from."""
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(
-        p.name.isdigit() or REPLACED_CHECKPOINT.fullmatch(p.name) for p in checkpoints.iterdir()
-    )
+    names = [path.name for path in (folder / "checkpoints").glob("*")]
+    return any(name.isdigit() or REPLACED_CHECKPOINT.fullmatch(name) for name in names)
 
 
 # --- which settings must be the same ---
@@ -113,7 +94,7 @@ def training_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     changes = [] if phases[0] == phases[1] else [f"phases: {', '.join(phases[0])} -> {', '.join(phases[1])}"]
     for key in dict.fromkeys([*old, *new]):
         before, after = (c.get(key, _default(key)) for c in (old, new))
-        if key not in RESUMABLE and before != after:
+        if before != after and key not in RESUMABLE and not key.startswith(RESUMABLE_SECTIONS):
             changes.append(f"{key}: {before!r} -> {after!r}")
     return changes
 
@@ -122,8 +103,7 @@ def check_config(config: Config, meta: Mapping[str, Any]) -> None:
     """Raises UserError where a Config would train otherwise than the one that a checkpoint with facts `meta` was saved under."""
     if changes := training_changes(meta["config"], flat(config)):
         raise UserError(
-            f"config.yaml: differs from the one that the checkpoint at step {meta['step']} was trained with "
-            f"({'; '.join(changes)}). Restore it, or train into another --workdir."
+            f"config.yaml: the checkpoint was trained with other settings ({'; '.join(changes)}). Restore it, or train anew."
         )
 
 
@@ -174,8 +154,7 @@ class RunLog:
             self._file.write("".join(json.dumps(row) + "\n" for row in rows))
             self._file.flush()
             for row in rows:
-                for name, value in scalars(row).items():
-                    self._board.add_scalar(name, value, row["step"])
+                self._board.write(row)
         except OSError as e:
             raise unwritable(f"{self._folder}: the log", e) from None
 
@@ -191,9 +170,10 @@ class RunLog:
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a row by name: "lr/0" for an element of a list, "metrics/NAME" for a user's metric."""
     numbers = {}
-    for name, value in {**row, **{f"metrics/{k}": v for k, v in row.get("metrics", {}).items()}}.items():
-        parts = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
-        numbers |= {k: x for k, x in parts.items() if k != "step" and isinstance(x, (int, float))}
+    for name, value in row.items():
+        parts = dict(enumerate(value)) if isinstance(value, list) else value
+        named = {f"{name}/{k}": x for k, x in parts.items()} if isinstance(parts, dict) else {name: value}
+        numbers |= {k: x for k, x in named.items() if k != "step" and isinstance(x, (int, float))}
     return numbers
 
 
@@ -202,9 +182,6 @@ class NoLog:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Writes nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""
 
 
 class _TensorBoard:
@@ -231,9 +208,11 @@ class _TensorBoard:
         self._writer.write_event(self._event(step=purge_step, session_log=start))
         self._flushed = time.monotonic()
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Writes one number; it is on disk ten seconds later at most."""
-        self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value)))
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Writes the numbers of a row; they are on disk ten seconds later at most."""
+        for name, value in scalars(row).items():
+            event = self._event(step=row["step"], wall_time=time.time(), summary=self._scalar(name, value))
+            self._writer.write_event(event)
         if time.monotonic() - self._flushed > 10:
             self._writer.flush()
             self._flushed = time.monotonic()

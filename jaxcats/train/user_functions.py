@@ -36,10 +36,8 @@ class UserFunctions:
         names = {}
         for phase_name, phase in config.phases.items():
             functions = {"loss_fn": self.loss_fn, "augment": None if phase.precompute else self.augment}
-            used = {part: function_name(function) for part, function in functions.items() if function}
-            if used:
-                names[phase_name] = used
-        return names
+            names[phase_name] = {part: function_name(function) for part, function in functions.items() if function}
+        return {phase_name: used for phase_name, used in names.items() if used}
 
     def check(self, config: Config, *, classes: int, size: int) -> None:
         """Raises UserError for a function that cannot be used; an error of the function itself is not caught.
@@ -57,20 +55,19 @@ class UserFunctions:
         if self.loss_fn:
             for name, phase in config.phases.items():
                 if phase.label_smoothing:
-                    loss = function_name(self.loss_fn)
-                    raise UserError(f"phases.{name}.label_smoothing: has no effect with {loss}; set it to 0.")
+                    raise UserError(f"phases.{name}.label_smoothing: has no effect with a loss_fn; set it to 0.")
             logits, labels = jax.ShapeDtypeStruct((2, classes), np.float32), jax.ShapeDtypeStruct((2,), np.int32)
             losses = jax.eval_shape(self.loss_fn, logits, labels)
-            _check_shape("loss_fn", self.loss_fn, losses, (2,), "a loss for each of the 2 images")
+            _check_shape("loss_fn", self.loss_fn, losses, "a loss for each of the 2 images", (2,))
         if self.augment:
+            name = function_name(self.augment)
             if all(p.precompute for p in config.phases.values()):
                 raise UserError(
-                    f"augment: {function_name(self.augment)} has no effect, because every phase has precompute: true "
-                    f"(features are computed once); set it to false where images are to be changed."
+                    f"augment: {name} has no effect, because every phase has precompute: true; set it to false."
                 )
             image = jax.ShapeDtypeStruct((size, size, 3), np.float32)
             changed = jax.eval_shape(self.augment, image, jax.eval_shape(lambda: jax.random.key(0)))
-            _check_shape("augment", self.augment, changed, image.shape, "an image of the size it was given")
+            _check_shape("augment", self.augment, changed, "an image of the size it was given", image.shape)
         if self.metrics:  # Found now, a mistake in it does not cost an epoch.
             labels = np.arange(4 * classes, dtype=np.int32) % classes
             self.measure(np.random.default_rng(0).standard_normal((len(labels), classes), np.float32), labels)
@@ -80,20 +77,12 @@ class UserFunctions:
         if self.metrics is None:
             return {}
         values = self.metrics(logits, labels)
-        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
-            raise UserError(
-                f"metrics: {function_name(self.metrics)} returns {values!r}; expected a dictionary, name to number."
-            )
-        numbers = {}
-        for name, value in values.items():
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                raise UserError(
-                    f"metrics: {function_name(self.metrics)} returns {value!r} for '{name}'; expected a number."
-                ) from None
-            numbers[name] = number if math.isfinite(number) else None
-        return numbers
+        try:
+            numbers = {str(name): float(value) for name, value in values.items()}
+        except (AttributeError, TypeError, ValueError):
+            name = function_name(self.metrics)
+            raise UserError(f"metrics: {name} returns {values!r}; expected a dictionary, name to number.") from None
+        return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
 
 def function_name(function: Any) -> str:
@@ -123,8 +112,6 @@ def check_same_functions(names: Mapping[str, Any], saved: Mapping[str, Any]) -> 
         )
 
 
-def _check_shape(part: str, function: Callable, value: Any, expected: tuple[int, ...], meaning: str) -> None:
-    shape = getattr(value, "shape", None)
-    if shape != expected:
-        what = f"a {type(value).__name__}" if shape is None else f"an array of shape {shape}"
-        raise UserError(f"{part}: {function_name(function)} returns {what}; expected {meaning}, shape {expected}.")
+def _check_shape(part: str, function: Callable, value: Any, meaning: str, shape: tuple[int, ...]) -> None:
+    if getattr(value, "shape", None) != shape:
+        raise UserError(f"{part}: {function_name(function)} returns {value}; expected {meaning}, shape {shape}.")

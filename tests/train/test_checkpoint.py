@@ -328,7 +328,7 @@ def test_damage_anywhere_is_one_line_or_changes_nothing(seconds, store, tmp_path
         MemoryError(),
     ],
 )
-def test_what_cannot_be_read_may_be_whole_and_nobody_is_told_to_remove_it(error, store, monkeypatch):
+def test_what_cannot_be_read_may_be_whole(error, store, monkeypatch):
     store.save(state_of(3), meta_of(3))
     store.wait()
     reader = store.again(read_only=True)
@@ -338,9 +338,8 @@ def test_what_cannot_be_read_may_be_whole_and_nobody_is_told_to_remove_it(error,
 
     monkeypatch.setattr(reader._manager, "restore", refuse)
     for ask in (lambda: reader.meta(3), lambda: reader.restore(3, state_of(0))):
-        with pytest.raises(UserError, match="can't be read") as said:
+        with pytest.raises(UserError, match="can't be used .* If it is damaged, remove"):
             ask()
-        assert "emove" not in str(said.value)
 
 
 def test_badness_orders_by_errors_then_loss():
