@@ -611,9 +611,8 @@ def check_training(paths: Sequence[str], layout: Layout, root: Path, *, classes_
     """
     if not layout.has_folder_labels:
         return
-    is_whole = {"train", "valid"} <= set(layout.split_folders.values())
     try:
-        labelled = find_labels(root, "folders", valid_fraction=None if is_whole else 0.2, columns={})
+        labelled = find_labels(root, "folders", columns={})
     except UserError as error:
         if not classes_said:
             yield Finding("not laid out for training", ["."], str(error).removeprefix(f"{root}: "))
