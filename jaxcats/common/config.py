@@ -33,7 +33,6 @@ FRACTION = Limit(lambda x: 0 < x < 1, "0 < x < 1")
 BELOW_ONE = Limit(lambda x: 0 <= x < 1, "0 <= x < 1")
 UNIT = Limit(lambda x: 0 <= x <= 1, "0 <= x <= 1")
 SIZE = Limit(lambda x: 32 <= x <= 2048, "32 to 2048 pixels (the backbones halve the image five times)")
-BATCH = Limit(lambda x: x >= 2, "at least 2 (the head's BatchNorm needs two)")
 ADDRESS = Limit(lambda x: (m := re.fullmatch(r".+:([0-9]+)", x)) is not None and 0 < int(m[1]) < 2**16, "HOST:PORT")
 
 
@@ -149,7 +148,7 @@ class Phase:
     cycle_mult: int = limited(1, _at_least(1))
     warmup: float | None = limited(None, UNIT)
     div: float = limited(25.0, _at_least(1))
-    batch_size: int = limited(64, BATCH)
+    batch_size: int = limited(64, _at_least(2))
     accumulate: int = limited(1, _at_least(1))
     bn: Literal["frozen", "train"] = "frozen"
     augment: Literal["none", "flip", "crop", "side_on", "top_down"] = "none"
@@ -409,8 +408,8 @@ def _check_phase(p: Phase, key: str) -> None:
             raise _refusal(f"{key}.{name}", getattr(p, name), expected)
 
     if p.lr != "auto":
-        need(len(p.lrs) == GROUPS, "lr", "one number, or three: early layers, late layers, head; or auto")
-        need(all(0 <= x < math.inf for x in p.lrs) and max(p.lrs) > 0, "lr", "a number above 0")
+        is_valid = len(p.lrs) == GROUPS and all(0 <= x < math.inf for x in p.lrs) and max(p.lrs) > 0
+        need(is_valid, "lr", "a number above 0, or three: early layers, late layers, head; or auto")
     momenta = p.momentum if isinstance(p.momentum, (tuple, list)) else (p.momentum,)
     need(all(0 <= x < 1 for x in momenta), "momentum", "0 <= x < 1")
     if momenta is p.momentum:

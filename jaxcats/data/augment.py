@@ -167,18 +167,12 @@ def draw(augmentation: Augmentation, *, key: jax.Array, epoch: jax.Array | int, 
     else:
         transpose = rows = jnp.zeros(index.shape, bool)
         columns = (u["flip"][0] < 0.5) & augmentation.flip
-    rotates, angle, _ = u["rotate"]
-    lights, brightness, contrast = u["lighting"]
-    return Draw(
-        transpose,
-        rows,
-        columns,
-        zoom=1 + u["zoom"][0] * (augmentation.zoom - 1),
-        place=u["crop"][:2].T if augmentation.crop else jnp.full((*index.shape, 2), 0.5),
-        angle=sometimes(rotates, angle, jnp.pi / 180 * augmentation.rotate),
-        brightness=sometimes(lights, brightness, augmentation.lighting),
-        contrast=sometimes(lights, contrast, augmentation.lighting),
-    )
+    zoom = 1 + u["zoom"][0] * (augmentation.zoom - 1)
+    place = u["crop"][:2].T if augmentation.crop else jnp.full((*index.shape, 2), 0.5)
+    angle = sometimes(u["rotate"][0], u["rotate"][1], jnp.pi / 180 * augmentation.rotate)
+    chance, *both = u["lighting"]
+    brightness, contrast = (sometimes(chance, x, augmentation.lighting) for x in both)
+    return Draw(transpose, rows, columns, zoom, place, angle, brightness, contrast)
 
 
 def affine(d: Draw, *, side: int, size: int) -> tuple[jax.Array, jax.Array]:

@@ -164,9 +164,8 @@ def scan(
     rows_of: dict[str, list[Row]] = defaultdict(list)
     for row in labelled.rows:
         if row.path in good:
-            rows_of[assignments.get(good[row.path].sha256, row.split) if row.split == "train" else row.split].append(
-                row
-            )
+            assigned = assignments.get(good[row.path].sha256) if row.split == "train" else None
+            rows_of[assigned or row.split].append(row)
     splits = {name: _make_split(root, rows, labelled.classes, good) for name, rows in rows_of.items()}
     to_train = {name: splits[name] for name in ("train", "valid")}
     notes = tuple((path, record.note) for path, record in good.items() if record.note)

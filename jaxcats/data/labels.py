@@ -64,7 +64,7 @@ def find_labels(root: Path, labels: str, *, columns: Mapping[str, str], group: s
     group_pattern = compiled(group, "group", "data.group") if group and "(?P<" in group else None
     if kind == "table":
         rows, unlabelled = read_table(root, labels, columns, group=None if group_pattern else group)
-    elif group and not group_pattern:
+    elif group is not None and not group_pattern:
         raise UserError(f"data.group: {group!r} can't be used; expected a regular expression with (?P<group>...).")
     elif kind == "folders":
         rows = _rows_of_class_folders(root, split_folders(root))

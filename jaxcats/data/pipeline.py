@@ -48,11 +48,9 @@ def evaluation_batches(
     Raises:
         UserError: a file can no longer be read, or has changed; names it.
     """
-    rows = np.arange(len(split)) if indices is None else np.asarray(indices)
-    steps = -(-len(rows) // batch_size)
-    order = np.full(steps * batch_size, -1, np.int32)
-    order[: len(rows)] = rows
-    return training_batches(split, preprocess=preprocess, order=order.reshape(steps, batch_size), workers=workers)
+    rows = np.arange(len(split)) if indices is None else np.asarray(indices, np.int32)
+    order = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1).reshape(-1, batch_size)
+    return training_batches(split, preprocess=preprocess, order=order, workers=workers)
 
 
 def training_batches(
@@ -76,7 +74,7 @@ def _batches(split: Split, preprocess: Preprocess, order: np.ndarray, workers: i
 
         def read_batch(rows: np.ndarray) -> np.ndarray:
             images = np.zeros((len(rows), size, size, 3), np.uint8)
-            places = np.flatnonzero(rows >= 0)
+            places = np.flatnonzero(rows >= 0).tolist()
 
             def read(place: int) -> None:
                 try:
