@@ -70,7 +70,7 @@ def test_saved_config_reads_back_equal(file, tmp_path):
         (["--phases.head.accumulate", "3"], ["phases.head.accumulate", "divisor of batch_size, 64"]),
         (["--phases.head.accumulate", "64"], ["phases.head.accumulate", "two images"]),
         (["--phases.head.label_smoothing", "1"], ["phases.head.label_smoothing"]),
-        (["--phases.head.clip", "-1"], ["phases.head.clip", "0 or more"]),
+        (["--phases.head.clip", "-1"], ["phases.head.clip", "at least 0"]),
         (["--phases.head.cycle_len", "0"], ["phases.head.cycle_len"]),
         (["--phases.head.cycle_mult", "0"], ["phases.head.cycle_mult"]),
         (["--phases.head.warmup", "2"], ["phases.head.warmup"]),
@@ -104,7 +104,7 @@ def test_a_slip_is_one_line_that_names_it(argv, words):
         ("data: [", ["can't be read as YAML", "line 1"]),
         ("data: {root: !!python/object:os.system {}}", ["can't be read as YAML"]),
         ("[1, 2]", ["the file", "key: value"]),
-        ("seed:", ["'seed' is empty"]),
+        ("seed:", ["seed", "whole number"]),
         ("data: {on_bad_file: ignore}", ["data.on_bad_file", "skip, fail", "ignore"]),
     ],
 )

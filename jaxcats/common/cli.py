@@ -28,7 +28,7 @@ COMMANDS = {
     "doctor": "examine a folder of images: bad files, duplicates, leaks",
     "weights": "list, fetch, check and convert pretrained weights",
 }
-_started_by = ""  # what the user typed before the command's name, while `main` runs as the console script
+_started_by = ""  # what the user typed before the command's name, where `main` runs as the console script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,14 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         argv, script = sys.argv[1:], sys.argv[0]
         _started_by = "jaxcats" if Path(script).stem == "jaxcats" else f"python {shlex.quote(script)}"
-    try:
-        if not argv or argv[0] in ("-h", "--help"):
-            lines = [f"  {name:10} {summary}" for name, summary in COMMANDS.items()]
-            print("\n".join(["usage: jaxcats COMMAND ...", "", *lines, "", "`jaxcats COMMAND --help` says more."]))
-            return 0
-        return run_command(lambda words: command_module(words[0]).main(words[1:]), argv)
-    finally:
-        _started_by = ""
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:10} {summary}" for name, summary in COMMANDS.items()]
+        print("\n".join(["usage: jaxcats COMMAND ...", "", *lines, "", "`jaxcats COMMAND --help` says more."]))
+        return 0
+    return run_command(lambda words: command_module(words[0]).main(words[1:]), argv)
 
 
 def command_line(name: str) -> str:
@@ -64,9 +61,8 @@ def command_line(name: str) -> str:
 def command_module(name: str) -> ModuleType:
     """The module with the `main` of a command: the `__main__` of a folder, or a file."""
     if name not in COMMANDS:
-        raise UserError(
-            f"there is no command '{name}'.{nearest(name, list(COMMANDS))} Commands: {', '.join(COMMANDS)}."
-        )
+        hint = nearest(name, list(COMMANDS))
+        raise UserError(f"there is no command '{name}'.{hint} Commands: {', '.join(COMMANDS)}.")
     module = importlib.import_module(f"jaxcats.{name}")
     return importlib.import_module(f"jaxcats.{name}.__main__") if hasattr(module, "__path__") else module
 
@@ -110,11 +106,8 @@ def silence_tensorflow() -> None:
 class Parser(argparse.ArgumentParser):
     """argparse for the flags of a command without a Config; a mistake is a UserError of one line."""
 
-    def __init__(self, *, prog: str, description: str):
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
-
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses the flags; an unknown one is reported before one that is missing."""
+        """Parses the flags; an unknown or abbreviated one is reported before one that is missing."""
         check_flags(args or [], [option for action in self._actions for option in action.option_strings])
         return super().parse_args(args, namespace)
 
@@ -148,8 +141,6 @@ def readable_error(message: str, types: Mapping[str, Any]) -> str:
     text = " ".join(message.split())
     if match := re.search(r"arguments are required: (.+)", text):
         return f"{match[1]}: is required."
-    if match := re.match(r"unrecognized arguments: (.+)", text):
-        return f"{match[1]}: not expected here; --help says what is."
     keys = re.findall(r'Parser key "([^"]+)"', text) or re.findall(r"argument (?:--)?([^:]+): ", text)
     value = re.search(r".*(?:Got|Given) value: (.*)$", text) or re.search(r"invalid [^:]+: '(.*?)'(?: \(|$)", text)
     key = next((key for key in reversed(keys) if types.get(key)), None)
@@ -162,13 +153,9 @@ def readable_error(message: str, types: Mapping[str, Any]) -> str:
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:
     """The value of --NAME VALUE or --NAME=VALUE, the last one of several; None without the flag. It parses nothing else."""
-    value = None
-    for i, word in enumerate(argv):
-        if word == f"--{name}" and i + 1 < len(argv):
-            value = argv[i + 1]
-        elif word.startswith(f"--{name}="):
-            value = word.partition("=")[2]
-    return value
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", nargs="?")
+    return getattr(parser.parse_known_args(argv)[0], name)
 
 
 def parse(

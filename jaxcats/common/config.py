@@ -29,16 +29,11 @@ def _at_least(low: int) -> Limit:
 
 
 SEED = Limit(lambda x: 0 <= x < 2**31, "0 to 2147483647")
-NOT_NEGATIVE = Limit(lambda x: 0 <= x < math.inf, "0 or more")
 FRACTION = Limit(lambda x: 0 < x < 1, "0 < x < 1")
 BELOW_ONE = Limit(lambda x: 0 <= x < 1, "0 <= x < 1")
 UNIT = Limit(lambda x: 0 <= x <= 1, "0 <= x <= 1")
 SIZE = Limit(lambda x: 32 <= x <= 2048, "32 to 2048 pixels (the backbones halve the image five times)")
-BATCH = Limit(lambda x: x >= 2, "at least 2 (the head's BatchNorm needs two)")
-ADDRESS = Limit(
-    lambda x: (m := re.fullmatch(r".+:([0-9]+)", x)) is not None and 0 < int(m[1]) < 2**16,
-    "HOST:PORT, as in 10.0.0.1:1234",
-)
+ADDRESS = Limit(lambda x: (m := re.fullmatch(r".+:([0-9]+)", x)) is not None and 0 < int(m[1]) < 2**16, "HOST:PORT")
 
 
 def limited(default: Any, limit: Limit) -> Any:
@@ -145,15 +140,15 @@ class Phase:
     precompute: bool = False
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     momentum: float | tuple[float, ...] = 0.9
-    weight_decay: float = limited(0.0, NOT_NEGATIVE)
-    clip: float = limited(0.0, NOT_NEGATIVE)
+    weight_decay: float = limited(0.0, _at_least(0))
+    clip: float = limited(0.0, _at_least(0))
     label_smoothing: float = limited(0.0, BELOW_ONE)
     schedule: Literal["constant", "cosine", "warmup_cosine", "sgdr", "one_cycle", "exponential"] = "constant"
     cycle_len: int = limited(1, _at_least(1))
     cycle_mult: int = limited(1, _at_least(1))
     warmup: float | None = limited(None, UNIT)
     div: float = limited(25.0, _at_least(1))
-    batch_size: int = limited(64, BATCH)
+    batch_size: int = limited(64, _at_least(2))
     accumulate: int = limited(1, _at_least(1))
     bn: Literal["frozen", "train"] = "frozen"
     augment: Literal["none", "flip", "crop", "side_on", "top_down"] = "none"
@@ -191,7 +186,7 @@ class CheckpointConfig:
         use: checkpoint for the final evaluation: the last, or the best (fewest validation errors, then lowest loss).
     """
 
-    every_steps: int = limited(0, NOT_NEGATIVE)
+    every_steps: int = limited(0, _at_least(0))
     every_epochs: int = limited(1, _at_least(1))
     use: Literal["last", "best"] = "last"
 
@@ -208,7 +203,7 @@ class DistributedConfig:
 
     coordinator: str | None = limited(None, ADDRESS)
     num_processes: int | None = limited(None, _at_least(1))
-    process_id: int | None = limited(None, NOT_NEGATIVE)
+    process_id: int | None = limited(None, _at_least(0))
 
 
 @dataclass(frozen=True)
@@ -248,19 +243,19 @@ class Config:
 
 def key_types(phases: Iterable[str]) -> dict[str, Any]:
     """Dotted key -> type of everything in a configuration with these phases; sections are keys too."""
-    keys: dict[str, Any] = {}
-
-    def add(cls: type, prefix: str) -> None:
-        for name, kind in typing.get_type_hints(cls).items():
-            keys[prefix + name] = kind
-            if dataclasses.is_dataclass(kind):
-                add(typing.cast(type, kind), f"{prefix}{name}.")
-
-    add(Config, "")
+    types = _field_types(Config)
     for phase in phases:
-        keys[f"phases.{phase}"] = Phase
-        add(Phase, f"phases.{phase}.")
-    return keys
+        types |= {f"phases.{phase}": Phase, **_field_types(Phase, f"phases.{phase}.")}
+    return types
+
+
+def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    types = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        types[prefix + name] = kind
+        if dataclasses.is_dataclass(kind):
+            types |= _field_types(typing.cast(type, kind), f"{prefix}{name}.")
+    return types
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -312,12 +307,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         if key not in known:
             hint = nearest(key, list(known)) or " --help lists them all."
             raise UserError(f"{path}: unknown key '{key}'.{hint}")
-        is_section = dataclasses.is_dataclass(known[key])
-        if is_section and value is not None and value != {}:
+        if dataclasses.is_dataclass(known[key]) and value not in (None, {}):
             raise UserError(f"{path}: '{key}' must hold 'key: value' lines, not {value!r}.")
-        if value is None and not is_section and type(None) not in type_members(known[key]):
-            raise UserError(f"{path}: '{key}' is empty; give it a value or remove the line.")
-    return {key: value for key, value in tree.items() if value is not None}
+    return {key: value for key, value in tree.items() if value is not None or not dataclasses.is_dataclass(known[key])}
 
 
 TABLES = (".csv", ".tsv", ".parquet")
@@ -331,23 +323,8 @@ def label_kind(labels: str) -> str:
         return "table"
     if "(?P<" in labels:
         return "pattern"
-    raise _refusal(
-        "data.labels",
-        labels,
-        "folders, parent, a regular expression with (?P<label>...), or a .csv, .tsv or .parquet file",
-    )
-
-
-def check_labels(labels: str, group: str | None) -> None:
-    """Raises UserError for values of data.labels and data.group that suit no dataset."""
-    kind = label_kind(labels)
-    if kind == "pattern":
-        compiled(labels, "label", "data.labels")
-    if group is not None and "(?P<" in group:
-        compiled(group, "group", "data.group")
-    elif group is not None and kind != "table":
-        expected = "a regular expression with (?P<group>...), or a column where data.labels is a table"
-        raise _refusal("data.group", group, expected)
+    expected = f"folders, parent, a regular expression with (?P<label>...), or a file of {', '.join(TABLES)}"
+    raise _refusal("data.labels", labels, expected)
 
 
 def compiled(pattern: str, name: str, key: str) -> re.Pattern[str]:
@@ -402,9 +379,6 @@ def _has_type(value: Any, kind: Any) -> bool:
 def validate(config: Config) -> Config:
     """Returns the same Config, or raises UserError for a value that no run can have."""
     _check_fields(config, "")
-    if config.data.test_fraction is not None and config.data.valid_fraction is None:
-        raise _refusal("data.test_fraction", config.data.test_fraction, "data.valid_fraction beside it")
-    check_labels(config.data.labels, config.data.group)
     for name, phase in config.phases.items():
         _check_phase(phase, f"phases.{name}")
     return config
@@ -434,23 +408,19 @@ def _check_phase(p: Phase, key: str) -> None:
             raise _refusal(f"{key}.{name}", getattr(p, name), expected)
 
     if p.lr != "auto":
-        need(len(p.lrs) == GROUPS, "lr", "one number, or three: early layers, late layers, head; or auto")
-        need(all(0 <= x < math.inf for x in p.lrs) and max(p.lrs) > 0, "lr", "a number above 0")
-    momenta = p.momentum if isinstance(p.momentum, (tuple, list)) else None
-    need(all(0 <= x < 1 for x in momenta or [p.momentum]), "momentum", "0 <= x < 1")  # type: ignore[operator]
-    if momenta is not None:
-        need(len(momenta) == 3, "momentum", "one number, or three: start, peak rate, end")
-        need(p.schedule == "one_cycle", "momentum", "one number, unless schedule is one_cycle")
-    need(
-        p.batch_size % p.accumulate == 0 and p.batch_size // p.accumulate >= 2,
-        "accumulate",
-        f"a divisor of batch_size, {p.batch_size}, that leaves two images in a part",
-    )
+        is_valid = len(p.lrs) == GROUPS and all(0 <= x < math.inf for x in p.lrs) and max(p.lrs) > 0
+        need(is_valid, "lr", "a number above 0, or three: early layers, late layers, head; or auto")
+    momenta = p.momentum if isinstance(p.momentum, (tuple, list)) else (p.momentum,)
+    need(all(0 <= x < 1 for x in momenta), "momentum", "0 <= x < 1")
+    if momenta is p.momentum:
+        is_cycle = len(momenta) == 3 and p.schedule == "one_cycle"
+        need(is_cycle, "momentum", "one number, or three with schedule one_cycle: start, peak rate, end")
+    fits = p.batch_size % p.accumulate == 0 and p.batch_size // p.accumulate >= 2
+    need(fits, "accumulate", f"a divisor of batch_size, {p.batch_size}, that leaves two images in a part")
     if p.precompute:
-        need(p.freeze == "backbone", "freeze", "backbone with precompute: true")
-        need(p.bn == "frozen", "bn", "frozen with precompute: true")
-        why = "features are computed once, so augmentation has no effect"
-        need(p.augment == "none", "augment", f"none with precompute: true ({why})")
+        for name, value in {"freeze": "backbone", "bn": "frozen", "augment": "none"}.items():
+            why = "the features of each image are computed once, before training"
+            need(getattr(p, name) == value, name, f"{value} with precompute: true ({why})")
 
 
 def check_tta(n: int, weight: float | None) -> None:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcats.common.errors import UserError
 from jaxcats.data.images import Preprocess
 
 ZOOM = 8 / 7  # also the ratio of the source image's side to the network's: 256 to 224
@@ -37,9 +36,6 @@ class Augmentation:
         lighting: brightness b and contrast c, each uniform in +-lighting: with m the mean of the source on the 0..1
             scale, x becomes clip((x - m) c' + m + b, 0, 1), c' = 1 + c, or 1 / (1 - c) where c is negative.
         p: probability of the rotation, and of the lighting, for each image in each epoch.
-
-    Raises:
-        UserError: a value is out of range.
     """
 
     flip: bool = False
@@ -49,14 +45,6 @@ class Augmentation:
     rotate: float = 0.0
     lighting: float = 0.0
     p: float = 0.75
-
-    def __post_init__(self):
-        ranges = {"zoom": (1, 10), "rotate": (0, 180), "lighting": (0, 1), "p": (0, 1)}
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"Augmentation.{name}: {getattr(self, name)!r} is not within {low} to {high}.")
-        if self.crop and self.zoom == 1:
-            raise UserError("Augmentation.crop: True has nothing to move at zoom 1; give a zoom above 1, such as 8/7.")
 
 
 _CROP = Augmentation(crop=True, zoom=ZOOM)
@@ -71,23 +59,19 @@ PRESETS: dict[str, Augmentation | None] = {
 }
 
 
-def source_size(augmentation: Augmentation | None, size: int) -> int:
-    """Side of the square images to augment: `size` where no window is cut, else 8/7 of it (224 from 256)."""
-    return size if augmentation is None or augmentation.zoom == 1 else round(size * 8 / 7)
-
-
 def source_preprocess(preprocess: Preprocess, augmentation: Augmentation | None) -> Preprocess:
     """The Preprocess that delivers what `make_augment(augmentation, size=preprocess.size)` takes.
 
     Where no window is cut it is `preprocess` itself. Otherwise it delivers the whole centre square of the image, with
-    sides of `source_size`, and the window is a part of that square. Evaluation frames this square as the policy says:
-    "lesson" evaluates the whole square, the window of z = 1, so that with zoom 8/7 things appear in training as large
+    sides 8/7 as long (256 for 224), and the window is a part of that square. Evaluation frames the square as its
+    policy says: "lesson" evaluates the whole square, the window of z = 1, so that with zoom 8/7 things appear in training as large
     as in evaluation or up to 8/7 larger. "weights" evaluates the middle of the square, `crop_fraction` of its side,
     the centred window of z = 1 / crop_fraction; with 7/8 and zoom 8/7, things appear as large as in evaluation or down
     to 7/8 of it.
     """
-    side = source_size(augmentation, preprocess.size)
-    return preprocess if side == preprocess.size else dataclasses.replace(preprocess, size=side, policy="lesson")
+    if augmentation is None or augmentation.zoom == 1:
+        return preprocess
+    return dataclasses.replace(preprocess, size=round(preprocess.size * 8 / 7), policy="lesson")
 
 
 def make_augment(augmentation: Augmentation, *, key: jax.Array, size: int) -> Augment:
@@ -98,14 +82,11 @@ def make_augment(augmentation: Augmentation, *, key: jax.Array, size: int) -> Au
 
     Args:
         key: base of all draws.
-        size: side of the output; images of `source_size(augmentation, size)` give windows without enlarging them.
+        size: side of the output; square images of 8/7 of it give windows without enlarging them.
 
     Returns:
         The function. Its output is uint8, the input's pixels in another order, where only mirroring is asked for and
         R = size; otherwise float32 in 0..255.
-
-    Raises:
-        UserError: when traced, for images that are not square.
 
     >>> augment = make_augment(PRESETS["side_on"], key=jax.random.key(0), size=224)
     >>> augment(jnp.zeros((8, 256, 256, 3), jnp.uint8), 0, jnp.arange(8)).shape
@@ -114,8 +95,6 @@ def make_augment(augmentation: Augmentation, *, key: jax.Array, size: int) -> Au
 
     def augment(images: jax.Array, epoch: jax.Array, index: jax.Array) -> jax.Array:
         side = images.shape[1]
-        if images.shape[2] != side:
-            raise UserError(f"augment: images of {side} x {images.shape[2]} pixels; they must be square.")
         d = draw(augmentation, key=key, epoch=epoch, index=index)
         if augmentation.zoom > 1 or augmentation.rotate or side != size:
             out = sample(images, *affine(d, side=side, size=size), size=size)
@@ -180,49 +159,39 @@ def draw(augmentation: Augmentation, *, key: jax.Array, epoch: jax.Array | int, 
     drawn = jax.vmap(jax.vmap(uniforms, (None, 0), 1), (0, None))(numbers, index)  # [operations, 3, B] in [0, 1)
     u = dict(zip(names, drawn, strict=True))
 
-    def signed(x: jax.Array, most: float) -> jax.Array:
-        return (2 * x - 1) * most
+    def sometimes(chance: jax.Array, x: jax.Array, most: float) -> jax.Array:
+        return jnp.where(chance < augmentation.p, (2 * x - 1) * most, 0)
 
-    no, zero = jnp.zeros(index.shape, bool), jnp.zeros(index.shape, jnp.float32)
-    d = Draw(no, no, no, zero + 1, jnp.full((*index.shape, 2), 0.5), zero, zero, zero)
     if augmentation.dihedral:
         transpose, rows, columns = u["dihedral"] < 0.5
-        d = d._replace(transpose=transpose, rows=rows, columns=columns)
-    elif augmentation.flip:
-        d = d._replace(columns=u["flip"][0] < 0.5)
-    if augmentation.zoom > 1:
-        d = d._replace(zoom=1 + u["zoom"][0] * (augmentation.zoom - 1))
-    if augmentation.crop:
-        d = d._replace(place=u["crop"][:2].T)
-    if augmentation.rotate:
-        chance, angle, _ = u["rotate"]
-        d = d._replace(angle=jnp.where(chance < augmentation.p, signed(angle, jnp.pi / 180 * augmentation.rotate), 0))
-    if augmentation.lighting:
-        chance, *both = u["lighting"]
-        brightness, contrast = (jnp.where(chance < augmentation.p, signed(x, augmentation.lighting), 0) for x in both)
-        d = d._replace(brightness=brightness, contrast=contrast)
-    return d
+    else:
+        transpose = rows = jnp.zeros(index.shape, bool)
+        columns = (u["flip"][0] < 0.5) & augmentation.flip
+    zoom = 1 + u["zoom"][0] * (augmentation.zoom - 1)
+    place = u["crop"][:2].T if augmentation.crop else jnp.full((*index.shape, 2), 0.5)
+    angle = sometimes(u["rotate"][0], u["rotate"][1], jnp.pi / 180 * augmentation.rotate)
+    chance, *both = u["lighting"]
+    brightness, contrast = (sometimes(chance, x, augmentation.lighting) for x in both)
+    return Draw(transpose, rows, columns, zoom, place, angle, brightness, contrast)
 
 
 def affine(d: Draw, *, side: int, size: int) -> tuple[jax.Array, jax.Array]:
     """(matrix [B, 2, 2], shift [B, 2]) of `sample` for a source of `side` and an output of `size` pixels."""
     window = side / d.zoom
-    scale = window / size
+    scale, zero = window / size, jnp.zeros_like(window)
     down, right = jnp.where(d.rows, -scale, scale), jnp.where(d.columns, -scale, scale)
-    symmetry = jnp.where(
-        d.transpose[:, None, None],
-        _matrices(jnp.zeros_like(scale), right, down, jnp.zeros_like(scale)),
-        _matrices(down, jnp.zeros_like(scale), jnp.zeros_like(scale), right),
-    )
+    swapped, straight = [[zero, right], [down, zero]], [[down, zero], [zero, right]]
+    symmetry = jnp.where(d.transpose[:, None, None], _matrices(swapped), _matrices(straight))
     cos, sin = jnp.cos(d.angle), jnp.sin(d.angle)
-    turn = _matrices(cos, sin, -sin, cos)
+    turn = _matrices([[cos, sin], [-sin, cos]])
     centre = (d.place - 0.5) * (side - window)[:, None]
     # Written out: a matrix product would lose digits on devices that multiply in reduced precision.
     return (turn[..., None] * symmetry[:, None]).sum(2), (turn * centre[:, None]).sum(2)
 
 
-def _matrices(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> jax.Array:
-    return jnp.stack([jnp.stack([a, b], -1), jnp.stack([c, d], -1)], -2)
+def _matrices(entries: list[list[jax.Array]]) -> jax.Array:
+    """A matrix of arrays [B] as an array [B, 2, 2]."""
+    return jnp.moveaxis(jnp.array(entries), -1, 0)
 
 
 def sample(images: jax.Array, matrix: jax.Array, shift: jax.Array, *, size: int) -> jax.Array:
@@ -272,9 +241,7 @@ def relight(images: jax.Array, mean: jax.Array, brightness: jax.Array, contrast:
 def _symmetry(images: jax.Array, d: Draw) -> jax.Array:
     """The symmetries of `d`, without resampling."""
 
-    def where(chosen: jax.Array, changed: jax.Array, images: jax.Array) -> jax.Array:
-        return jnp.where(chosen[:, None, None, None], changed, images)
-
-    images = where(d.transpose, images.swapaxes(1, 2), images)
-    images = where(d.rows, images[:, ::-1], images)
-    return where(d.columns, images[:, :, ::-1], images)
+    transpose, rows, columns = (chosen[:, None, None, None] for chosen in d[:3])
+    images = jnp.where(transpose, images.swapaxes(1, 2), images)
+    images = jnp.where(rows, images[:, ::-1], images)
+    return jnp.where(columns, images[:, :, ::-1], images)

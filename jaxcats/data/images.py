@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,8 +28,7 @@ STRIP_RATIO = 32
 BAND = 2**18
 
 # Pillow refuses images of twice this many pixels: 200 megapixels, so that the largest phone cameras still pass.
-if Image.MAX_IMAGE_PIXELS is not None:
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, 100_000_000)
+Image.MAX_IMAGE_PIXELS = 100_000_000
 # Odd EXIF, large sizes and palettes make Pillow warn once per file; what matters is reported as a bad file instead.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -99,8 +98,7 @@ class Preprocess:
             UserError: a field is unknown or has an impossible value.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(names))
-        if unknown:
+        if unknown := sorted(set(values) - set(names)):
             raise UserError(f"preprocess: unknown field {unknown[0]!r}; the fields are {', '.join(names)}")
         for key, choices in (("interpolation", tuple(_FILTERS)), ("policy", ("lesson", "weights"))):
             if key in values and values[key] not in choices:
@@ -125,7 +123,11 @@ def evaluation_pixels(source: File | Image.Image, preprocess: Preprocess) -> np.
     Raises:
         ImageError: the image can't be decoded.
     """
-    image = _middle_of_strip(open_upright(source))
+    image = open_upright(source)
+    longest = STRIP_RATIO * min(image.size)
+    if max(image.size) > longest:
+        left, top = (max(0, (side - longest) // 2) for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     size, shorter = preprocess.size, preprocess.resize_to
     width, height = image.size
     # Rounded down, as torchvision does.
@@ -134,15 +136,6 @@ def evaluation_pixels(source: File | Image.Image, preprocess: Preprocess) -> np.
         image = image.resize(resized, _FILTERS[preprocess.interpolation])
     left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
     return np.array(image.crop((left, top, left + size, top + size)))
-
-
-def _middle_of_strip(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    limit = STRIP_RATIO * min(width, height)
-    if max(width, height) <= limit:
-        return image
-    left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
-    return image.crop((left, top, width - left, height - top))
 
 
 def open_upright(source: File | Image.Image) -> Image.Image:
@@ -158,9 +151,9 @@ def open_upright(source: File | Image.Image) -> Image.Image:
         ImageError: the image can't be decoded.
     """
     if isinstance(source, Image.Image):
-        return upright(source.copy())
+        return decode(source.copy()).image
     with open_image(source) as image:
-        return upright(image)
+        return decode(image).image
 
 
 @contextmanager
@@ -179,28 +172,18 @@ def open_image(source: File) -> Iterator[Image.Image]:
 
 
 def _open(source: File) -> Image.Image:
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
-        return Image.open(file)
+        return Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as opened:
-            start = opened.read(12)
-        if start[4:8] != b"ftyp" or start[8:12] in (b"avif", b"avis"):
+        if content[4:8] != b"ftyp" or content[8:12] in (b"avif", b"avis"):
             raise
-        if not _register_heif():
+        try:
+            import pillow_heif
+        except ImportError:
             raise ImageError('HEIC needs the extra "heic": pip install "jaxcats[heic]"') from None
-        return Image.open(file)
-
-
-@cache
-def _register_heif() -> bool:
-    """Lets Pillow read HEIC, where the plug-in is installed."""
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
-    pillow_heif.register_heif_opener()
-    return True
+        pillow_heif.register_heif_opener()  # once: from now on Pillow opens HEIC itself
+        return Image.open(io.BytesIO(content))
 
 
 def bad_reason(error: Exception) -> str:
@@ -213,41 +196,7 @@ def bad_reason(error: Exception) -> str:
         return f"too large: {str(error).split(',')[0]}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    reason = first_line(error)
-    if any(words in reason for words in ("decoder error", "decoder object", "broken data stream", "broken PNG")):
-        return f"damaged or cut off (Pillow: {reason[:160]})"
-    return reason
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Decodes an opened image, rotates it as its EXIF orientation says and makes it RGB; `image` itself may change."""
-    return _upright(image)[0]
-
-
-def _upright(image: Image.Image) -> tuple[Image.Image, int, str]:
-    """The upright RGB image, the EXIF orientation that it had, and a note on its colour profile."""
-    # Pillow itself turns TIFF as it loads it, and then forgets the orientation. A PNG's EXIF may follow its pixels.
-    stored = _exif_orientation(image) if image.format == "TIFF" else 1
-    image.load()
-    orientation = _exif_orientation(image)
-    if orientation > 1:
-        try:
-            ImageOps.exif_transpose(image, in_place=True)
-        except MemoryError:
-            raise
-        except Exception:  # corrupt EXIF, which Pillow writes anew after it has turned the pixels
-            pass
-    to_srgb, note = _srgb_conversion(image)
-    return _to_rgb(image, to_srgb), max(stored, orientation), note
-
-
-def _exif_orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none or it can't be read."""
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except Exception:  # Pillow raises many kinds on corrupt EXIF, and an image without its tag is still an image
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    return f"damaged, cut off or of an unknown kind (Pillow: {first_line(error)})"
 
 
 @dataclass(frozen=True)
@@ -259,24 +208,44 @@ class Decoded:
     notes: tuple[str, ...]
 
 
-def decode(image: Image.Image, content: bytes) -> Decoded:
-    """Decodes an image as `evaluation_pixels` does before the resize, with notes on it.
+def decode(image: Image.Image, content: bytes | None = None) -> Decoded:
+    """Decodes an opened image, rotates it as its EXIF orientation says and makes it RGB.
 
     Args:
-        image: what `open_image(content)` gives; it may change.
-        content: the file's bytes, in which the frames are counted.
+        image: an image of Pillow or `open_image`; it may change.
+        content: the file's bytes, in which the frames are counted for a note; None: they are not counted.
     """
-    rgb, orientation, colour_note = _upright(image)
-    notes = [_frames_note(image, content)]
+    # Pillow itself turns TIFF as it loads it, and then forgets the orientation. A PNG's EXIF may follow its pixels.
+    stored = _exif_orientation(image) if image.format == "TIFF" else 1
+    image.load()
+    orientation = _exif_orientation(image)
+    if orientation > 1:
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except MemoryError:
+            raise
+        except Exception:  # corrupt EXIF, which Pillow writes anew after it has turned the pixels
+            pass
+    to_srgb, colour_note = _srgb_conversion(image)
+    notes = [_frames_note(image, content) if content else ""]
     if is_high_bit_depth(image):
         notes.append("more than 8 bits a pixel, scaled")
     elif image.mode == "CMYK":
         notes.append("CMYK, made RGB")
-    ranges: Any = image.getextrema() if image.mode in ("LA", "RGBA") else [(0, 0)]
-    opaque = ranges[-1][0] == 255  # as in every screenshot
-    if has_alpha(image) and not opaque:
+    is_opaque = image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema()[0] == 255  # as in every screenshot
+    if has_alpha(image) and not is_opaque:
         notes.append("transparency laid on white")
-    return Decoded(rgb, orientation, tuple(note for note in (*notes, colour_note) if note))
+    notes = tuple(note for note in (*notes, colour_note) if note)
+    return Decoded(_to_rgb(image, to_srgb), max(stored, orientation), notes)
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none or it can't be read."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # Pillow raises many kinds on corrupt EXIF, and an image without its tag is still an image
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _frames_note(image: Image.Image, content: bytes) -> str:
@@ -286,8 +255,6 @@ def _frames_note(image: Image.Image, content: bytes) -> str:
     with _open(content) as reopened:
         try:
             frames = getattr(reopened, "n_frames", 1)
-        except MemoryError:
-            raise
         except Exception:  # of as many kinds as in open_image
             return "first of several frames, later ones damaged"
     return f"first of {frames:,} frames" if frames > 1 else ""
@@ -378,8 +345,7 @@ def _finite_range(image: Image.Image) -> tuple[float, float]:
 
 
 def _numbers(part: Image.Image) -> np.ndarray:
-    values = np.asarray(part).astype(np.float64)
-    return np.where(np.isnan(values), 0.0, values)
+    return np.nan_to_num(np.asarray(part).astype(np.float64), nan=0.0, posinf=np.inf, neginf=-np.inf)
 
 
 # The colour spaces of profiles, and the Pillow modes that they can convert.
@@ -405,12 +371,10 @@ def _srgb_conversion(image: Image.Image) -> tuple[Conversion | None, str]:
         space = profile.profile.xcolor_space.strip()
         if "sRGB" in name:
             return None, ""
-        if is_high_bit_depth(image) and space == "GRAY":
-            return None, "colour profile not applied to deep greys"
         if mode not in _PROFILE_MODES.get(space, ()):
             return None, "colour profile of another kind left out"
         opaque_mode = mode.removesuffix("A")
-        transform = ImageCms.buildTransform(profile, _srgb(), opaque_mode, "RGB")
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), opaque_mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None, "broken colour profile left out"
 
@@ -423,8 +387,3 @@ def _srgb_conversion(image: Image.Image) -> tuple[Conversion | None, str]:
         return converted
 
     return convert, f"colours converted from {name[:80]}"
-
-
-@cache
-def _srgb() -> Any:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))

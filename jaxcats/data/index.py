@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
 from jaxcats.common.errors import UserError, one_line
 from jaxcats.common.io import cache_folder
 from jaxcats.data.files import FileRecord, inspect_files, list_images
-from jaxcats.data.labels import Labelled, Row, existing_folder, extensions, find_labels, find_labels_of
+from jaxcats.data.labels import Labelled, Row, existing_folder, extensions, find_labels, find_labels_of, shortened
 from jaxcats.data.splits import Rule, default_manifest, split_by_content
 
 
@@ -136,9 +136,9 @@ def scan(
     """
     started = time.perf_counter()
     root = existing_folder(root)
-    held_out = {"valid_fraction": valid_fraction, "test_fraction": test_fraction, "group": group}
     rule = Rule(valid_fraction, seed, test_fraction, group) if valid_fraction is not None else None
-    labelled = find_labels(root, labels, valid_fraction=valid_fraction, columns=columns, group=group)
+    labelled = find_labels(root, labels, columns=columns, group=group)
+    held_out = {"valid_fraction": valid_fraction, "test_fraction": test_fraction, "group": group}
     _check_held_out(root, labelled, {name: value for name, value in held_out.items() if value is not None})
     good, bad, reused = _read_files(root, labelled, options)
     assignments, place = {}, None
@@ -164,20 +164,13 @@ def scan(
     rows_of: dict[str, list[Row]] = defaultdict(list)
     for row in labelled.rows:
         if row.path in good:
-            is_assigned = rule is not None and row.split == "train"
-            rows_of[assignments[good[row.path].sha256] if is_assigned else row.split].append(row)
+            assigned = assignments.get(good[row.path].sha256) if row.split == "train" else None
+            rows_of[assigned or row.split].append(row)
     splits = {name: _make_split(root, rows, labelled.classes, good) for name, rows in rows_of.items()}
-    return FolderIndex(
-        root,
-        labelled.classes,
-        {name: splits[name] for name in ("train", "valid")},
-        bad,
-        time.perf_counter() - started,
-        reused,
-        splits.get("test"),
-        notes=tuple((path, record.note) for path, record in good.items() if record.note),
-        manifest=None if manifest else place,
-    )
+    to_train = {name: splits[name] for name in ("train", "valid")}
+    notes = tuple((path, record.note) for path, record in good.items() if record.note)
+    seconds, place = time.perf_counter() - started, None if manifest else place
+    return FolderIndex(root, labelled.classes, to_train, bad, seconds, reused, splits.get("test"), notes, place)
 
 
 def scan_labelled(
@@ -198,7 +191,6 @@ def scan_labelled(
     root = existing_folder(folder)
     labelled = find_labels_of(root, labels, classes)
     good, bad, _ = _read_files(root, labelled, options)
-    bad = tuple(dataclasses.replace(file, split="") for file in bad)
     return _make_split(root, [row for row in labelled.rows if row.path in good], classes, good), bad
 
 
@@ -212,17 +204,18 @@ def scan_unlabelled(folder: str | Path, **options: Unpack[ReadOptions]) -> tuple
     return Split(root, tuple(good), np.full(len(good), -1, np.int32), tuple(r.sha256 for r in good.values())), bad
 
 
-def skipped(bad: Sequence[BadFile], most: int = 5) -> list[str]:
+def skipped(bad: Sequence[BadFile]) -> list[str]:
     """Lines that name the images left out, the first few of them."""
-    lines = [f"skipped {one_line(file.path)}: {file.reason}" for file in bad[:most]]
-    return lines + ([f"... and {len(bad) - most:,} more images skipped"] if len(bad) > most else [])
+    lines = [f"skipped {one_line(file.path)}: {file.reason}" for file in bad]
+    return lines if len(lines) <= 5 else [*lines[:5], f"... and {len(lines) - 5:,} more images skipped"]
 
 
 def _check_held_out(root: Path, labelled: Labelled, given: Mapping[str, float | str]) -> None:
     """UserError where what should be held out contradicts the splits that the folder or the table has."""
     splits = {row.split for row in labelled.rows}
     if "valid" not in splits and "valid_fraction" not in given:
-        raise UserError(f"{root}: nothing says which images are for validation; set valid_fraction, for example 0.2")
+        problem = f"{root}: nothing says which images are for validation: there are no train/ and valid/"
+        raise UserError(f"{problem}, and no table names a split; set valid_fraction, for example 0.2")
     for name, value in given.items():
         split = "test" if name == "test_fraction" and "valid" not in splits else "valid"
         if split in splits:
@@ -238,44 +231,33 @@ def _read_files(
         UserError: none of the images of a class can be used, or any can't where that is an error.
     """
     split_of = {row.path: row.split for row in labelled.rows}
-    records, reused = inspect_files(
-        root,
-        list(split_of),
-        cache_dir=Path(options.get("cache_dir") or cache_folder()),
-        rehash=options.get("rehash", False),
-        workers=options.get("workers"),
-        progress=options.get("progress", True),
-    )
+    inspection: dict[str, Any] = {**options, "cache_dir": Path(options.get("cache_dir") or cache_folder())}
+    is_strict = inspection.pop("on_bad_file", "skip") == "fail"
+    records, reused = inspect_files(root, list(split_of), **inspection)
     good = {path: record for path, record in zip(split_of, records, strict=True) if record.bad is None}
     bad = [BadFile(path, reason, split_of.get(path, "")) for path, reason in labelled.unlabelled]
     bad += [BadFile(p, r.bad, split_of[p]) for p, r in zip(split_of, records, strict=True) if r.bad is not None]
     n = len(split_of) + len(labelled.unlabelled)
-    if bad and options.get("on_bad_file") == "fail":
+    if bad and (is_strict or not good):
         problem = f"{root}: {len(bad):,} of {n:,} images can't be used: {_listed(bad)}"
-        raise UserError(f"{problem}; mend or remove them, or set on_bad_file to skip")
-    if bad and not good:
-        raise UserError(f"{root}: none of the {n:,} images can be used: {_listed(bad)}; give images that Pillow reads")
+        raise UserError(f"{problem}; mend or remove them, or set on_bad_file to skip if the others are enough")
     usable = {(row.split, row.label) for row in labelled.rows if row.path in good}
     for row in labelled.rows:
         if (row.split, row.label) not in usable:
             paths = {other.path for other in labelled.rows if (other.split, other.label) == (row.split, row.label)}
             problem = f"{root}: class {row.label}: none of its {len(paths):,} {row.split} images can be used"
-            reasons = _listed([file for file in bad if file.path in paths])
-            raise UserError(f"{problem}: {reasons}; mend them, add others, or remove the class if it is none")
+            raise UserError(
+                f"{problem}: {_listed([file for file in bad if file.path in paths])}; mend them or add others"
+            )
     return good, tuple(bad), reused
 
 
 def _make_split(root: Path, rows: Sequence[Row], classes: Sequence[str], good: Mapping[str, FileRecord]) -> Split:
     rows = sorted(rows, key=lambda row: row.path)
     label = {name: i for i, name in enumerate(classes)}
-    return Split(
-        root=root,
-        paths=tuple(row.path for row in rows),
-        labels=np.array([label[row.label] for row in rows], np.int32),
-        hashes=tuple(good[row.path].sha256 for row in rows),
-    )
+    labels = np.array([label[row.label] for row in rows], np.int32)
+    return Split(root, tuple(row.path for row in rows), labels, tuple(good[row.path].sha256 for row in rows))
 
 
-def _listed(files: Sequence[BadFile], most: int = 5) -> str:
-    more = f", and {len(files) - most:,} more" if len(files) > most else ""
-    return "; ".join(f"{file.path} ({file.reason})" for file in files[:most]) + more
+def _listed(files: Sequence[BadFile]) -> str:
+    return shortened([f"{file.path} ({file.reason})" for file in files], 5, "; ")

@@ -8,6 +8,7 @@ import codecs
 import csv
 import dataclasses
 import io
+import itertools
 import os
 import re
 import unicodedata
@@ -53,22 +54,22 @@ class Labelled:
     unlabelled: Unlabelled
 
 
-def find_labels(
-    root: Path, labels: str, *, valid_fraction: float | None, columns: Mapping[str, str], group: str | None = None
-) -> Labelled:
+def find_labels(root: Path, labels: str, *, columns: Mapping[str, str], group: str | None = None) -> Labelled:
     """The images under `root` (resolved) with their labels; see `index.scan` for the arguments.
 
     Raises:
-        UserError: the folder or the table can't be used.
+        UserError: the folder, the table or an argument can't be used.
     """
     kind, unlabelled = label_kind(labels), []
     group_pattern = compiled(group, "group", "data.group") if group and "(?P<" in group else None
     if kind == "table":
         rows, unlabelled = read_table(root, labels, columns, group=None if group_pattern else group)
+    elif group is not None and not group_pattern:
+        raise UserError(f"data.group: {group!r} can't be used; expected a regular expression with (?P<group>...).")
     elif kind == "folders":
-        rows = _rows_of_class_folders(root, split_folders(root, valid_fraction))
+        rows = _rows_of_class_folders(root, split_folders(root))
     else:
-        rows, unlabelled = _rows_by_path(root, split_folders(root, valid_fraction), labels)
+        rows, unlabelled = _rows_by_path(root, split_folders(root), labels)
     if group_pattern:
         rows = [dataclasses.replace(row, group=_matched(group_pattern, "group", row.path)) for row in rows]
     classes = _classes_of_splits(root, rows)
@@ -99,10 +100,9 @@ def _classes_of_splits(root: Path, rows: Sequence[Row]) -> tuple[str, ...]:
     """The classes of "train", sorted; UserError where the other splits don't fit them."""
     labels = {split: {row.label for row in rows if row.split == split} for split in SPLIT_ORDER}
     classes = tuple(sorted(labels["train"]))
-    if not classes:
-        raise UserError(f"{root}: there are no training images among the {len(rows):,} with a label.")
-    if len(classes) == 1:
-        raise UserError(f"{root}: only one class ({classes[0]}); a classifier needs at least two")
+    if len(classes) < 2:
+        problem = f"{root}: the classes of the training images: {shortened(classes) or 'none'}"
+        raise UserError(f"{problem}; a classifier needs at least two classes")
     if labels["valid"]:
         check_classes(f"{root}: valid", labels["valid"], classes, against="train")
     if unknown := sorted(labels["test"] - labels["train"]):
@@ -117,26 +117,21 @@ def existing_folder(folder: str | Path) -> Path:
     """The folder with links resolved; UserError where there is none."""
     path = Path(os.path.expanduser(folder))
     if not path.is_dir():
-        problem = "not a folder" if path.exists() else "no such folder"
-        raise UserError(f"{path}: {problem}; give the folder that holds the images")
+        raise UserError(f"{path}: no such folder; give the folder that holds the images")
     return path.resolve()
 
 
-def split_folders(root: Path, valid_fraction: float | None) -> dict[str, Path]:
-    """The folders of "train", "valid" and "test" that exist; without train/, `root` itself is that of "train".
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders of "train", "valid" and "test" that exist; without any, `root` itself is that of "train".
 
     Raises:
-        UserError: no folder, and no `valid_fraction`, says which images are for validation, or only train/ is missing.
+        UserError: only train/ is missing.
     """
     folders = {"train": root / "train", "valid": valid_folder(root), "test": root / "test"}
     tops = {split: folder for split, folder in folders.items() if folder and folder.is_dir()}
     if tops and "train" not in tops:
         name = next(iter(tops.values())).name
         raise UserError(f"{root}: has {name}/ but no train/; put the other images in train/, or move {name}/ away.")
-    if "valid" not in tops and valid_fraction is None:
-        found = shortened([f"{name}/" for name in subfolders(root)]) or "no folders"
-        problem = f"{root}: nothing says which images are for validation: found {found}, looked for train/ and valid/"
-        raise UserError(f"{problem}; for a folder without them set valid_fraction, for example 0.2")
     return tops or {"train": root}
 
 
@@ -151,11 +146,9 @@ def valid_folder(root: Path) -> Path | None:
 def check_classes(place: str | Path, found: Collection[str], expected: Sequence[str], *, against: str) -> None:
     """UserError, which says how, where the two sets of class names differ."""
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    for a in missing:
-        for b in unknown:
-            if normalized_name(a) == normalized_name(b):
-                difference = "they differ in capitals, spaces, or how an accent is encoded"
-                raise UserError(f"{place}: {b!a} there is {a!a} in {against}: {difference}; rename one.")
+    for a, b in itertools.product(missing, unknown):
+        if normalized_name(a) == normalized_name(b):
+            raise UserError(f"{place}: {b!a} is spelled {a!a} in {against}; rename one.")
     if missing or unknown:
         difference = f"missing {shortened(missing) or 'none'}, unknown {shortened(unknown) or 'none'}"
         problem = f"{place}: its classes differ from those of {against}: {difference}"
@@ -167,10 +160,10 @@ def normalized_name(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 
-def shortened(names: Sequence[str], most: int = 8) -> str:
+def shortened(names: Sequence[str], most: int = 8, separator: str = ", ") -> str:
     """The first of the names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 def extensions() -> str:
@@ -191,11 +184,8 @@ def _rows_of_classes(root: Path, top: Path, split: str) -> list[Row]:
     """The images of each class folder in `top`; a class folder without any is an error."""
     paths_of = {name: list_images(top / name, root) for name in subfolders(top)}
     if not paths_of:
-        n = len(list_images(top, root))
-        problem = f"{top}: {f'{n:,} images but no class folders' if n else 'no images'}"
+        problem = f"{top}: {len(list_images(top, root)):,} images but no class folders"
         raise UserError(f"{problem}; expected a folder of images per class, for example cats/ and dogs/")
-    if not any(paths_of.values()):
-        raise UserError(f"{top}: no images in its {len(paths_of)} class folders; looked for {extensions()}")
     for name, paths in paths_of.items():
         if not paths:
             problem = f"{top / name}: no images in this class folder (looked for {extensions()})"
@@ -205,21 +195,16 @@ def _rows_of_classes(root: Path, top: Path, split: str) -> list[Row]:
 
 def _rows_by_path(root: Path, tops: Mapping[str, Path], labels: str) -> tuple[list[Row], Unlabelled]:
     """Rows of images labelled by their parent folder, or by a pattern on the path below the split's folder."""
-    pattern = None if labels == "parent" else compiled(labels, "label", "data.labels")
-    reason = "data.labels doesn't match its name" if pattern else "lies in no folder"
+    is_parent = labels == "parent"
+    pattern = re.compile(r"(?P<label>[^/]+)/[^/]+\Z") if is_parent else compiled(labels, "label", "data.labels")
+    reason = "lies in no folder" if is_parent else "data.labels doesn't match its name"
     rows, unlabelled = [], []
     for split, top in tops.items():
-        split_rows, without = [], []
-        for path in list_images(top, root):
-            below = os.path.relpath(root / path, top)
-            label = _matched(pattern, "label", below) if pattern else os.path.basename(os.path.dirname(below))
-            if label:
-                split_rows.append(Row(path, label, split))
-            else:
-                without.append((path, reason))
-        rows += split_rows
-        if split_rows or split != "test":  # a test folder may hold images without labels
-            unlabelled += without
+        prefix = "" if top == root else f"{top.name}/"
+        label_of = {path: _matched(pattern, "label", path.removeprefix(prefix)) for path in list_images(top, root)}
+        rows += [Row(path, label, split) for path, label in label_of.items() if label]
+        if split != "test" or any(label_of.values()):  # a test folder may hold images without labels
+            unlabelled += [(path, reason) for path, label in label_of.items() if not label]
     if not rows:
         example = f"; for example {shortened([path for path, _ in unlabelled], 3)}" if unlabelled else ""
         raise UserError(f"{root}: no image gets a label from data.labels {labels!r}{example}.")
@@ -255,12 +240,12 @@ def read_table(
     names = {"path": "path", "label": "label", "split": "split"} | dict(columns) | ({"group": group} if group else {})
     try:
         lines = _parquet_lines(file, set(names.values())) if file.suffix.lower() == ".parquet" else _csv_lines(file)
-        header = list(next(lines)[1])
+        _, header = next(lines, ("", []))
         for key, name in names.items():
             if name not in header and (key, name) != ("split", "split"):
+                problem = f"{file}: has no column '{name}'; it has {', '.join(header) or 'none'}."
                 option = "data.group" if key == "group" else f"data.columns.{key}"
-                problem = f"{file}: has no column '{name}'; it has {', '.join(header)}.{nearest(name, header)}"
-                raise UserError(f"{problem} Say with {option} which it is.")
+                raise UserError(f"{problem}{nearest(name, header)} Say with {option} which it is.")
         return _rows_of_lines(root, file, lines, {k: header.index(name) for k, name in names.items() if name in header})
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror or error}).") from None
@@ -271,12 +256,8 @@ def _rows_of_lines(root: Path, file: Path, lines: Lines, positions: Mapping[str,
     unusable: Unlabelled = []
     conflicts: set[str] = set()
     has_splits = False
-    n = max(positions.values()) + 1
     for place, cells in lines:
-        if len(cells) < n:
-            unusable.append((f"{file.name} {place}", f"has {len(cells)} of {n} columns or more"))
-            continue
-        values = {key: cells[position].strip() for key, position in positions.items()}
+        values = {key: cells[at].strip() if at < len(cells) else "" for key, at in positions.items()}
         split_name = values.get("split", "")
         has_splits = has_splits or bool(split_name)
         path, problem = _relative_path(root, values["path"])
@@ -290,14 +271,10 @@ def _rows_of_lines(root: Path, file: Path, lines: Lines, positions: Mapping[str,
         first = by_path.setdefault(path, row)
         if (first.label, first.split) != (row.label, row.split):
             conflicts.add(path)
-    rows = []
-    for path, row in by_path.items():
-        if path in conflicts:
-            continue
-        if row.split or not has_splits:
-            rows.append(row if row.split else Row(path, row.label, group=row.group))
-        else:  # where others have a split, an empty one could mean any
-            unusable.append((path, "has no split"))
+    clear = [row for path, row in by_path.items() if path not in conflicts]
+    # Where others have a split, an empty one could mean any.
+    rows = [Row(r.path, r.label, r.split or "train", r.group) for r in clear if r.split or not has_splits]
+    unusable += [(row.path, "has no split") for row in clear if has_splits and not row.split]
     unusable += [(path, f"{file.name} gives it two labels or splits") for path in sorted(conflicts)]
     if not rows:
         first = f"; the first of {len(unusable):,}: {unusable[0][0]} ({unusable[0][1]})" if unusable else ""
@@ -310,14 +287,12 @@ def _relative_path(root: Path, given: str) -> tuple[str, str]:
     if not given or "\0" in given:
         return "", "names no image"
     # Written on Windows; but here a backslash may be a letter of a name too, so the files decide.
-    if os.sep == "/" and "\\" in given and "/" not in given and not os.path.isfile(os.path.join(root, given)):
-        path, problem = _relative_path(root, given.replace("\\", "/"))
-        if not problem and os.path.isfile(os.path.join(root, path)):
-            return path, ""
+    if "\\" in given and not os.path.isfile(os.path.join(root, given)):
+        given = given.replace("\\", "/")
     relative = os.path.relpath(given, root) if os.path.isabs(given) else os.path.normpath(given)
     if os.path.isabs(given) and _is_outside(relative):  # written with a link in it; the root has its links resolved
-        resolved = os.path.realpath(os.path.dirname(given))
-        relative = os.path.relpath(os.path.join(resolved, os.path.basename(given)), root)
+        folder, name = os.path.split(given)
+        relative = os.path.relpath(os.path.join(os.path.realpath(folder), name), root)
     return ("", "lies outside the folder") if _is_outside(relative) else (Path(relative).as_posix(), "")
 
 
@@ -326,24 +301,20 @@ def _is_outside(relative: str) -> bool:
 
 
 def _csv_lines(file: Path) -> Lines:
-    """("line N", cells), the header first; blank lines are left out, and before it those of separators alone."""
+    """("line N", cells), the header first; lines that are blank or only separators are left out."""
     data = file.read_bytes()
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{file} line {line}: is not UTF-8 (or UTF-16 with its mark); save it as UTF-8.") from None
+        raise UserError(f"{file}: is not UTF-8, or UTF-16 with its mark ({error}); save it as UTF-8.") from None
     first = next((line for line in io.StringIO(text, newline="") if line.strip(",;\t \r\n")), "")
     delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = next((names for cells in reader if any(names := [cell.strip() for cell in cells])), None)
-        if header is None:
-            raise UserError(f"{file}: is empty; expected a line with the names of the columns, then one per image.")
-        yield f"line {reader.line_num}", header
         for cells in reader:
-            if cells:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
                 yield f"line {reader.line_num}", cells
     except csv.Error as error:
         raise UserError(f"{file} line {reader.line_num}: can't be read as CSV ({error}).") from None
@@ -355,31 +326,18 @@ def _parquet_lines(file: Path, wanted: set[str]) -> Lines:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        way_out = 'pip install "jaxcats[parquet]", or save it as CSV'
-        raise UserError(f"{file}: reading Parquet needs pyarrow; {way_out}.") from None
+        raise UserError(f'{file}: needs pyarrow: pip install "jaxcats[parquet]", or save it as CSV.') from None
     try:
-        schema = pq.read_schema(file)
-        names = [name for name in schema.names if name in wanted]
-        for name in names:
-            kind: Any = schema.field(name).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if pa.types.is_nested(kind) or "binary" in str(kind):
-                problem = f"{file}: column '{name}' is of type {str(kind).partition('<')[0]}, expected text or numbers"
-                raise UserError(f"{problem}; save it as text, or name another with data.columns or data.group.")
-        table: Any = pq.read_table(file, columns=names)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: can't be read as Parquet ({first_line(error)}).") from None
-    yield "header", list(schema.names)
-    cells_of = {name: _column_texts(file, name, table[name]) for name in names}
-    columns = [cells_of.get(name) or [""] * len(table) for name in schema.names]
-    for number, cells in enumerate(zip(*columns, strict=True), 1):
+        names = pq.read_schema(file).names
+        table: Any = pq.read_table(file, columns=[name for name in names if name in wanted])
+        columns = {name: table[name].to_pylist() for name in table.column_names}
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # also text that isn't UTF-8, dates beyond Python's
+        raise UserError(f"{file}: can't be read as Parquet ({first_line(error)}); save it as UTF-8 CSV.") from None
+    for name, cells in columns.items():
+        if kinds := {type(cell).__name__ for cell in cells if isinstance(cell, (bytes, list, dict))}:
+            raise UserError(f"{file}: column '{name}' holds {kinds.pop()}, expected text or numbers; save it as text.")
+        # In a column of floats an empty cell is NaN, which is the only value that differs from itself.
+        columns[name] = ["" if cell is None or cell != cell else str(cell) for cell in cells]
+    yield "header", names
+    for number, cells in enumerate(zip(*(columns.get(name, [""] * len(table)) for name in names), strict=True), 1):
         yield f"row {number}", cells
-
-
-def _column_texts(file: Path, name: str, column: Any) -> list[str]:
-    try:
-        cells = column.to_pylist()
-    except (ValueError, OverflowError) as error:  # text that isn't UTF-8, a date beyond Python's
-        raise UserError(f"{file}: column '{name}' can't be read ({error}); save it as UTF-8 text.") from None
-    # In a column of floats an empty cell is NaN, which is the only value that differs from itself.
-    return ["" if cell is None or cell != cell else str(cell) for cell in cells]

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,11 +48,9 @@ def evaluation_batches(
     Raises:
         UserError: a file can no longer be read, or has changed; names it.
     """
-    rows = np.arange(len(split)) if indices is None else np.asarray(indices)
-    steps = -(-len(rows) // batch_size)
-    order = np.full(steps * batch_size, -1, np.int32)
-    order[: len(rows)] = rows
-    return training_batches(split, preprocess=preprocess, order=order.reshape(steps, batch_size), workers=workers)
+    rows = np.arange(len(split)) if indices is None else np.asarray(indices, np.int32)
+    order = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1).reshape(-1, batch_size)
+    return training_batches(split, preprocess=preprocess, order=order, workers=workers)
 
 
 def training_batches(
@@ -77,23 +74,19 @@ def _batches(split: Split, preprocess: Preprocess, order: np.ndarray, workers: i
 
         def read_batch(rows: np.ndarray) -> np.ndarray:
             images = np.zeros((len(rows), size, size, 3), np.uint8)
+            places = np.flatnonzero(rows >= 0).tolist()
 
             def read(place: int) -> None:
-                if rows[place] >= 0:
-                    try:
-                        images[place] = _read(split, int(rows[place]), preprocess)
-                    except UserError as error:
-                        errors.append(error)
-                        raise
+                try:
+                    images[place] = _read(split, int(rows[place]), preprocess)
+                except UserError as error:
+                    errors.append(error)
+                    raise
 
             try:
-                tasks = [pool.submit(read, place) for place in range(len(rows))]
+                list(pool.map(read, places))
             except RuntimeError:  # the pool is shut down, and TensorFlow, not yet stopped, asks for one more batch
-                for place in range(len(rows)):
-                    read(place)
-            else:
-                for task in tasks:
-                    task.result()
+                list(map(read, places))
             return images
 
         def to_images(rows: "tf.Tensor") -> "tf.Tensor":
@@ -122,17 +115,15 @@ def _read(split: Split, row: int, preprocess: Preprocess) -> np.ndarray:
     A file that has changed since it was indexed is an error too: its features would be cached under the hash of the old
     content, and its split was drawn for the old content.
     """
-    path = os.path.join(split.root, split.paths[row])
+    path = split.root / split.paths[row]
     way_out = "put the file back, or start again to index the folder as it is"
     try:
-        content = Path(path).read_bytes()
+        content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() == split.hashes[row]:
             return evaluation_pixels(content, preprocess)
     except Exception as error:
-        reason = bad_reason(error)
-        raise UserError(
-            f"{path}: could be read when the folder was indexed and can't be now ({reason}); {way_out}"
-        ) from error
+        problem = f"{path}: could be read when the folder was indexed and can't be now ({bad_reason(error)})"
+        raise UserError(f"{problem}; {way_out}") from error
     raise UserError(f"{path}: has changed since the folder was indexed; {way_out} (data.rehash: true)")
 
 

@@ -522,9 +522,8 @@ def check_training(ignored: Sequence[str], layout: Layout, root: Path) -> Iterat
     """What training would refuse, by its own code, and the images it would ignore, where the labels come from folders."""
     if not layout.has_folder_labels:
         return
-    is_whole = {"train", "valid"} <= set(layout.split_folders.values())
     try:
-        labelled = find_labels(root, "folders", valid_fraction=None if is_whole else 0.2, columns={})
+        labelled = find_labels(root, "folders", columns={})
     except UserError as error:
         yield Finding("not laid out for training", ["."], str(error).removeprefix(f"{root}: "))
         return

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxcats.common.cli import one_line
 from jaxcats.common.io import write_text
-from jaxcats.data.images import ImageError, open_image, upright
+from jaxcats.data.images import ImageError, decode, open_image
 
 PERCENT = "\N{NO-BREAK SPACE}%"
 SIDE = 140  # longer side of a thumbnail, in pixels
@@ -62,7 +62,7 @@ def thumbnail(source: "str | os.PathLike[str] | bytes", *, side: int = SIDE) -> 
     """
     with open_image(source) as file:
         file.draft(None, (2 * side, 2 * side))  # JPEG decodes straight to half, a quarter or an eighth
-        image = upright(file)
+        image = decode(file).image
         image.thumbnail((side, side))
     data = io.BytesIO()
     image.save(data, "WEBP", quality=55, method=2)

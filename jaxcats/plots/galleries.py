@@ -106,8 +106,8 @@ def top_loss_titles(log_probs: np.ndarray, labels: np.ndarray, classes: Sequence
     """
     titles = []
     for row in rows:
-        best = log_probs[row].argmax()
+        best = int(log_probs[row].argmax())
         loss, probability = abs(log_probs[row, labels[row]]), np.exp(log_probs[row, best])
         digits = 2 if probability < 0.995 else 4
-        titles.append(f"{classes[best]} / {classes[labels[row]]} / {loss:.2f} / {probability:.{digits}f}")
+        titles.append(f"{classes[best]} / {classes[int(labels[row])]} / {loss:.2f} / {probability:.{digits}f}")
     return titles

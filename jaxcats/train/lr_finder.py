@@ -362,12 +362,12 @@ class LRFindResult:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON, a band with the result of each seed; NaN is null and an infinite loss the string "inf"."""
         summary = {"refusal": self.refusal, "suggestions": self.suggestions, "outliers": list(self.outliers)}
-        if len(self.curves) > 1:
+        first, *others = self.curves
+        if others:
             seeds = [LRFindResult((curve,)).to_dict() for curve in self.curves]
             return {**summary, "ranges": self.ranges, "seeds": seeds}
-        curve = self.curves[0]
-        series = {name: [*map(_to_json, getattr(curve, name))] for name in ("lrs", "losses", "smoothed")}
-        return {"iterations": curve.iterations, "stopped": curve.stopped, "why": curve.why, **summary, **series}
+        series = {name: [*map(_to_json, getattr(first, name))] for name in ("lrs", "losses", "smoothed")}
+        return {"iterations": first.iterations, "stopped": first.stopped, "why": first.why, **summary, **series}
 
     def __repr__(self) -> str:
         return self.table()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from jaxcats.data import images
 from jaxcats.data.files import inspect_file
-from jaxcats.data.images import Preprocess, evaluation_pixels, open_upright, upright
+from jaxcats.data.images import Preprocess, evaluation_pixels, open_upright
 from jaxcats.data.index import scan
 from jaxcats.data.quality import findings, inspect_image
 
@@ -93,12 +93,12 @@ def test_the_colour_of_transparency_is_looked_for_before_colours_are_converted()
         assert (np.asarray(open_upright(content)) == 255).all()
 
 
-def test_a_grey_profile_on_deep_greys_is_said_to_be_not_applied(tmp_path):
+def test_a_grey_profile_on_deep_greys_is_said_to_be_left_out(tmp_path):
     for name, options in (("with.png", {"icc_profile": image_kinds.linear_grey_profile()}), ("without.png", {})):
         (tmp_path / name).write_bytes(image_kinds.encoded(image_kinds.deep("16"), "PNG", **options))
     pixels = [evaluation_pixels(tmp_path / name, Preprocess(size=32)) for name in ("with.png", "without.png")]
     np.testing.assert_array_equal(*pixels)
-    said = "more than 8 bits a pixel, scaled; colour profile not applied to deep greys"
+    said = "more than 8 bits a pixel, scaled; colour profile of another kind left out"
     assert inspect_file(tmp_path / "with.png").note == said
 
 
@@ -122,7 +122,7 @@ def test_the_image_of_a_caller_is_left_as_it_was_and_none_is_converted_twice():
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(np.asarray(image), before)
     assert (first != before).any()
-    np.testing.assert_array_equal(np.asarray(upright(upright(image))), first)
+    np.testing.assert_array_equal(np.asarray(open_upright(open_upright(image))), first)
 
 
 def test_the_index_keeps_the_notes_and_the_findings_say_them(tmp_path):

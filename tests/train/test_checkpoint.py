@@ -338,7 +338,7 @@ def test_what_cannot_be_read_may_be_whole(error, store, monkeypatch):
 
     monkeypatch.setattr(reader._manager, "restore", refuse)
     for ask in (lambda: reader.meta(3), lambda: reader.restore(3, state_of(0))):
-        with pytest.raises(UserError, match="can't be used .* If it is damaged, remove"):
+        with pytest.raises(UserError, match=r"can't be used .* If it is damaged, remove"):
             ask()
 
 
