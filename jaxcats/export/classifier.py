@@ -159,12 +159,11 @@ class Classifier:
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             decoded = _map_ahead(pool, decode, iter(images), 2 * batch_size + 2)
-            previous: tuple[list[Decoded], Any] = [], ()
+            started: deque[tuple[list[Decoded], Any]] = deque([([], ())])
             while batch := list(itertools.islice(decoded, batch_size)):
-                results = batch, self._run([pixels for _, pixels, _ in batch if pixels], batch_size, tta)
-                yield from self._rows(*previous)
-                previous = results
-            yield from self._rows(*previous)
+                started.append((batch, self._run([pixels for _, pixels, _ in batch if pixels], batch_size, tta)))
+                yield from self._rows(*started.popleft())
+            yield from self._rows(*started.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
