@@ -131,11 +131,10 @@ def test_a_missing_folder(mistake, tmp_path):
     )
 
 
-def test_a_folder_without_train_and_valid(mistake, tmp_path):
-    (tmp_path / "flat").mkdir()
+def test_a_folder_without_train_and_valid(mistake, pictures):
     said(
-        mistake(train_command, *TINY, "--data.root", tmp_path / "flat"),
-        tmp_path / "flat",
+        mistake(train_command, *TINY, "--data.root", pictures / "train"),
+        pictures / "train",
         "train/",
         "valid/",
         "valid_fraction",

@@ -214,7 +214,7 @@ def _check_held_out(root: Path, labelled: Labelled, given: Mapping[str, float | 
     """UserError where what should be held out contradicts the splits that the folder or the table has."""
     splits = {row.split for row in labelled.rows}
     if "valid" not in splits and "valid_fraction" not in given:
-        problem = f"{root}: nothing says which images are for validation: there are no train/ and valid/"
+        problem = f"{root}: nothing says which images are for validation: there is no valid/ beside train/"
         raise UserError(f"{problem}, and no table names a split; set valid_fraction, for example 0.2")
     for name, value in given.items():
         split = "test" if name == "test_fraction" and "valid" not in splits else "valid"

@@ -298,7 +298,7 @@ def test_a_file_is_not_a_folder(two_classes):
 
 def test_neither_layout_says_what_was_looked_for(folder):
     root = folder({"cats/a.jpg": 1, "dogs/b.jpg": 2})
-    with pytest.raises(UserError, match=r"there are no train/ and valid/.*valid_fraction"):
+    with pytest.raises(UserError, match=r"there is no valid/ beside train/.*valid_fraction"):
         scan(root)
 
 
