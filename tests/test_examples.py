@@ -268,7 +268,7 @@ def test_a_wrong_argument_of_an_example_is_one_line(script, tmp_path):
 )
 def test_a_wrong_function_is_named_before_anything_is_computed(learn, own, message, monkeypatch):
     learn.precompute = False
-    monkeypatch.setattr("jaxcats.learner.learner.Fitter", None)
+    monkeypatch.setattr("jaxcats.learner.learner.TrainingLoop", None)
     with pytest.raises(jc.UserError, match=message):
         learn.fit(0.01, **own)
     assert not learn.history

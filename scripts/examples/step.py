@@ -24,7 +24,7 @@ def main(argv):
         state, metrics = step(state, batch)
         return (state, jax.tree.map(lambda a, p: 0.95 * a + 0.05 * p, average, state.params)), metrics
 
-    run, arrays = jax.jit(scan.make_scan(averaged_step)), drivers.resident(exp, plan, inputs["train"])
+    run, arrays = jax.jit(scan.make_scan(averaged_step)), drivers.resident_arrays(exp, plan, inputs["train"])
     carry = create(params, stats), params
     for epoch in range(plan.phase.epochs):
         order = scan.epoch_order(n, batch_size=plan.phase.batch_size, seed=exp.config.seed, epoch=epoch)
