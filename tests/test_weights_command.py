@@ -223,7 +223,7 @@ def test_a_data_parallel_file_is_the_same_network(tmp_path):
         ),
         (["check", GOLDEN / "tiny_zip.pth"], "--backbone: is required for a file; one of efficientnet_lite0"),
         (["check", GOLDEN / "tiny_zip.pth", "--backbone", "resnet"], "backbone: unknown value 'resnet'"),
-        (["check", GOLDEN / "tiny_zip.pth", "--backbone", "resnet18"], "as resnet18: not the weights of this network."),
+        (["check", GOLDEN / "tiny_zip.pth", "--backbone", "resnet18"], "as resnet18: not the weights of this network"),
         (
             ["convert", GOLDEN / "tiny_zip.pth", "a.bin"],
             "a.bin: expected the name of a new file that ends in .safetensors",

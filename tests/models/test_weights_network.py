@@ -192,7 +192,7 @@ def test_the_command_fetches_ahead_and_has_its_exit_codes(hub, tmp_path):
     done = fetch("good", "busy")
     assert done.returncode == 1
     assert done.stdout.startswith(f"hf:owner/good/tiny.pth: {tmp_path}")
-    assert f"sha256 {SHA})" in done.stdout
+    assert f"sha256 {SHA}, that of the hub)" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("stopped: hf:owner/busy/tiny.pth: ")
     wrong = fetch("good", HF_HUB_ETAG_TIMEOUT="0.5")
     assert wrong.returncode == 2
