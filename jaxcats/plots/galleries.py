@@ -106,8 +106,8 @@ def top_loss_titles(log_probs: np.ndarray, labels: np.ndarray, classes: Sequence
     """
     titles = []
     for row in rows:
-        best = int(log_probs[row].argmax())
-        loss, probability = abs(log_probs[row, labels[row]]), np.exp(log_probs[row, best])
+        best, label = int(log_probs[row].argmax()), int(labels[row])
+        loss, probability = abs(log_probs[row, label]), np.exp(log_probs[row, best])
         digits = 2 if probability < 0.995 else 4
-        titles.append(f"{classes[best]} / {classes[int(labels[row])]} / {loss:.2f} / {probability:.{digits}f}")
+        titles.append(f"{classes[best]} / {classes[label]} / {loss:.2f} / {probability:.{digits}f}")
     return titles
