@@ -52,12 +52,10 @@ def print_comparison(c: comparison.Comparison, a_name: str, b_name: str) -> None
     print(f"{c.verdict} Exact McNemar test on the {len(c.changed):,} images that only one gets right.")
     print(f"Accuracy of B minus that of A: {difference} points (approximate 95 % interval {low} to {high}).")
     if c.changed:
-        print("\nThese images changed sides; the numbers are the probability of the actual class:")
+        print(f"\nImages that changed sides with the probability of the actual class, at most {SHOWN} (--out has all):")
     for path, a, b in c.changed[:SHOWN]:
         side = "only B wrong" if a.correct else "only A wrong"
         print(f"  {side}  A {a.probability:.4f}  B {b.probability:.4f}  {one_line(path)}")
-    if len(c.changed) > SHOWN:
-        print(f"  ... and {len(c.changed) - SHOWN:,} more; --out FILE.csv has all.")
 
 
 if __name__ == "__main__":

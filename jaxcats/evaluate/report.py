@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,7 @@ LARGE, LARGE_SIDE = 48, 300  # images that are kept in a larger size, and its lo
 LEAST_SURE = 100  # right predictions that are always shown: the least sure ones
 MARKUP = 450  # bytes around an image and its names
 SUSPECTS = 48  # shown with their image
-WIDE = 600 / 72  # inches beyond which a figure gets a row of its own
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of the page: an <svg> element or a data URI; a wide one gets a row of its own."""
-
-    name: str
-    image: str
-    wide: bool
+WIDE = ("reliability", "heat_maps")  # figures that get a row of their own
 
 
 def write_evaluation(folder: Path, evaluated: EvaluatedSplit) -> None:
@@ -64,17 +54,18 @@ def write_evaluation(folder: Path, evaluated: EvaluatedSplit) -> None:
         raise unwritable(f"{folder}: figures and report", e) from None
 
 
-def page_figures(folder: Path, evaluated: EvaluatedSplit, curves: Mapping[str, plots.Figure]) -> list[Figure]:
-    """The figures of the page: range tests, curves, heat maps; the wide ones last, so that none leaves a gap beside it."""
+def page_figures(folder: Path, evaluated: EvaluatedSplit, curves: Mapping[str, plots.Figure]) -> dict[str, str]:
+    """The page's figures by name, each an <svg> element or a data URI; the wide ones last, so that none leaves a gap."""
     run = evaluated.run
     tested = [f"lr_find_{name}" for name, phase in run.config.phases.items() if phase.lr == "auto"]
     files = [run.folder / "figures" / f"{name}.png" for name in tested] + [folder / "figures" / "heat_maps.png"]
-    figures = [Figure(f.stem, pages.embedded_image(f), f.stem == "heat_maps") for f in files if f.is_file()]
-    figures += [Figure(name, plots.to_svg(curve), curve.get_figwidth() > WIDE) for name, curve in curves.items()]
-    return sorted(figures, key=lambda figure: (figure.wide, figure.name == "heat_maps"))
+    figures = {f.stem: pages.embedded_image(f) for f in files if f.is_file()}
+    figures |= {name: plots.to_svg(curve) for name, curve in curves.items()}
+    wide = {name: figures.pop(name) for name in WIDE if name in figures}
+    return figures | wide
 
 
-def render(evaluated: EvaluatedSplit, figures: Sequence[Figure] = (), *, budget: int = BUDGET) -> str:
+def render(evaluated: EvaluatedSplit, figures: Mapping[str, str] | None = None, *, budget: int = BUDGET) -> str:
     """The page as text of at most `budget` bytes: images that don't fit are left out, and the page says how many.
 
     An image that can't be read any more is shown by its name and the reason.
@@ -86,7 +77,8 @@ def render(evaluated: EvaluatedSplit, figures: Sequence[Figure] = (), *, budget:
     context = {
         "run": run,
         "metrics": metrics,
-        "figures": figures,
+        "figures": figures or {},
+        "wide": WIDE,
         "data": read_json(run.folder / "data.json"),
         "versions": read_json(run.folder / "versions.json"),
         "artefact": read_json(run.folder / "model" / "model.json"),

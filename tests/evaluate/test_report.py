@@ -94,7 +94,7 @@ def test_the_result_comes_first_and_everything_else_is_there(drawn, tmp_path):
     folder = run_folder(
         tmp_path / "run", findings=[leak | {"grave": True}], suspects=suspects, versions={"jax": "0.10.2"}
     )
-    figures = [report.Figure("confusion", SVG, False)]
+    figures = {"confusion": SVG}
     made = make(drawn, n=1000, wrong=9, threshold=0.9, folder=folder, metrics={"seen_before": {"train": 3}})
     page = Page(report.render(made, figures, budget=300_000))
     text = page.text.replace("\N{NO-BREAK SPACE}", " ")
@@ -163,7 +163,7 @@ def test_names_are_only_ever_text(drawn, tmp_path):
 def test_it_loads_nothing_from_anywhere(drawn, tmp_path):
     (tmp_path / "heat.png").write_bytes(b"any")
     image = pages.embedded_image(tmp_path / "heat.png")
-    figures = [report.Figure("confusion", SVG, False), report.Figure("heat_maps", image, True)]
+    figures = {"confusion": SVG, "heat_maps": image}
     folder = run_folder(
         tmp_path / "run", suspects=[{"path": "1.jpg", "label": "a", "suggested": "b", "reason": "label"}]
     )
@@ -195,7 +195,7 @@ def test_it_is_sound_html(drawn):
 
 
 def test_a_thousand_images_stay_under_five_megabytes(drawn):
-    figures = [report.Figure(f"f{k}", SVG.replace("M0 0", "M0 0" + 9_000 * "L10 10"), False) for k in range(6)]
+    figures = {f"f{k}": SVG.replace("M0 0", "M0 0" + 9_000 * "L10 10") for k in range(6)}
     text = report.render(make(drawn, n=1000, wrong=10), figures)
     page = Page(text)
     assert len(text.encode()) < 5_000_000

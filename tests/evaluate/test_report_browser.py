@@ -27,7 +27,7 @@ def make(root, classes, folder):
     made = evaluated(
         root, paths, classes=classes, wrong=WRONG, metrics=metrics, folder=folder, data_root=20 * "/a_long_folder"
     )
-    return report.render(made, [report.Figure("losses", SVG, False)]), np.exp(made.log_probs).max(1)
+    return report.render(made, {"losses": SVG}), np.exp(made.log_probs).max(1)
 
 
 @pytest.fixture(scope="module")
