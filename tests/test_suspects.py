@@ -243,7 +243,7 @@ def test_impossible_folds_are_refused(run, folds):
 def test_heads_that_diverge_say_so(run, monkeypatch):
     monkeypatch.setattr(
         label_errors_module,
-        "unlabelled_features",
+        "label_blind_features",
         lambda setup, run, split: np.full((len(split), 8), np.nan, np.float32),
     )
     with pytest.raises(RunError, match="diverged"):

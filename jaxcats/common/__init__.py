@@ -1,0 +1,1 @@
+"""What every folder uses: errors, configuration, flags, files, versions, processes, signals, compilation, statistics."""

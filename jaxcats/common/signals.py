@@ -51,7 +51,7 @@ class Stopping:
         if not self._patient or not is_first or (signum == signal.SIGINT and distributed.is_multiprocess()):
             raise_when_safe(Stopped(signum), frame)
         else:
-            print("\nStopping after this step; once more, and it stops at once.", file=sys.stderr, flush=True)
+            print("\nStopping after this step; a second signal stops at once.", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def patient(self, patient: bool = True) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Pure train and evaluation steps, made by factories with explicit arguments.
 
-A train step is `(state, batch) -> (state, metrics)`. Nothing here jits; the drivers do. A batch holds "label" int32 [B], "mask" bool [B], "index" int32 [B], and either
-"image" uint8 [B, H, W, 3] or "features" float32 [B, F].
+A train step is `(state, batch) -> (state, metrics)`. Nothing here jits; the drivers do. A batch holds "label" int32 [B],
+"mask" bool [B], "index" int32 [B], and either "image" uint8 [B, H, W, 3] or "features" float32 [B, F].
 """
 
 from collections.abc import Callable

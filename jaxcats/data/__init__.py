@@ -1,1 +1,1 @@
-
+"""From files to batches: labels, splits, the index, decoding, the tf.data pipeline, augmentation, and checks of a dataset."""

@@ -240,14 +240,14 @@ def _read_files(
     n = len(split_of) + len(labelled.unlabelled)
     if bad and (is_strict or not good):
         problem = f"{root}: {len(bad):,} of {n:,} images can't be used: {_listed(bad)}"
-        raise UserError(f"{problem}; mend or remove them, or set on_bad_file to skip if the others are enough")
+        raise UserError(f"{problem}; repair or remove them, or set on_bad_file to skip if the others are enough")
     usable = {(row.split, row.label) for row in labelled.rows if row.path in good}
     for row in labelled.rows:
         if (row.split, row.label) not in usable:
             paths = {other.path for other in labelled.rows if (other.split, other.label) == (row.split, row.label)}
             problem = f"{root}: class {row.label}: none of its {len(paths):,} {row.split} images can be used"
             raise UserError(
-                f"{problem}: {_listed([file for file in bad if file.path in paths])}; mend them or add others"
+                f"{problem}: {_listed([file for file in bad if file.path in paths])}; repair them or add others"
             )
     return good, tuple(bad), reused
 

@@ -1,4 +1,5 @@
-"""What is wrong with a dataset: `train` says it of an index in two lines, `doctor` of any folder in full.
+"""Problems of a dataset: `train` prints those of its images in two lines (`findings`, `summary`), `doctor` those of any folder
+in full (`examine_folder`).
 
 A `Finding` is one problem of some images or folders, and `KINDS` says what each kind means. The checks are functions that
 yield findings: checks of one image, checks of a dataset, look-alikes, and what training would make of a folder.
@@ -35,15 +36,15 @@ MAX_BITS, MIN_CORRELATION = 10, 0.95
 
 # kind: (grave, what it means and what to do), the gravest first
 KINDS = {
-    "unreadable": (True, "They can't be decoded and are skipped. Mend, shrink or remove them."),
+    "unreadable": (True, "They can't be decoded and are skipped. Repair, shrink or remove them."),
     "the same image in two splits": (True, "The result on the second split will be too good. Remove one of the copies."),
     "the same image under two classes": (True, "One of their labels is wrong. Keep the copy with the right one."),
     "not laid out for training": (True, "With labels from folders, the default, training refuses the folder with this message."),
-    "class named like a split": (True, "Training takes them for classes. If they are splits, name them train, valid or test, in small letters."),
+    "class named like a split": (True, "Training takes them for classes. If they are splits, name them train, valid or test, in lower case."),
     "class without images": (True, "Add images, or remove the class everywhere."),
     "only one class": (True, "A classifier needs at least two. Add another, or give the folder that the class folders are in."),
     "look-alikes in two splits": (True, "They may show the same scene, and then the result is too good. Compare them; keep them in one split."),
-    "file left out": (False, "They can't be decoded, or nothing says their class. Mend or remove them; nothing else is affected."),
+    "file left out": (False, "They can't be decoded, or nothing says their class. Repair or remove them; nothing else is affected."),
     "look-alikes": (False, "Compare them; they may be one image twice, or have two labels."),
     "the same image twice": (False, "They count twice. Remove one of the copies."),
     "ignored by training": (False, "With labels from folders, the default, training reads the class folders only. Move these images, or leave them."),

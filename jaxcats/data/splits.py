@@ -1,6 +1,6 @@
 """Holds out validation and test images by content, and records the split so that it is the same next time.
 
-`index.scan` splits a folder with it. In the manifest a split is called a side, and the key "sides" stays as it is.
+`index.scan` splits a folder with it. The key of the splits in the manifest is "sides"; another name would make existing manifests unreadable.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Images of a dataset that deserve a second look: labels that look wrong, and images unlike all others.
+"""`evaluate --split train`: labels that look wrong and images unlike all others, ranked into suspects.csv.
 
 Every image is predicted by heads that never saw it or a copy of it: heads like the run's own, one per fold of the training
 images, trained on cached features in one vmapped program. All heads predict the images of other splits.
@@ -86,7 +86,7 @@ def find_suspects(run: Run, splits: Mapping[str, Split], *, folds: int = 5) -> l
     images = Split(train.root, paths, labels, hashes)
     index = FolderIndex(train.root, run.classes, dict(splits), (), 0.0, 0)
     setup = Experiment(run.config, index, run.model, run.preprocess, cache_folder_of(run.config))
-    features = unlabelled_features(setup, run, images)
+    features = label_blind_features(setup, run, images)
     fold = stratified_folds(train.labels, train.hashes, folds=folds, seed=run.config.seed)
     logits = cross_validated_logits(setup, head_recipe(run.config.phases), features, train.labels, fold=fold)
     if not np.isfinite(logits).all():
@@ -107,7 +107,7 @@ def find_suspects(run: Run, splits: Mapping[str, Split], *, folds: int = 5) -> l
     return suspects
 
 
-def unlabelled_features(setup: Experiment, run: Run, images: Split) -> np.ndarray:
+def label_blind_features(setup: Experiment, run: Run, images: Split) -> np.ndarray:
     """Features [N, F] from a backbone that hasn't seen the labels."""
     params, batch_stats = run.params, run.batch_stats
     if any(phase.freeze != "backbone" for phase in run.config.phases.values()):

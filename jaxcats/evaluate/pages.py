@@ -1,4 +1,4 @@
-"""HTML pages: templates that escape whatever they are given, small images inside the page, and the page of doctor."""
+"""What the pages of report.py and doctor share: escaping templates, thumbnails as data URIs; and doctor's page."""
 
 import base64
 import hashlib
@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxcats.common.cli import one_line
+from jaxcats.common.errors import one_line
 from jaxcats.common.io import write_text
 from jaxcats.data.images import ImageError, decode, open_image
 

@@ -16,9 +16,8 @@ import numpy as np
 
 from jaxcats import plots
 from jaxcats.common import stats
-from jaxcats.common.cli import one_line
 from jaxcats.common.config import to_yaml
-from jaxcats.common.errors import unwritable
+from jaxcats.common.errors import one_line, unwritable
 from jaxcats.common.io import write_text
 from jaxcats.data.images import ImageError
 from jaxcats.evaluate import figures as run_figures

@@ -1,0 +1,1 @@
+"""The export command, the artefact, and the classifier that reads it; start at artifact.py."""

@@ -1,4 +1,7 @@
-"""Writes what a finished training leaves in its run folder; called by name from train/__main__.py, which stands further left."""
+"""The end of a training: writes predictions.csv, metrics.json, model/ and report.html into the run folder.
+
+train/__main__.py loads this module by name, because train/ may not import export/ (docs/architecture.md).
+"""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""What a trained network says of the validation images: metrics, the lesson's galleries, figures, the report."""
+"""What a trained network says of the validation images: metrics, galleries, figures, report, artefact; and the curves of a fit."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -147,7 +147,7 @@ def train(
     logits = evaluate_split(experiment.model, experiment.index.splits["valid"], *weights, **options)
     seconds |= result.seconds | {"evaluate": time.perf_counter() - start}
     if distributed.is_primary():
-        # Evaluate and export stand to the right of this folder, so they are loaded by name, as a command is.
+        # train/ may not import evaluate/ or export/ (docs/architecture.md), so this is loaded by name.
         finish = importlib.import_module("jaxcats.export.finish")
         finish.finish_training(
             experiment, result, workdir=workdir, logits=logits, facts=facts, seconds=seconds, started=started

@@ -1,7 +1,8 @@
-"""The drivers: how the training images, or their features, reach the train step.
+"""The drivers: how images, or their features, reach the train step; and batches for evaluation and features.
 
 `make_driver` jits a train step and returns a function that runs it over an epoch: `scan` keeps all rows on the device
-and runs many steps in one program, `stream` decodes batches while the device works.
+and runs many steps in one program, `stream` decodes batches while the device works. `image_batches` and `array_batches`
+give padded evaluation batches, which `evaluator` and `features` use.
 """
 
 import itertools

@@ -35,7 +35,16 @@ SPLIT_FILE = "split.json"  # in a run folder: the split of each image, where nei
 
 @dataclass(frozen=True)
 class Experiment:
-    """What all phases of a run share."""
+    """What all phases of a run share.
+
+    Attributes:
+        config: of the run.
+        index: the images, their labels and splits.
+        model: the network, without weights.
+        preprocess: how an image becomes the input of the network.
+        cache: the cache folder.
+        user_functions: loss, augmentation and metrics of the user.
+    """
 
     config: Config
     index: FolderIndex
