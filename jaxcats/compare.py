@@ -5,13 +5,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxcats.common.cli import Parser, one_line, run_command
-from jaxcats.common.errors import UserError
+from jaxcats.common.cli import Parser, run_command
+from jaxcats.common.errors import UserError, one_line
 from jaxcats.common.stats import percent_digits, sentence
 from jaxcats.evaluate import comparison
 from jaxcats.evaluate.predictions import write_csv
 
-DESCRIPTION = "Compares two runs on the same images: errors, the exact McNemar test, and the images that changed sides."
+DESCRIPTION = (
+    "Compares two runs on the same images: errors, the exact McNemar test, and the images that only one gets right."
+)
 SHOWN = 20  # changed images that are printed
 
 
@@ -20,7 +22,9 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m jaxcats.compare", description=DESCRIPTION)
     for name in ("a", "b"):
         parser.add_argument(name, metavar=f"RUN_{name.upper()}", help="run folder, or a predictions.csv")
-    parser.add_argument("--out", metavar="FILE.csv", help="where to write all images that changed sides")
+    parser.add_argument(
+        "--out", metavar="FILE.csv", help="file to write, with all images that only one of the two gets right"
+    )
     options = parser.parse_args(argv)
     (a, a_classes), (b, b_classes) = map(comparison.read_predictions, (options.a, options.b))
     if set(a_classes) != set(b_classes):
@@ -29,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     print_comparison(compared, options.a, options.b)
     for name, place in (("A", options.a), ("B", options.b)):
         if comparison.chose_best_epoch(place):
-            print(f"{name}'s best epoch was chosen on its validation images, so its number flatters.")
+            print(f"{name}'s best epoch was chosen on its validation images, so its result is too good.")
     if options.out:
         columns = ["path", "label", "predicted_a", "predicted_b", "probability_a", "probability_b"]
         changed = compared.changed
@@ -39,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def print_comparison(c: comparison.Comparison, a_name: str, b_name: str) -> None:
-    """Prints both results, the counts, the test, and the first images that changed sides."""
+    """Prints both results, the counts, the test, and the first images that only one gets right."""
     d = percent_digits(c.n)
     difference, low, high = (f"{100 * x:+.{d}f}" for x in ((c.only_a_wrong - c.only_b_wrong) / c.n, *c.interval))
     print(f"A: {one_line(a_name)}: {sentence(c.both_wrong + c.only_a_wrong, c.n)}")

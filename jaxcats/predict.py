@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Predicts the classes of images with an exported classifier. 'unsure' marks the images whose probability is below the "
-    "threshold. A file that can't be used is a row with the reason, and makes the exit code 1."
+    "threshold. A file that can't be used gets a row with the reason, and the exit code is 1."
 )
 SHEET_IMAGES = 64
 FIELDS = ("path", "label", "probability", "abstain", "error")  # then p_CLASS for each class
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     options = read_options(argv)
     paths = expand(options.paths)
     if options.kaggle:
-        kaggle_ids(paths)  # better refused before ten thousand images than after
+        kaggle_ids(paths)  # refuses them before any image is predicted
     from jaxcats.export.classifier import load
 
     classifier = load(options.model)
@@ -50,11 +50,11 @@ def main(argv: Sequence[str]) -> None:
     seconds = time.perf_counter() - started
     print(f"{len(paths):,} images in {seconds:.1f} s ({len(paths) / seconds:,.0f} a second)", file=sys.stderr)
     if bad:
-        raise RunError(f"{bad:,} of {len(paths):,} images can't be used; their rows say why.")
+        raise RunError(f"{bad:,} of {len(paths):,} images can't be used; their rows give the reason.")
 
 
 def read_options(argv: Sequence[str]) -> Namespace:
-    """Reads the flags, and refuses an output that would replace a file that it must not."""
+    """Reads the flags, and refuses an output that would replace an image or an input."""
     parser = Parser(prog="python -m jaxcats.predict", description=DESCRIPTION)
     paths_help = "images, folders, quoted patterns such as 'photos/**/*.jpg', or - for a list of files on stdin"
     parser.add_argument("paths", nargs="+", metavar="PATHS", help=paths_help)
@@ -75,7 +75,7 @@ def read_options(argv: Sequence[str]) -> Namespace:
 
 
 def expand(words: Sequence[str]) -> list[str]:
-    """Lists the files that paths, folders (with every image below them), patterns and `-` (a list on stdin) stand for."""
+    """Lists the files named by paths, folders (every image below them), patterns and `-` (a list on stdin)."""
     from jaxcats.data.files import list_images
 
     paths: list[str] = []
@@ -166,7 +166,7 @@ def kaggle_ids(paths: "Sequence[str | None]") -> list[int]:
             raise UserError(f"--kaggle: {one_line(path)}: expected one number in the file's name, its id.")
         other = path_of_id.setdefault(int(number[1]), path)
         if other is not path:
-            raise UserError(f"--kaggle: {one_line(path)}: has the id of {one_line(other)}.")
+            raise UserError(f"--kaggle: {one_line(path)}: has the same id as {one_line(other)}.")
     return list(path_of_id)
 
 

@@ -69,12 +69,12 @@ def _fetch(parser: Parser, argv: Sequence[str]) -> None:
         file = pretrained.find(registry.get(backbone).sources if backbone else (), location, backbone=backbone)
         size = f"{file.path.stat().st_size / 1e6:.1f} MB"
         print(f"{name}: {file.path} ({size}, sha256 {file.sha256}, {HASH_ORIGIN[file.verified_by]})")
-    print("Offline, it is found there. On another machine, copy the file and give it: --model.weights FILE")
+    print("Offline runs use this file. For another machine, copy it and give the copy: --model.weights FILE")
 
 
 def _check(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument("what", help="a name that list gives, or a file")
-    parser.add_argument("--backbone", help="the network that it should fit (a name says so itself)")
+    parser.add_argument("--backbone", help="the network that the file should fit (not needed with a known name)")
     options = parser.parse_args(argv)
     import numpy as np
 

@@ -215,7 +215,7 @@ def test_processes_with_other_images_are_refused(place):
 @pytest.mark.slow
 def test_one_that_cannot_start_stops_the_others(place):
     first, second = refused(*apart(place, "many", (), ("--data.root", place / "nowhere")))
-    assert first == "error: Process 1 has stopped; it says why."
+    assert first == "error: Process 1 has stopped; its own output gives the reason."
     assert "no such folder" in second
 
 

@@ -34,7 +34,7 @@ _started_by = ""  # what the user typed before the command's name, where `main` 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `jaxcats NAME ...`, which does the same as `python -m jaxcats.NAME ...`.
 
-    A script that registers its own backbone and calls this has every command for it: `python my_script.py NAME ...`.
+    A script that registers a backbone can call this; `python my_script.py NAME ...` then runs any command with it.
 
     Args:
         argv: the command's name and its flags; None: those of this process.
@@ -104,7 +104,7 @@ def silence_tensorflow() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for the flags of a command without a Config; a mistake is a UserError of one line."""
+    """argparse for the flags of a command without a Config; it raises a UserError of one line for a mistake."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses the flags; an unknown or abbreviated one is reported before one that is missing."""
@@ -122,7 +122,7 @@ def _flag_type(kind: Any, allowed: Any) -> Any:
 
 
 def check_flags(words: Sequence[str], known: Sequence[str]) -> None:
-    """Raises UserError for the first flag among the words that is not known."""
+    """Raises UserError for the first unknown flag among the words."""
     for word in words:
         name = word.partition("=")[0]
         if name == "--":

@@ -65,7 +65,7 @@ class DataConfig:
         size: side of the square input in pixels; empty: the size that the weights were trained with.
         policy: lesson: shorter side to size, centre crop; weights: shorter side to size / crop fraction, centre crop.
         labels: where labels come from. folders: a folder per class; parent: the folder that an image lies in, at any depth; a regular expression with (?P<label>...) on the path; or a .csv, .tsv or .parquet file.
-        columns: names of that file's columns.
+        columns: names of the columns of the table of labels.
         valid_fraction: share of each class to set aside for validation when neither a valid/ folder nor the table gives it.
         test_fraction: share of each class to set aside for a test split, which only evaluate --split test uses.
         group: which images stay in the same split: a regular expression with (?P<group>...) on the path, or a column of the table.
@@ -193,7 +193,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes that train together; all empty: one process, or those that SLURM, Open MPI, Kubernetes or a TPU pod names.
+    """Several processes that train together. If all are empty, SLURM, Open MPI, Kubernetes or a TPU pod may name the processes.
 
     Args:
         coordinator: HOST:PORT of the primary process, reachable from all.
@@ -334,7 +334,7 @@ def compiled(pattern: str, name: str, key: str) -> re.Pattern[str]:
     except re.error as error:
         raise UserError(f"{key}: {pattern!r} is not a regular expression ({error}).") from None
     if name not in expression.groupindex:
-        raise UserError(f"{key}: {pattern!r} has no group (?P<{name}>...), which says what the {name} is.")
+        raise UserError(f"{key}: {pattern!r} has no group (?P<{name}>...), which must match the {name}.")
     return expression
 
 
@@ -343,7 +343,7 @@ def _refusal(key: str, value: Any, expected: str) -> UserError:
 
 
 def type_members(kind: Any) -> tuple[Any, ...]:
-    """The types of a union; a type alone is its own only member."""
+    """The types of a union; of any other type, only the type itself."""
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 

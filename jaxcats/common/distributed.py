@@ -95,7 +95,7 @@ def all_or_none(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if len(failed):
-        raise UserError(f"Process {failed[0]} has stopped; it says why.")
+        raise UserError(f"Process {failed[0]} has stopped; its own output gives the reason.")
     return cast(T, result)
 
 
@@ -135,7 +135,7 @@ def _gather(values: np.ndarray) -> np.ndarray:
 def exit_now(message: str, code: int) -> NoReturn:
     """Ends only this process, at once; the others notice within HEARTBEAT seconds.
 
-    A normal exit would wait for the others, which know of nothing, just as long and then abort.
+    A normal exit would wait for the others that long and then abort, because they do not know of the exit.
     """
     print(message, file=sys.stderr)
     sys.stdout.flush()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-MAKE_ROOM = "Make room and run the same again (train: with --resume)."
+MAKE_ROOM = "Free some space and run the same command again (train: with --resume)."
 
 
 class _OneLineError(Exception):
@@ -20,7 +20,7 @@ class UserError(_OneLineError):
 
 
 class RunError(_OneLineError):
-    """A run that can't go on although nobody made a mistake (a loss that is not a number, a full disk); exit code 1."""
+    """A failure that is nobody's mistake and ends the run (a loss that is not a number, a full disk); exit code 1."""
 
 
 def is_full(error: BaseException) -> bool:
@@ -42,7 +42,7 @@ def unwritable(place: str, error: OSError) -> Exception:
 
 
 def nearest(name: str, choices: Sequence[str]) -> str:
-    """The hint " Did you mean 'X'?" with the choice most like `name`; an empty string when none is."""
+    """The hint " Did you mean 'X'?" with the choice most like `name`; an empty string when no choice is similar."""
     matches = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""
 

@@ -98,7 +98,7 @@ def lock_folder(folder: Path) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         problem = f"{holder or 'another process'} is training in it now"
-        raise UserError(f"--workdir {folder}: {problem}. Wait for its end, or name another folder.") from None
+        raise UserError(f"--workdir {folder}: {problem}. Wait until it ends, or name another folder.") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
             raise

@@ -29,7 +29,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stopping:
-    """Turns signals into a question that the training loop asks after each step.
+    """Turns signals into a flag that the training loop checks after each step.
 
     With several processes each may get a signal, at different steps. JAX's preemption service makes all of them stop at
     the same step; outside the steps every process stops alone.
@@ -55,7 +55,7 @@ class Stopping:
 
     @contextlib.contextmanager
     def patient(self, patient: bool = True) -> Iterator[None]:
-        """Within it a signal waits for `asked`; `patient(False)` within that is for long work that may be broken off."""
+        """Inside the block a signal waits for `asked`; inside a nested `patient(False)` it interrupts the work at once."""
         self.check()
         before, self._patient = self._patient, patient
         try:
@@ -69,7 +69,7 @@ class Stopping:
             raise Stopped(self.signum)
 
     def asked(self) -> bool:
-        """Whether to save and leave, after a step; every process must ask equally often."""
+        """Whether to save and stop after this step; every process must call this the same number of times."""
         if self.signum is None and distributed.is_multiprocess():
             from jax.experimental.multihost_utils import reached_preemption_sync_point
 
@@ -85,7 +85,7 @@ class Stopping:
 
 
 def safe_keyboard_interrupt() -> contextlib.AbstractContextManager[None]:
-    """Within it Ctrl-C raises KeyboardInterrupt at a safe place; a handler that is not Python's own stays."""
+    """Inside the block Ctrl-C raises KeyboardInterrupt at a safe place; a handler other than Python's is not replaced."""
     signals = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
     return _handling(signals, lambda _, frame: raise_when_safe(KeyboardInterrupt(), frame))
 

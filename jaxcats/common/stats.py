@@ -42,7 +42,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def summary(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Errors of n with interval, and log loss.
+    """Errors, accuracy with its interval, and log loss.
 
     Args:
         logits: [N, C].
@@ -66,7 +66,7 @@ def summary(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 def brier(log_probs: np.ndarray, labels: np.ndarray) -> float:
     """Mean squared distance of the probabilities from the truth (Brier, Mon. Weather Rev. 78, 1950): [N, C], [N].
 
-    With two classes of the second one's probability, from 0 to 1; else summed over the classes, from 0 to 2 (as scikit-learn).
+    With two classes it uses the second class alone (0 to 1); otherwise it sums over the classes (0 to 2), as scikit-learn does.
     """
     truth = np.arange(log_probs.shape[1]) == np.asarray(labels)[:, None]
     squares = ((np.exp(log_probs) - truth) ** 2).sum(-1)

@@ -23,7 +23,7 @@ def stratified_folds(labels: np.ndarray, hashes: Sequence[str], *, folds: int, s
 def fold_orders(fold: np.ndarray, *, batch_size: int, epochs: int, seed: int) -> np.ndarray:
     """The rows of each step when each fold is held out in turn: int32 [folds, epochs, steps, B], without rows of that fold.
 
-    Every training takes as many steps as the one with the fewest rows, so that all of them can run as one program.
+    Every fold trains for the same number of steps, that of the fold with the fewest rows, so one program can run all.
     """
     training = [np.flatnonzero(fold != k).astype(np.int32) for k in range(fold.max() + 1)]
     least = min(map(len, training))

@@ -60,7 +60,7 @@ def local_slice(batch: int) -> slice:
 
 
 def replicate(tree: Any, sharding: NamedSharding | None = None) -> Any:
-    """Host arrays that are the same in every process as global arrays: replicated, or with another `sharding`."""
+    """Turns host arrays, equal in every process, into global arrays: replicated, or with another `sharding`."""
     if not has_many_devices():
         return jax.device_put(tree)  # leaves arrays alone that are on the device already
     target = sharding or replicated()
@@ -89,14 +89,14 @@ def place_batch(batch: dict[str, np.ndarray], rows: int) -> dict[str, Any]:
 
 
 def place_order(order: np.ndarray) -> Any:
-    """Row numbers int32 [steps, B], sharded so that each device gathers its own part of every batch, where B divides."""
+    """Row numbers int32 [steps, B], sharded by B so that each device gathers its own part; replicated if B does not divide."""
     if not has_many_devices():
         return order
     return replicate(order, by_row(1) if order.shape[1] % jax.device_count() == 0 else replicated())
 
 
 def gather_rows(array: np.ndarray, rows: int) -> Any:
-    """All `rows` rows, in every process, of an array of which each process holds its `local_slice`."""
+    """Gathers all `rows` rows of an array in every process; `array` holds the `local_slice` of this process."""
     return _gather()(place_rows(array, rows)) if has_many_devices() else array
 
 

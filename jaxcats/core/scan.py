@@ -49,7 +49,7 @@ def scan_epoch(
 
     Args:
         scan_steps: `jax.jit(make_scan(step), donate_argnums=0)`.
-        state: not usable afterwards.
+        state: donated, so it can't be used afterwards.
         arrays: see `make_scan`.
         order: int32 [steps, B], the remaining steps of the epoch. For the same bits after resuming they must start at a
             multiple of `chunk`, because a program of another length may round differently.

@@ -33,7 +33,7 @@ def sgdr(peak: float, lengths: Sequence[int], *, warm: bool = True) -> Schedule:
     Args:
         peak: rate at the start of every cycle.
         lengths: steps of each cycle.
-        warm: the first twentieth of the first cycle runs at peak / 100, while the cosine goes on.
+        warm: the first twentieth of the first cycle runs at peak / 100; the cosine after it is not shifted.
     """
     wave = optax.join_schedules([cosine(peak, n) for n in lengths], list(accumulate(lengths))[:-1])
     quiet = math.ceil(lengths[0] / 20) if warm else 0

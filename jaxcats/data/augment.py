@@ -131,7 +131,7 @@ class Draw(NamedTuple):
     Attributes:
         transpose, rows, columns: bool [B], whether rows and columns are swapped and then each mirrored.
         zoom: float32 [B], the source's side over the window's.
-        place: float32 [B, 2], position of the window in the room that it has, (down, right) in 0..1.
+        place: float32 [B, 2], position of the window in the range of its possible positions, (down, right) in 0..1.
         angle: float32 [B], radians counter-clockwise.
         brightness, contrast: float32 [B], fastai's b and c.
     """
@@ -147,13 +147,13 @@ class Draw(NamedTuple):
 
 
 def draw(augmentation: Augmentation, *, key: jax.Array, epoch: jax.Array | int, index: jax.Array) -> Draw:
-    """The choices for images `index` int32 [B] in `epoch`; those of an image and operation depend on no others."""
+    """The choices for images `index` int32 [B] in `epoch`; those of one image and operation are independent of all others."""
 
     def uniforms(operation: jax.Array, row: jax.Array) -> jax.Array:
         epoch_key = jax.random.fold_in(jax.random.fold_in(key, operation), epoch)
         return jax.random.uniform(jax.random.fold_in(epoch_key, row), (3,))
 
-    # For all operations at once, used or not: numbers cost nothing, and a program for each would be slow to compile.
+    # Draws for all operations, used or not: numbers cost nothing, and a program for each would be slow to compile.
     names = ("flip", "dihedral", "zoom", "crop", "rotate", "lighting")
     numbers = jnp.array([zlib.crc32(name.encode()) for name in names], jnp.uint32)
     drawn = jax.vmap(jax.vmap(uniforms, (None, 0), 1), (0, None))(numbers, index)  # [operations, 3, B] in [0, 1)

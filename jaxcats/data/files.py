@@ -1,4 +1,4 @@
-"""Image files on disk: lists them, decodes each one once, and caches what that showed while the file is unchanged.
+"""Image files on disk: lists them, decodes each one once, and caches the result until the file changes.
 
 `index` and `quality` use it; `check_targets` keeps the outputs of predict and doctor from replacing a user's file.
 """
@@ -114,7 +114,7 @@ def inspect_file(path: Path, check: Callable[[Image.Image, Decoded], None] | Non
         if not content:
             raise ImageError("empty file (zero bytes)")
         record = dataclasses.replace(record, sha256=hashlib.sha256(content).hexdigest())
-        # Pixels are worked on inside: a file of several frames takes its image with it as it is closed.
+        # The pixels are used inside the block: closing a file of several frames also closes its image.
         with open_image(content) as image:
             decoded = decode(image, content)
             if check:
@@ -147,9 +147,9 @@ def inspect_files(
     """One record per path (relative to `root`), and how many of them came from the cache.
 
     A file is decoded again when its size or its modification time (nanoseconds) differs from the cached one, and always
-    with `rehash`. The cache is one file per root, which starts with the SHA-256 of the rest; damaged or unwritable, it
-    costs a warning, not the run. Records made before an exception (Ctrl-C, SIGTERM) are saved; before a SIGKILL, those
-    of a minute before.
+    with `rehash`. The cache is one file per root, which starts with the SHA-256 of the rest; if it is
+    damaged or can't be written, a warning appears and the run continues. Records made before an exception (Ctrl-C,
+    SIGTERM) are saved; a SIGKILL loses those of the last minute.
     """
     cache_file = cache_dir / "index" / cache_name(root)
     remove_stale_temporaries(cache_file.parent)
@@ -217,7 +217,7 @@ def _save_records(cache_file: Path, root: Path, records: dict[str, FileRecord]) 
     saved = {path: dataclasses.astuple(record) for path, record in kept.items()}
     try:
         text = json.dumps({"version": CACHE_VERSION, "pillow": PIL.__version__, "files": saved}).encode()
-        # A wrong digit in a record would be believed for ever: the first line is the hash of the rest.
+        # The first line is the hash of the rest, so that a damaged record is detected.
         write_bytes(cache_file, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
     except OSError as error:
         warn(f"the index cache {cache_file} can't be written ({error.strerror}): images are checked again next time")
@@ -242,7 +242,7 @@ def check_targets(targets: dict[str, str | None], inputs: Sequence[str]) -> None
         if is_wrong or file == "-":  # as in --csv *.jpg, where the shell puts a photo
             raise UserError(f"--{flag} {file}: expected a {'.png' if flag == 'show' else 'text'} file to write.")
         if os.path.realpath(file) in taken:
-            raise UserError(f"--{flag} {file}: is a file given already; name another.")
+            raise UserError(f"--{flag} {file}: is an input or another output already; name another file.")
         taken.add(os.path.realpath(file))
         is_other = os.path.lexists(file) and not os.path.isfile(file)  # a folder, or a device that must not be replaced
         if is_other or not os.access(Path(file).absolute().parent, os.W_OK):

@@ -201,7 +201,7 @@ def bad_reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Decoded:
-    """An upright RGB image, the EXIF orientation (1 to 8) of its file, and what is unusual about it and what became of it."""
+    """An upright RGB image, the EXIF orientation (1 to 8) of its file, and notes on what was unusual and how it was handled."""
 
     image: Image.Image
     orientation: int
@@ -251,7 +251,7 @@ def _exif_orientation(image: Image.Image) -> int:
 def _frames_note(image: Image.Image, content: bytes) -> str:
     if image.format == "MPO":  # the others are previews
         return ""
-    # Counting may move from frame to frame, and would leave an image at a damaged one: hence a second opening.
+    # Counting may read all frames and would leave the image at a damaged one, so the file is opened a second time.
     with _open(content) as reopened:
         try:
             frames = getattr(reopened, "n_frames", 1)
@@ -333,7 +333,7 @@ def _grey_conversion(image: Image.Image) -> Conversion:
 
 
 def _finite_range(image: Image.Image) -> tuple[float, float]:
-    """Least and greatest finite value; for 16 bits what is possible, as they are scaled the same anyway."""
+    """Least and greatest finite value; for 16 bits the least and greatest possible value, because all are scaled alike."""
     if image.mode.startswith("I;16"):
         return 0.0, 65535.0
     low, high = math.inf, -math.inf
@@ -379,7 +379,7 @@ def _srgb_conversion(image: Image.Image) -> tuple[Conversion | None, str]:
         return None, "broken colour profile left out"
 
     def convert(part: Image.Image) -> Image.Image:
-        # Transparency becomes a channel first: as one colour it would be looked for among the converted ones.
+        # Transparency becomes a channel first: a transparent colour would no longer match after the conversion.
         whole = part if part.mode == mode else part.convert(mode)
         converted = transform.apply(whole if mode == opaque_mode else whole.convert(opaque_mode))
         if mode != opaque_mode:

@@ -132,7 +132,7 @@ def scan(
         options: see `ReadOptions`.
 
     Raises:
-        UserError: the folder can't be trained on; says what was looked for and the way out.
+        UserError: the folder can't be trained on; the message says what was looked for and the way out.
     """
     started = time.perf_counter()
     root = existing_folder(root)
@@ -156,7 +156,7 @@ def scan(
                 if row.group:
                     groups[good[row.path].sha256].add(row.group)
         if group and not groups:
-            raise UserError("data.group: no image is in a group; look at the pattern or the column again")
+            raise UserError("data.group: no image is in a group; correct the pattern or the column")
         assignments = split_by_content(
             contents, rule=rule, manifest=place, given=bool(manifest), groups=groups, kept=kept_manifest
         )
@@ -205,7 +205,7 @@ def scan_unlabelled(folder: str | Path, **options: Unpack[ReadOptions]) -> tuple
 
 
 def skipped(bad: Sequence[BadFile]) -> list[str]:
-    """Lines that name the images left out, the first few of them."""
+    """Lines that name the first few of the images left out."""
     lines = [f"skipped {one_line(file.path)}: {file.reason}" for file in bad]
     return lines if len(lines) <= 5 else [*lines[:5], f"... and {len(lines) - 5:,} more images skipped"]
 
@@ -219,7 +219,7 @@ def _check_held_out(root: Path, labelled: Labelled, given: Mapping[str, float | 
     for name, value in given.items():
         split = "test" if name == "test_fraction" and "valid" not in splits else "valid"
         if split in splits:
-            raise UserError(f"{name}: {value} given, but {root} already has a {split} split; leave {name} out")
+            raise UserError(f"{name}: {value} can't be used: {root} has a {split} split already; leave {name} out")
 
 
 def _read_files(
@@ -228,7 +228,7 @@ def _read_files(
     """Good records by path, the bad files (those without a label first), and how many records were cached.
 
     Raises:
-        UserError: none of the images of a class can be used, or any can't where that is an error.
+        UserError: a class has no usable image, or any image is unusable and on_bad_file is "fail".
     """
     split_of = {row.path: row.split for row in labelled.rows}
     inspection: dict[str, Any] = {**options, "cache_dir": Path(options.get("cache_dir") or cache_folder())}

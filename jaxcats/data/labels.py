@@ -144,7 +144,7 @@ def valid_folder(root: Path) -> Path | None:
 
 
 def check_classes(place: str | Path, found: Collection[str], expected: Sequence[str], *, against: str) -> None:
-    """UserError, which says how, where the two sets of class names differ."""
+    """Raises UserError with the difference if the two sets of class names differ."""
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     for a, b in itertools.product(missing, unknown):
         if normalized_name(a) == normalized_name(b):
@@ -156,7 +156,7 @@ def check_classes(place: str | Path, found: Collection[str], expected: Sequence[
 
 
 def normalized_name(name: str) -> str:
-    """Equal for two names that differ only in capitals, spaces around them, or how an accent is encoded."""
+    """A form of a name that is equal for names that differ only in capitals, spaces around them, or how an accent is encoded."""
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 
@@ -245,7 +245,7 @@ def read_table(
             if name not in header and (key, name) != ("split", "split"):
                 problem = f"{file}: has no column '{name}'; it has {', '.join(header) or 'none'}."
                 option = "data.group" if key == "group" else f"data.columns.{key}"
-                raise UserError(f"{problem}{nearest(name, header)} Say with {option} which it is.")
+                raise UserError(f"{problem}{nearest(name, header)} Set {option} to its name.")
         return _rows_of_lines(root, file, lines, {k: header.index(name) for k, name in names.items() if name in header})
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror or error}).") from None
@@ -272,7 +272,7 @@ def _rows_of_lines(root: Path, file: Path, lines: Lines, positions: Mapping[str,
         if (first.label, first.split) != (row.label, row.split):
             conflicts.add(path)
     clear = [row for path, row in by_path.items() if path not in conflicts]
-    # Where others have a split, an empty one could mean any.
+    # If other rows name a split, a row without one is ambiguous.
     rows = [Row(r.path, r.label, r.split or "train", r.group) for r in clear if r.split or not has_splits]
     unusable += [(row.path, "has no split") for row in clear if has_splits and not row.split]
     unusable += [(path, f"{file.name} gives it two labels or splits") for path in sorted(conflicts)]
@@ -286,7 +286,7 @@ def _relative_path(root: Path, given: str) -> tuple[str, str]:
     """A cell's path relative to the root, and what is wrong with it ("" for nothing)."""
     if not given or "\0" in given:
         return "", "names no image"
-    # Written on Windows; but here a backslash may be a letter of a name too, so the files decide.
+    # The path may come from Windows. A backslash may also be part of a name here, so the files decide.
     if "\\" in given and not os.path.isfile(os.path.join(root, given)):
         given = given.replace("\\", "/")
     relative = os.path.relpath(given, root) if os.path.isabs(given) else os.path.normpath(given)

@@ -116,7 +116,7 @@ def _read(split: Split, row: int, preprocess: Preprocess) -> np.ndarray:
     content, and its split was drawn for the old content.
     """
     path = split.root / split.paths[row]
-    way_out = "put the file back, or start again to index the folder as it is"
+    way_out = "restore the file, or run the command again to index the folder's present content"
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() == split.hashes[row]:
@@ -148,7 +148,7 @@ def _tensorflow() -> Any:
         tf.config.set_visible_devices([], "GPU")
         tf.config.threading.set_inter_op_parallelism_threads(1)
         tf.config.threading.set_intra_op_parallelism_threads(1)
-    except RuntimeError:  # the program has used TensorFlow before us: its settings stand
+    except RuntimeError:  # the program has used TensorFlow before, so its settings remain
         pass
     atexit.register(_close_all)  # after TensorFlow's own, so that it runs before them
     return tf

@@ -62,7 +62,7 @@ KINDS = {
     "not an image": (False, "Training ignores them."),
     "hidden file": (False, "Training ignores hidden names."),
 }  # fmt: skip
-COPIES = ("the same image", "look-alikes")  # how kinds begin whose paths are one image
+COPIES = ("the same image", "look-alikes")  # beginnings of the kinds whose paths all show one image
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ RAW = (".dng", ".nef", ".nrw", ".arw", ".sr2", ".pef", ".srw", ".cr2")  # camera
 
 
 def check_other_files(root: Path) -> Iterator[Finding]:
-    """What every file is that isn't listed as an image."""
+    """A finding for every file that isn't listed as an image."""
     for folder, names in files.walk(root, root, hidden=True):
         for name in sorted(names):
             file = Path(folder, name)
@@ -363,8 +363,8 @@ class Link(NamedTuple):
 def join_alike(groups: np.ndarray, blocks: Iterable[np.ndarray], least: float, measure: str) -> list[Link]:
     """Joins the groups of images that look alike, and returns the links that do it.
 
-    Of many images that all look the same no pair is listed that earlier ones have already joined: N - 1 links join N
-    images, however many pairs there are.
+    A pair gets no link if earlier links have joined its images already: N - 1 links join N images that all look the
+    same, whatever the number of pairs.
 
     Args:
         groups: int [N], the group of each image; updated.
@@ -397,7 +397,7 @@ def correlations(phashes: np.ndarray, thumbnails: np.ndarray, *, block: int = 51
     unit = _unit_rows(flat - flat.mean(1, keepdims=True))
     for start in range(0, len(unit), block):
         close = np.triu(np.bitwise_count(phashes[start : start + block, None] ^ phashes[None, start:]) <= MAX_BITS, 1)
-        # Most images are like none, so the products are computed for the others only.
+        # Most images resemble no other, so the products are computed for the rest only.
         rows, columns = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
         similarity = np.zeros(close.shape, np.float32)
         similarity[np.ix_(rows, columns)] = unit[start + rows] @ unit[start + columns].T
@@ -443,7 +443,7 @@ class Layout:
         return len(self.classes) > 1 and not self.table
 
     def place(self, path: str) -> tuple[str, str]:
-        """(split, class) of an image, "" where there is none; what is still to be divided is "train"."""
+        """(split, class) of an image, "" where there is none; images that are not divided yet count as "train"."""
         *folders, _ = path.split("/")
         if folders and folders[0] in self.split_folders:
             split, folders = self.split_folders[folders[0]], folders[1:]
@@ -501,7 +501,7 @@ def check_class_folders(number: Mapping[tuple[str, str], int], layout: Layout, r
         return
     tops = {name: split for name, split in split_folders.items() if split != "test"} or {".": "train"}
     for name, split in split_folders.items():
-        # A test folder with others, as Kaggle's test/test, holds images without labels.
+        # A test folder with other subfolders, such as Kaggle's test/test, holds images without labels.
         if split == "test" and set() < set(files.subfolders(root / name)) <= set(classes):
             tops[name] = split
     folders = {c: [Path(top, c).as_posix() for top in tops if (root / top / c).is_dir()] for c in classes}
@@ -511,7 +511,7 @@ def check_class_folders(number: Mapping[tuple[str, str], int], layout: Layout, r
         if c.casefold() in ("training", "testing", *SPLITS):
             yield Finding("class named like a split", folders[c])
     for top, split in tops.items():
-        # Of a class whose name is spelled in another way there, training says so.
+        # If only the spelling of the class differs in this split, training reports that.
         present = {normalized_name(c) for c in classes if number[split, c]}
         for c in classes:
             if normalized_name(c) not in present:
@@ -520,7 +520,7 @@ def check_class_folders(number: Mapping[tuple[str, str], int], layout: Layout, r
 
 
 def check_training(ignored: Sequence[str], layout: Layout, root: Path) -> Iterator[Finding]:
-    """What training would refuse, by its own code, and the images it would ignore, where the labels come from folders."""
+    """What training would refuse, and the images it would ignore, where the labels come from folders; uses training's code."""
     if not layout.has_folder_labels:
         return
     try:

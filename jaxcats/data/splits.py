@@ -46,7 +46,7 @@ class Rule:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As the manifest has it: what isn't set is left out, so that older manifests stay readable."""
+        """The rule as the manifest stores it; unset fields are left out, so that older manifests stay readable."""
         optional = {"test_fraction": self.test_fraction, "group": self.group}
         return {"fraction": self.valid_fraction, "seed": self.seed} | {
             k: v for k, v in optional.items() if v is not None
@@ -70,7 +70,7 @@ class _Unit:
 
 
 def default_manifest(cache_dir: Path, root: Path, rule: Rule, labels: str = "folders") -> Path:
-    """Where the split of a folder is kept when the user names no place; other `labels` get a split of their own."""
+    """The file for a folder's split when the user names no file; other `labels` get a separate split."""
     values = ["", *rule.to_dict().values()] + ([labels] if labels != "folders" else [])
     return cache_dir / "splits" / cache_name(root, "|".join(map(str, values)))
 
@@ -116,21 +116,23 @@ def split_by_content(
         if known:
             unit.split = known[0]
             assignments |= dict.fromkeys(unit.contents - saved.keys(), unit.split)
-    # What is shared with other classes is placed by the class that has the least to choose from.
+    # The class with the fewest units comes first, so it decides the split of units that classes share.
     for name, hashes in sorted(contents.items(), key=lambda item: len({unit_of[content] for content in item[1]})):
         _place_class(name, hashes, assignments, unit_of, rule)
     wanted = set(SPLITS) if rule.test_fraction else {"valid", "train"}
     for name, hashes in contents.items():
         if missing := wanted - {assignments[content] for content in hashes}:
-            reason = f"the split written in {manifest}" if saved else "what it shares with other classes"
+            reason = f"the split written in {manifest}" if saved else "images that it shares with other classes"
             way_out = "remove that file to split afresh" if saved else "try another split_seed or smaller groups"
-            raise UserError(f"class {name}: {reason} leaves it no {min(missing)} images; {way_out}, or add images")
+            raise UserError(
+                f"class {name}: it has no {min(missing)} images because of {reason}; {way_out}, or add images"
+            )
     all_groups = {name: unit.split for unit in units for name in unit.groups} | saved_groups
     # Images keep their splits, so a group may be tied together too late.
     torn = {name for c, names in groups.items() for name in names if assignments[c] != all_groups[name]}
     if torn:
         problem = f"{len(torn):,} groups have images in several splits, for example {min(torn)}"
-        warn(f"{problem}: they were split before they were of one group. Another manifest splits them afresh")
+        warn(f"{problem}: they were split before the groups were set. Another manifest splits them again")
     if (len(assignments), len(all_groups)) != (len(saved), len(saved_groups)):
         tree = {"version": 1, **rule.to_dict(), "sides": dict(sorted(assignments.items()))}
         if rule.group:
@@ -208,7 +210,7 @@ def _read(manifest: Path, rule: Rule, given: bool) -> tuple[dict[str, str], dict
         return {}, {}
     if saved_rule != rule:
         problem = f"the split manifest {manifest} was made with {saved_rule}, not {rule}"
-        raise UserError(f"{problem}; give those, or another manifest")
+        raise UserError(f"{problem}; use the settings of the manifest, or another manifest")
     return assignments, groups
 
 

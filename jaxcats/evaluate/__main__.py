@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     is_validation = not options.data and options.split == "valid"
     seen = {} if is_validation else count_seen_images(run, split)
     for name, count in seen.items():
-        print(f"Among these images {count:,} of the run's own {name} images were found: the result flatters.")
+        print(f"These images contain {count:,} of the run's own {name} images: the result is too good.")
     indexed = time.perf_counter()
     logits = run.logits(split)
     earlier = predictions.read_json(folder / "metrics.json") if folder == run.folder else {}
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     done = time.perf_counter()
     seconds = {"load": loaded - started, "index": indexed - loaded, "evaluate": done - indexed, "total": done - started}
     seconds = {name: round(value, 3) for name, value in seconds.items()}
-    # The times that training measured stay; those of this evaluation go beside them.
+    # Keep the times that training measured, and add those of this evaluation as "evaluation".
     seconds = facts.get("seconds", {}) | {"evaluation": seconds} if facts else seconds
     facts |= {"data": options.data or run.config.data.root} | ({"split": "test"} if options.split == "test" else {})
     facts |= {"checkpoint": run.checkpoint, "bad_files": len(bad_files), "seen_before": seen, "seconds": seconds} | tta
@@ -71,13 +71,26 @@ def read_options(argv: Sequence[str]) -> Namespace:
     add("--run", required=True, help="run folder that train wrote")
     add("--data", help="another folder: class folders, or images without labels (default: the run's validation images)")
     add("--split", choices=["valid", "test", "train"], default="valid", help=SPLIT)
-    add("--checkpoint", help="last, best or a step (default: what the run's config says)")
-    add("--unlabelled", action="store_true", help="the folders in --data are no classes: predictions only")
-    add("--max_error", type=float, help="share of wrong answers to allow before abstaining (default: the run's, 0.005)")
-    add("--tta", type=int, default=0, help="also predict this number of changed versions of each image, and average")
+    add("--checkpoint", help="last, best or a step (default: the run's checkpoint.use)")
+    add("--unlabelled", action="store_true", help="the folders in --data are not classes: write predictions only")
+    add(
+        "--max_error",
+        type=float,
+        help="share of wrong predictions to allow; it sets the threshold to abstain (default: the run's)",
+    )
+    add(
+        "--tta",
+        type=int,
+        default=0,
+        help="also predict this number of augmented versions of each image, and average the probabilities",
+    )
     add("--tta_weight", type=float, help="weight of the plain image in that average (default: 1 / (tta + 1))")
-    add("--out", help="where the results go (default: the run folder, or a folder in its evaluations/ with --data)")
-    add("--report", choices=["yes", "no"], help="figures/ and report.html (default: what the run's config says)")
+    add("--out", help="folder for the results (default: the run folder, or a folder in its evaluations/ with --data)")
+    add(
+        "--report",
+        choices=["yes", "no"],
+        help="whether to write figures/ and report.html (default: the run's report setting)",
+    )
     options = parser.parse_args(argv)
     check_tta(options.tta, options.tta_weight)
     if options.max_error is not None and not 0 < options.max_error < 1:
@@ -111,7 +124,9 @@ def list_label_errors(run: "Run", folder: Path) -> None:
     suspects = find_suspects(run, splits)
     write_suspects(folder, suspects, splits["train"].root)
     n = sum(map(len, splits.values()))
-    print(f"{len(suspects):,} of {n:,} images deserve a look; {folder}/suspects.csv has the likeliest mistakes first.")
+    print(
+        f"{len(suspects):,} of {n:,} images should be checked; {folder}/suspects.csv lists the likeliest mistakes first."
+    )
 
 
 def images_to_evaluate(run: "Run", options: Namespace) -> "tuple[Split, Sequence[BadFile]]":
@@ -126,9 +141,11 @@ def images_to_evaluate(run: "Run", options: Namespace) -> "tuple[Split, Sequence
         split = index.test if options.split == "test" else index.splits["valid"]
         bad_files = [file for file in index.bad if file.split in (options.split, "")]
     if split is None:
-        raise UserError(f"--split test: {run.config.data.root} has no test images (test/ or test_fraction gives some).")
+        raise UserError(
+            f"--split test: {run.config.data.root} has no test images; add test/, or train with data.test_fraction."
+        )
     if options.split == "test":
-        print("Test images: neither training nor a choice has seen them. Each further look makes this less true.")
+        print("Test images: neither training nor a choice has used them. Each further evaluation weakens this.")
     for line in skipped(bad_files):
         print(line)
     return split, bad_files
@@ -155,7 +172,7 @@ def calibration_of(run: "Run") -> Calibration:
     """The calibration that the run's own validation images gave this checkpoint; none where it is unknown."""
     calibration = predictions.read_calibration(run.folder, run.checkpoint)
     if calibration is None:
-        print("No temperature is known for this checkpoint: evaluate it without --data to have one.")
+        print("No temperature is known for this checkpoint: evaluate it without --data to fit one.")
     return calibration or Calibration()
 
 

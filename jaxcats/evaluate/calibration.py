@@ -182,7 +182,7 @@ def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarr
 
 
 def choose_threshold(confidence: np.ndarray, correct: np.ndarray, *, max_error: float) -> float | None:
-    """The threshold that answers the most images while at most the share `max_error` of the answers is wrong on these images.
+    """The threshold with the highest coverage at which at most the share `max_error` of the predictions is wrong.
 
     An image is answered at `confidence >= threshold`, so images with equal confidence go together.
 

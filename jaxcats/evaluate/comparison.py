@@ -15,7 +15,7 @@ from jaxcats.evaluate.predictions import read_json
 
 @dataclass(frozen=True)
 class Prediction:
-    """What predictions.csv says of one image: class names, and the probability given to the actual class."""
+    """One image in predictions.csv: class names, and the predicted probability of the actual class."""
 
     label: str
     predicted: str
@@ -55,7 +55,7 @@ class Comparison:
 
     @property
     def n(self) -> int:
-        """Images that both predicted."""
+        """The number of images that both predicted."""
         return self.both_right + self.only_a_wrong + self.only_b_wrong + self.both_wrong
 
     @property

@@ -53,7 +53,7 @@ class EvaluatedSplit:
 
     @cached_property
     def out_of_fold(self) -> np.ndarray:
-        """The same; where the temperature was fitted on these images, each with the temperature of the other folds."""
+        """The same; if the temperature was fitted on these images, each image uses the temperature of the other folds."""
         facts = self.metrics["calibration"]
         if not facts["fold_temperatures"]:
             return self.log_probs
@@ -170,11 +170,11 @@ def heat_maps(evaluated: EvaluatedSplit) -> plots.Figure:
 
 
 def grad_cam(model: Model, params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """How much each place of the last feature map speaks for a class: float32 [N,h,w], from 0 to 1 in each image.
+    """How much each position of the last feature map supports a class: float32 [N,h,w], from 0 to 1 in each image.
 
     Grad-CAM (Selvaraju et al., arXiv:1610.02391): the channels of the feature map, each weighted with the mean gradient
     of the class's logit, are added up, and negative values are cut off. It works for any backbone and head, because it
-    needs only the logit's gradient. An image where nothing speaks for the class gives zeros. In a model that computes in
+    needs only the logit's gradient. An image where nothing supports the class gives zeros. In a model that computes in
     bfloat16 only the feature map has that precision; the gradient and the sum are float32.
 
     Args:

@@ -62,7 +62,7 @@ class Suspect:
 def find_suspects(run: Run, splits: Mapping[str, Split], *, folds: int = 5) -> list[Suspect]:
     """The images whose label looks wrong, and those unlike all others, in the order that `Suspect` gives.
 
-    Where the run's backbone has learned from the images, the pretrained one's features are used: its own know the labels.
+    If the run trained its backbone, features of the pretrained one are used, because the trained one has seen the labels.
 
     Args:
         run: a trained run.
@@ -70,8 +70,8 @@ def find_suspects(run: Run, splits: Mapping[str, Split], *, folds: int = 5) -> l
         folds: number of parts that the training images are held out in.
 
     Raises:
-        UserError: fewer different training images than folds, or a backbone that knows the labels and has no other to
-            take its place.
+        UserError: fewer different training images than folds, or a trained backbone without a pretrained one to
+            replace it.
         RunError: training diverged.
     """
     train = splits["train"]

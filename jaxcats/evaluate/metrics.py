@@ -154,9 +154,9 @@ def _abstain_lines(abstain: Mapping[str, Any], n: int) -> list[str]:
 
     threshold, limit = abstain["threshold"], f"at most {100 * abstain['max_error']:g} % errors"
     if threshold is None:
-        rule = f"Every answer is given; there is no threshold for {limit}:"
+        rule = f"Every prediction is given; there is no threshold for {limit}:"
     else:
-        rule = f"Answers are given at a probability of {threshold:.9g} or more (chosen for {limit}):"
+        rule = f"Predictions are given at a probability of {threshold:.9g} or more (chosen for {limit}):"
     lines = [rule, f"    {share(abstain)}"]
     if "out_of_fold" in abstain:
         lines.append(f"    out of fold: {share(abstain['out_of_fold'])}")

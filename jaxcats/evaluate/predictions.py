@@ -60,7 +60,7 @@ def write_results(
     except OSError as e:
         raise unwritable(f"{folder}:", e) from None
     if metrics:
-        caveat = "; these images also chose the best epoch, so the number flatters" if chose_epoch else ""
+        caveat = "; the best epoch was chosen on these images, so the result is too good" if chose_epoch else ""
         print(stats.sentence(metrics["errors"], metrics["n"]) + caveat)
         print(table(metrics))
     else:

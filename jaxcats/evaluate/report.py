@@ -28,7 +28,7 @@ from jaxcats.train.epoch_table import overfitting
 from jaxcats.train.run_folder import RunLog
 from jaxcats.train.user_functions import describe_functions
 
-BUDGET = 5_000_000  # bytes of a page: as much as still goes through mail
+BUDGET = 5_000_000  # greatest size of a page in bytes, so that it can still be mailed
 LARGE, LARGE_SIDE = 48, 300  # images that are kept in a larger size, and its longer side in pixels
 LEAST_SURE = 100  # right predictions that are always shown: the least sure ones
 MARKUP = 450  # bytes around an image and its names

@@ -60,7 +60,7 @@ class Run:
 
     @property
     def checkpoint(self) -> dict[str, Any]:
-        """What metrics.json and model.json say of the weights."""
+        """The entries about the weights in metrics.json and model.json."""
         used_for = ["choosing the best epoch"] if self.best_epoch else []
         facts = {"use": self.use, "step": self.step, "state": self.weights_hash, "valid_used_for": used_for}
         return {name: value for name, value in (facts | {"own": self.user_functions}).items() if value is not None}
@@ -152,7 +152,7 @@ def other_dataset(run: Run, folder: str, *, unlabelled: bool = False) -> tuple[S
     Args:
         run: gives the classes, and how labels are found.
         folder: class folders, or images without labels.
-        unlabelled: the folders in it are no classes.
+        unlabelled: the folders in it are not classes.
     """
     data = run.config.data
     cache = experiment.cache_folder_of(run.config)

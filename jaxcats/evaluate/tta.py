@@ -20,7 +20,7 @@ from jaxcats.train.experiment import stable_number
 
 
 def tta_preset(name: str) -> str:
-    """The augmentation that TTA uses for a phase that was trained with `name`: side_on where that was none."""
+    """The augmentation that TTA uses for a phase that was trained with `name`: side_on if `name` is "none"."""
     return "side_on" if name == "none" else name
 
 

@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m jaxcats.export", description=DESCRIPTION)
     parser.add_argument("--run", required=True, help="run folder that train wrote")
     parser.add_argument("--out", help="folder to write (default: model/ in the run folder)")
-    parser.add_argument("--checkpoint", help="last, best or a step (default: what the run's config says)")
+    parser.add_argument("--checkpoint", help="last, best or a step (default: the run's checkpoint.use)")
     options = parser.parse_args(argv)
     from jaxcats.evaluate.predictions import read_calibration, read_json
     from jaxcats.evaluate.run import load_run
@@ -23,7 +23,9 @@ def main(argv: Sequence[str]) -> None:
     run = load_run(Path(options.run), options.checkpoint)
     calibration = read_calibration(run.folder, run.checkpoint)
     if calibration is None:
-        print("No temperature is known for this checkpoint: it is not calibrated, and it never abstains.")
+        print(
+            "No temperature is known for this checkpoint: its probabilities are not calibrated, and it never abstains."
+        )
         print(f"To calibrate them: python -m jaxcats.evaluate --run {run.folder}, then export again.")
     metrics = read_json(run.folder / "metrics.json") if calibration else None
     folder = write_run(run, metrics, calibration, out=Path(options.out) if options.out else None)

@@ -4,7 +4,7 @@
     model.stablehlo     a program `(arrays, images uint8 [b, S, S, 3]) -> probabilities float32 [b, C]`
     model.json          classes, preprocessing and more, and the size and SHA-256 of the other two files
 
-`program.py` makes what is written, `classifier.py` uses what is read. The checks find damage and mistakes. They do not
+`program.py` makes the files, `classifier.py` uses them. The checks find damage and mistakes. They do not
 isolate the program, so an artefact is only as trusted as whoever gave it.
 """
 
@@ -113,7 +113,7 @@ def read(folder: str | os.PathLike) -> Artifact:
     """Reads an artefact and verifies it before anything in it is used.
 
     It checks the fields of model.json, the size and SHA-256 of the other files, the names, types and shapes of the
-    arrays against the program's arguments, and that the program stays within itself (see `check_program`). Links to
+    arrays against the program's arguments, and that the program calls no outside code (`check_program`). Links to
     ordinary files are followed, since the caches of model hubs consist of them.
 
     Args:

@@ -90,7 +90,7 @@ def finish_training(
     written = [
         name for name in ("metrics.json", "predictions.csv", "model", "report.html") if (workdir / name).exists()
     ]
-    print(f"Results: {workdir}/{', '.join(written)}; again: {command_line('evaluate')} --run {workdir}")
+    print(f"Results: {workdir}/{', '.join(written)}; to evaluate again: {command_line('evaluate')} --run {workdir}")
 
 
 def _with_total(seconds: dict[str, float], started: float) -> dict[str, float]:

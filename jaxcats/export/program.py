@@ -149,7 +149,7 @@ def _export(model: models.Model, preprocess: Preprocess) -> jax.export.Exported:
     config: Any = jax.config
     frames = config.jax_traceback_in_locations_limit
     try:
-        config.update("jax_traceback_in_locations_limit", 0)  # no paths of this machine in what is shipped
+        config.update("jax_traceback_in_locations_limit", 0)  # no paths of this machine in the program
         return jax.export.export(jax.jit(classify), platforms=PLATFORMS)(tensors, images)
     finally:
         config.update("jax_traceback_in_locations_limit", frames)

@@ -108,7 +108,7 @@ class ImageClassifierData:
         index = index_images(Config(data=d, seed=seed), cache_folder())
         if test in index.classes:
             raise UserError(
-                f"{path}: {test} is beside the class folders and so is a class; move it, or give test=None."
+                f"{path}: {test} lies among the class folders, so it is read as a class; move it, or give test=None."
             )
         folder = Path(path).expanduser() / test if test else None
         unlabelled = index.test

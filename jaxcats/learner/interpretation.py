@@ -1,4 +1,4 @@
-"""What a trained network says of the validation images: metrics, galleries, figures, report, artefact; and the curves of a fit."""
+"""A trained network's results on the validation images: metrics, galleries, figures, report, artefact; and the curves of a fit."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class EvaluationMetrics(dict):
 
 
 class Interpretation:
-    """Answers of a network on the validation images, and what can be seen in them. A Learner makes it.
+    """Predictions of a network on the validation images, with metrics and figures. A Learner makes it.
 
     Args:
         run: the trained network.
@@ -40,23 +40,23 @@ class Interpretation:
     # Which images to look at: rows of the validation split
 
     def errors(self, log_probs: np.ndarray | None = None) -> tuple[int, int]:
-        """(wrong answers, images) of the validation split; `jaxcats.sentence(*learn.errors())` puts it in words."""
+        """(wrong predictions, images) of the validation split; `jaxcats.sentence(*learn.errors())` formats them as a text."""
         log_probs, labels = self.log_probs if log_probs is None else log_probs, self.data.val_y
         if len(log_probs) != len(labels):
             raise UserError(f"errors: {len(log_probs):,} predictions; there are {len(labels):,} validation images.")
         return int((log_probs.argmax(1) != labels).sum()), len(labels)
 
     def rand_by_correct(self, is_correct: bool, *, n: int = 4, seed: int = 0) -> np.ndarray:
-        """n random right (or wrong) answers; int [<= n]."""
+        """n random right (or wrong) predictions; int [<= n]."""
         return ranking.rand_by_correct(self.log_probs, self.data.val_y, is_correct, n=n, seed=seed)
 
     def most_by_correct(self, name: str | int, is_correct: bool, *, n: int = 4) -> np.ndarray:
-        """The most confident right answers for the images of a class (by name or number), or the most wrong; int [<= n]."""
+        """The most confident right predictions of a class (by name or number), or the most wrong ones; int [<= n]."""
         label = self._class_number(name)
         return ranking.most_by_correct(self.log_probs, self.data.val_y, label, is_correct, n=n)
 
     def most_uncertain(self, *, n: int = 4) -> np.ndarray:
-        """The answers whose two likeliest classes are closest (for two classes: nearest to one half); int [<= n]."""
+        """The predictions with the closest two likeliest classes (for two classes: nearest to one half); int [<= n]."""
         return ranking.most_uncertain(self.log_probs, n=n)
 
     def top_losses(self, *, n: int = 9) -> np.ndarray:
@@ -64,7 +64,7 @@ class Interpretation:
         return ranking.top_losses(self.log_probs, self.data.val_y, n=n)
 
     def plot_val_with_title(self, indices: Sequence[int] | np.ndarray, title: str = "") -> plots.Figure:
-        """Validation images titled as in the lesson: with two classes the probability of the second, else the answer's."""
+        """Validation images titled as in the lesson: the probability of the second of two classes, else of the prediction."""
         probabilities, classes, labels = np.exp(self.log_probs), self.data.classes, self.data.val_y
         best, paths, titles = probabilities.argmax(1), self.data.val_paths, []
         for i in indices:
@@ -96,15 +96,15 @@ class Interpretation:
         return figures.metric_figures(self._evaluated_split())["confusion"]
 
     def plot_reliability(self) -> plots.Figure:
-        """Whether the probabilities can be believed, before and after the temperature."""
+        """Accuracy by confidence (reliability), before and after the temperature."""
         return figures.metric_figures(self._evaluated_split())["reliability"]
 
     def plot_risk_coverage(self) -> plots.Figure:
-        """Errors by the share of images answered."""
+        """Error rate by the share of images that get a prediction."""
         return figures.metric_figures(self._evaluated_split())["risk_coverage"]
 
     def plot_heat_maps(self) -> plots.Figure:
-        """Grad-CAM of the highest losses and of the most confident answers."""
+        """Grad-CAM of the highest losses and of the most confident right predictions."""
         return figures.heat_maps(self._evaluated_split())
 
     def plot_top_losses(self) -> plots.Figure:

@@ -1,4 +1,4 @@
-"""The notebook face: a Learner holds the state of a network and calls the functions that train, evaluate and draw."""
+"""The notebook interface: a Learner holds the state of a network and calls the functions that train, evaluate and draw."""
 
 import dataclasses
 import functools
@@ -130,16 +130,16 @@ class Learner:
         keep="last",
         **options: Any,
     ) -> None:
-        """Trains: `n_cycle` epochs at a constant rate, or so many cosine cycles with warm restarts.
+        """Trains for `n_cycle` epochs at a constant rate, or for `n_cycle` cosine cycles with warm restarts.
 
         Args:
             lr: learning rate; three of them (early layers, late layers, head); a slice(a, b), spread geometrically from
                 a to b; or "auto", the valley of an lr_find.
             n_cycle: epochs, or cycles with `cycle_len`.
             cycle_len: epochs of the first cycle; None: no cycles, a constant rate.
-            cycle_mult: each cycle is so many times as long as the one before: fit(lr, 3, cycle_len=1, cycle_mult=2)
+            cycle_mult: length of each cycle relative to the one before: fit(lr, 3, cycle_len=1, cycle_mult=2)
                 is 1 + 2 + 4 epochs.
-            keep: what stays: the last epoch, or the best (fewest validation errors, then the lowest loss).
+            keep: the epoch whose state is used afterwards: last, or best (fewest validation errors, then the lowest loss).
             **options: further fields of jaxcats.Phase: optimizer, momentum, weight_decay, schedule, batch_size,
                 label_smoothing, clip, accumulate, driver, ...; and functions of your own, `loss_fn`, `augment` and
                 `metrics`, see jaxcats.train.user_functions.UserFunctions.
@@ -164,7 +164,7 @@ class Learner:
     ) -> None:
         """One cycle: the rate up from lr/div over the share `pct_start` of the steps, then down to lr/1e5, momentum .95, .85, .95.
 
-        As fastai v2's; arguments otherwise as of `fit`.
+        It equals fastai v2's; the other arguments are those of `fit`.
         """
         cycle = {"epochs": epochs, "schedule": "one_cycle", "warmup": pct_start, "div": div}
         self._fit(lr, cycle, {"momentum": (0.95, 0.85, 0.95)} | options, keep=keep)
@@ -187,11 +187,11 @@ class Learner:
     def lr_find(
         self, start: float = 1e-7, end: float = 10.0, *, iterations: int = 100, seeds: int = 1, **options: Any
     ) -> LRFindResult:
-        """Loss under a rate that grows from `start` to `end`; the Learner's state doesn't change.
+        """Records the loss while the rate grows from `start` to `end`; the Learner's state doesn't change.
 
         Args:
             start: first rate.
-            end: what the last approaches.
+            end: the rate that the last iteration approaches.
             iterations: batches.
             seeds: with precompute, the number of fresh heads to test at once, for a band.
             **options: as of `fit`.
@@ -232,7 +232,9 @@ class Learner:
             state, best = memory.state, memory.best_row
             if not in_notebook():
                 result = sentence(best["errors"], best["n"])
-                print(f"Kept epoch {best['epoch']}, the best: {result}; chosen on these images, so it flatters.")
+                print(
+                    f"Kept epoch {best['epoch']}, the best: {result}; it was chosen on these images, so the result is too good."
+                )
         config = dataclasses.replace(self._experiment.config, phases={plan.name: plan.phase})
         self._phases[plan.name] = plan.phase
         self._user_functions |= self._experiment.user_functions.names(config)

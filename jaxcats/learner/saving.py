@@ -42,11 +42,11 @@ class FitMemory:
         return [row for row in self.rows if "valid_loss" in row]
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """As a RunLog."""
+        """Stores rows, as RunLog.write does."""
         self.rows += rows
 
     def save(self, state: TrainState, meta: Any, *, metrics: Any = None) -> None:
-        """As Checkpoints; keeps the state if its epoch is the best so far."""
+        """Does what Checkpoints.save does, in memory: keeps the state if its epoch is the best so far."""
         epochs = self.epochs
         if self.keep_best and metrics and best_epoch(epochs) == len(epochs) - 1:
             self.state, self.best_row = copy(state), epochs[-1]
@@ -105,7 +105,7 @@ def load_state(folder: Path, experiment: Experiment) -> tuple[TrainState, Progre
     saved, ours = config.model, experiment.config.model
     if (saved.backbone, saved.head) != (ours.backbone, ours.head):
         theirs, network = (f"{m.backbone} with the {m.head} head" for m in (saved, ours))
-        raise UserError(f"{folder}: is a {theirs}; this Learner is a {network}.")
+        raise UserError(f"{folder}: holds a {theirs}; this Learner has a {network}.")
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     step = checkpoints.pick("last")
     meta = checkpoints.meta(step)

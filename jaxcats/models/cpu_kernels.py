@@ -1,10 +1,10 @@
 """Operations that XLA computes slowly on CPU, written so that it computes them fast; other platforms get the plain ones.
 
-Three kernels, each explained where it stands: depthwise convolution as shifted multiply-adds, 3x3 convolution by
+Three kernels, each explained above its code: depthwise convolution as shifted multiply-adds, 3x3 convolution by
 Winograd's method, and BatchNorm with its gradient. `conv` uses them and chooses where. The speeds that the explanations
 give were measured on AVX-512 cores.
 
-`lax.optimization_barrier` stands wherever a result must be computed once and kept in memory: XLA otherwise computes it
+`lax.optimization_barrier` is used wherever a result must be computed once and kept in memory: XLA otherwise computes it
 again inside each operation that uses it.
 """
 

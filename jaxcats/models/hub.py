@@ -21,11 +21,13 @@ def locate(place: str, *, download: bool = True) -> Path:
 
     Raises:
         UserError: a wrong name, a missing login, or a setting that does not work, with the way out.
-        RunError: what may pass: no network, no room on the disk, a hub that is busy or out of order, with the way out.
+        RunError: a temporary problem: no network, no room on the disk, a hub that is busy or out of order, with the way out.
     """
     parts = place.split("/", 2)
     if len(parts) != 3 or not all(parts):
-        raise UserError(f"weights hf:{place}: expected hf:OWNER/REPO/FILE, as in hf:timm/resnet34.tv_in1k/model.pth")
+        raise UserError(
+            f"weights hf:{place}: expected hf:OWNER/REPO/FILE, as in hf:timm/resnet34.tv_in1k/model.safetensors"
+        )
     repo, file = "/".join(parts[:2]), parts[2]
     hub = _import_hub()
     try:
@@ -51,7 +53,7 @@ def expected_sha256(path: Path) -> str | None:
 
 
 def reason(error: Exception) -> str:
-    """An error's first line, short, to stand in a sentence."""
+    """An error's first line without its full stop, for use inside a sentence."""
     return first_line(error).rstrip(".")
 
 
@@ -66,7 +68,7 @@ def _import_hub() -> ModuleType:
 def _explain(error: Exception, repo: str, file: str) -> Exception:
     """The error to raise instead: one line that says what is wrong and the way out.
 
-    A UserError is what will be the same tomorrow, a RunError what may pass.
+    A UserError is a lasting problem, a RunError one that may pass by itself.
     """
     hub = _import_hub()
     errors, place, endpoint = hub.errors, f"hf:{repo}/{file}", re.sub("//.*@", "//", hub.constants.ENDPOINT)

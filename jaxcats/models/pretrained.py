@@ -79,11 +79,11 @@ def find(sources: Sequence[WeightSource], source: str | os.PathLike | None = Non
 
     Raises:
         UserError: the file does not exist or is not the right one; the message names the way out.
-        RunError: what may pass: no network, no room on the disk, a hub that is out of order.
+        RunError: a temporary problem: no network, no room on the disk, a hub that is out of order.
     """
     chosen = known_source(sources, source)
     if source is None and chosen is None:
-        raise UserError(f"{backbone} has no weights of its own: {hub.WAYS_OUT}")
+        raise UserError(f"{backbone} has no default weights: {hub.WAYS_OUT}")
     location = chosen.location if chosen else os.fspath(source or "")
     path = locate(location, names=[s.name for s in sources if s.name])
     with path.open("rb") as file:
@@ -106,10 +106,10 @@ def known_source(sources: Sequence[WeightSource], source: str | os.PathLike | No
 
 
 def locate(location: str, *, names: Sequence[str] = (), download: bool = True) -> Path:
-    """The path of a location's file on this machine, downloaded from the hub if need be and wanted.
+    """The path of a location's file on this machine, downloaded from the hub if it is missing and `download` is True.
 
     Raises:
-        UserError, RunError: as for `find`; `names` are the names that would have been possible, too.
+        UserError, RunError: as for `find`; the message lists `names` as further choices.
     """
     scheme, _, place = location.partition(":")
     if scheme == "hf":

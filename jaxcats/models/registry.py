@@ -68,7 +68,9 @@ def names() -> list[str]:
 def get(name: str) -> Backbone:
     """The backbone registered under a name; raises UserError naming the choices and the nearest."""
     if name not in _BACKBONES:
-        advice = "A script that registers one calls jaxcats.main() for every command (python mine.py evaluate ...)."
+        advice = (
+            "A script that registers a backbone runs every command with jaxcats.main() (python mine.py evaluate ...)."
+        )
         raise UserError(f"backbone: {unknown(name, names())} {advice}")
     return _BACKBONES[name]
 
@@ -91,7 +93,7 @@ def sources(name: str, weights: str | os.PathLike | None = None) -> tuple[Weight
     """A backbone's known weights, the default first; raises UserError if `weights` names those of another backbone."""
     other = named_weights().get(os.fspath(weights or ""), name)
     if other != name and weights not in {source.name for source in get(name).sources}:
-        raise UserError(f"weights {weights} are those of {other}, not of {name}; set `model.backbone: {other}`")
+        raise UserError(f"weights {weights} belong to {other}, not to {name}; set `model.backbone: {other}`")
     return get(name).sources
 
 
@@ -99,7 +101,7 @@ def sources(name: str, weights: str | os.PathLike | None = None) -> tuple[Weight
 
 # The recipes that the weights on the hub were trained with: preprocessing and licence, from timm's configurations.
 _RECIPES = {
-    "tv_in1k": (Preprocess(), None, "BSD-3-Clause"),  # their hashes are the hub's to give
+    "tv_in1k": (Preprocess(), None, "BSD-3-Clause"),  # the hub gives their hashes
     "tv2_in1k": (Preprocess(crop_fraction=0.965), None, "BSD-3-Clause"),
     "a1_in1k": (Preprocess(crop_fraction=0.95, interpolation="bicubic"), None, "Apache-2.0"),
 }

@@ -129,8 +129,10 @@ def risk_coverage(
     accepted = np.round(x * n).astype(int)
     low, high = zip(*(wilson_interval(round(e * m), m) for e, m in zip(y, accepted, strict=True)), strict=True)
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
-    ax = style_axes(figure.subplots(), "share of the images that get an answer", "share of the answers that is wrong")
-    ax.plot(x, y, "o-" if len(x) < 3 else "-", color=BLUE, linewidth=2, label="errors among the answers")
+    ax = style_axes(
+        figure.subplots(), "share of the images that get a prediction", "share of these predictions that is wrong"
+    )
+    ax.plot(x, y, "o-" if len(x) < 3 else "-", color=BLUE, linewidth=2, label="errors among the predictions")
     ax.fill_between(x, low, high, color=LIGHT_BLUE, alpha=0.3, linewidth=0, label="95 % interval")
     ax.axhline(max_error, color=ORANGE, linestyle="--", linewidth=1.3, label=f"wanted: at most {100 * max_error:.3g} %")
     top = max(y[-1], max_error, high[-1] / 1.3)
@@ -156,7 +158,7 @@ def per_class(rows: Sequence[Mapping[str, Any]]) -> Figure:
     known = sorted((row for row in rows if row["recall"] is not None), key=lambda row: row["recall"])
     shown = known[:MOST_ROWS]
     figure = Figure(figsize=(7.6, 1.3 + 0.27 * len(shown)), layout="constrained")
-    ax = style_axes(figure.subplots(), "share of the class's images that is found (recall)", "")
+    ax = style_axes(figure.subplots(), "share of the class's images that is predicted right (recall)", "")
     y = np.arange(len(shown))
     low, high = np.array([row["recall_interval"] for row in shown]).T
     ax.hlines(y, low, high, color=LIGHT_BLUE, alpha=0.8, linewidth=3)

@@ -76,7 +76,7 @@ def main(argv: Sequence[str], *, user_functions: "UserFunctions | None" = None) 
         if folder:
             purpose = "To continue from the last checkpoint" if has_checkpoint(folder) else "To start again"
             print(f"{purpose}: {command} --resume {shlex.join(['--workdir', str(folder)])}", file=sys.stderr)
-        # The other processes know of a SIGTERM, but not of Ctrl-C here.
+        # The other processes are told of a SIGTERM, but not of Ctrl-C in this process.
         if getattr(stopped, "code", 130) == 130 and distributed.has_joined():
             distributed.exit_now(str(stopped), 130)
         raise
@@ -116,7 +116,7 @@ def begin(config: Config, options: Mapping[str, Any]) -> Path:
 def train(
     config: Config, workdir: Path, *, started: float, stopping: Stopping, user_functions: "UserFunctions | None"
 ) -> None:
-    """Runs everything that a Config says into an open run folder.
+    """Runs a whole Config and writes the results into an open run folder.
 
     Args:
         config: what to do.
@@ -155,7 +155,7 @@ def train(
 
 
 def run_facts(experiment: "Experiment") -> dict[str, Any]:
-    """What is saved of a run beside its configuration: versions, dataset, backend, and names of user functions."""
+    """The facts saved with a run's configuration: versions, dataset, backend, and names of user functions."""
     import jax
 
     from jaxcats.train.experiment import fingerprint
@@ -166,7 +166,7 @@ def run_facts(experiment: "Experiment") -> dict[str, Any]:
 
 
 def write_dataset_files(folder: Path, experiment: "Experiment", problems: list[dict], *, resumed: bool) -> None:
-    """Writes what later commands read of the settings and the images; a resumed run keeps its split."""
+    """Writes the files on settings and images that later commands read; a resumed run keeps its split."""
     from jaxcats.data.quality import counts
     from jaxcats.train.experiment import SPLIT_FILE
 

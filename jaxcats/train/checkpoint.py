@@ -199,7 +199,7 @@ class Checkpoints:
         except Exception as e:  # Orbax and tensorstore raise many kinds for a damaged file.
             if "tructure" in str(e) and "ismatch" in str(e):
                 raise UserError(
-                    f"{place}: was saved from another network than config.yaml says (backbone, head, optimizer); restore that file."
+                    f"{place}: its network (backbone, head, optimizer) differs from that in config.yaml; restore config.yaml."
                 ) from e
             if not place.exists():
                 raise UserError(

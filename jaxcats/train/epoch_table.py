@@ -15,7 +15,7 @@ def best_epoch(rows: Sequence[Row]) -> int:
 
 
 def overfitting(rows: Sequence[Row]) -> str | None:
-    """A sentence where the validation loss has risen while the training loss went on falling; else None.
+    """A sentence where the validation loss has risen while the training loss kept falling; else None.
 
     Args:
         rows: of one phase, each with "epoch", "train_loss" and "valid_loss".
@@ -23,7 +23,7 @@ def overfitting(rows: Sequence[Row]) -> str | None:
     if not rows:
         return None
     best, last = min(rows, key=lambda row: row["valid_loss"]), rows[-1]
-    # A rise of less than a twentieth is noise: with 1,000 images at 99 %, a loss is known to a tenth or two.
+    # A rise of less than a twentieth is noise: with 1,000 images at 99 %, a loss is uncertain by 10 to 20 %.
     if last["valid_loss"] < 1.05 * best["valid_loss"] or not last["train_loss"] < best["train_loss"]:
         return None
     return (

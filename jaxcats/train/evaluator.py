@@ -58,7 +58,7 @@ def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: 
 
 @functools.cache  # A notebook evaluates the same network after every fit: one program for all.
 def _eval_program(model: models.Model, preprocess: Preprocess, on_features: bool, many_devices: bool) -> Callable:
-    """The jitted evaluation step; `many_devices` is part of the key alone."""
+    """The jitted evaluation step; `many_devices` is used only in the cache's key."""
     apply_fn = head_on_features(model) if on_features else model.apply
     eval_step = make_eval_step(apply_fn=apply_fn, preprocess=normalise(preprocess.mean, preprocess.std))
     return jit(eval_step, convolutions=not on_features, **mesh.replicated_outputs())

@@ -1,4 +1,4 @@
-"""What a run is made of before it runs: the images, the model, the plan of its phases, and their pure train steps.
+"""The parts of a run, before it starts: the images, the model, the plan of its phases, and their pure train steps.
 
 `setup` reads the images and creates the model; `plans` lays the phases one after the other; `make_phase` turns one of
 them into a train step and the state that it starts from.
@@ -129,7 +129,7 @@ def setup(
     model, preprocess = create_model(config, len(index.classes))
     require_equal("The images or the precision", f"{fingerprint(index)} {index.classes} {model.dtype}")
     if len(index.splits["train"]) < 2:
-        raise UserError(f"{config.data.root}: has one training image; training needs at least two.")
+        raise UserError(f"{config.data.root}: there is only one training image; training needs at least two.")
     user_functions = user_functions or UserFunctions()
     user_functions.check(config, classes=len(index.classes), size=preprocess.size)
     return Experiment(config, index, model, preprocess, cache, user_functions)
@@ -225,7 +225,7 @@ def make_phase(
     rates: Sequence[Schedule] | None = None,
     params: Any = None,
 ) -> tuple[Callable, Callable[[Any, Any], states.TrainState]]:
-    """The pure train step of a phase, and `(params, batch_stats) -> TrainState` with a fresh optimizer.
+    """(train_step, create_state): the pure train step of a phase, and `(params, batch_stats) -> TrainState` with a fresh optimizer.
 
     Args:
         experiment: what all phases share.

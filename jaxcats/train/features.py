@@ -33,7 +33,7 @@ from jaxcats.data.index import Split
 from jaxcats.train.drivers import decoding, image_batches, one_batch_late
 from jaxcats.train.experiment import Experiment
 
-SHARD_ROWS = 64  # A killed process loses the last rows: less than a minute of work from two images a second on.
+SHARD_ROWS = 64  # A killed process loses the last rows: less than a minute of work at two images a second or more.
 XLA_ALIGNMENT = 64  # bytes
 
 
@@ -111,7 +111,7 @@ def feature_program(model: models.Model, preprocess: Preprocess) -> Callable:
     """Jitted `(params, batch_stats, images uint8 [N,H,W,3]) -> features float32 [N,F]` of the frozen backbone.
 
     On CPU the batch goes through the network a few images at a time, inside one program: their activations stay in the
-    processor's cache and reuse the same memory, whereas those of a whole batch would be allocated anew at every call.
+    processor's cache and reuse its memory. Activations of a whole batch would be allocated again at every call.
     """
     prepare = normalise(preprocess.mean, preprocess.std)
 
@@ -130,7 +130,7 @@ def feature_program(model: models.Model, preprocess: Preprocess) -> Callable:
 def source_hash(backbone: models.Backbone) -> str | None:
     """Hash of the code that computes the features of a backbone; None for one from outside this package, or without its code.
 
-    It stands for the program in the key of the cache: lowering the network to hash that would take a second in every run.
+    The cache's key has it in place of the program: lowering the network to hash the program would take a second per run.
     """
     build = backbone.build
     if not getattr(build, "func", build).__module__.startswith(f"{models.__name__}."):

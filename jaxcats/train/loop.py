@@ -97,7 +97,7 @@ class TrainingResult:
 
     Attributes:
         params: of the checkpoint that the configuration chooses (last or best).
-        batch_stats: likewise.
+        batch_stats: of the same checkpoint.
         step: the step of that checkpoint.
         identity: the hash of its state; see Checkpoints.
         valid_features: of the validation images, where this very backbone computed them; else None.
@@ -138,7 +138,7 @@ def train_run(
         progress, state = resumed or (Progress(), None)
         log: Log = NoLog()
         if distributed.is_primary():
-            # A state saved within an epoch, or before the evaluation at its end, has that evaluation to come.
+            # If the state was saved within an epoch, or before the evaluation at its end, that evaluation is still to run.
             step, evaluated = progress.step if resumed else None, progress.epoch_step == 0
             log = stack.enter_context(contextlib.closing(RunLog(workdir, resume_step=step, evaluated=evaluated)))
         loop = TrainingLoop(experiment, progress, log, checkpoints, facts, stopping=stopping, workdir=workdir)
@@ -213,7 +213,7 @@ class TrainingLoop:
 
     Attributes:
         experiment: what all phases share.
-        progress: where the run is; changes as it goes on.
+        progress: the position of the run; updated as it advances.
         log: takes the rows of metrics.
         checkpoints: take the states.
         facts: saved with each checkpoint.
@@ -282,7 +282,7 @@ class TrainingLoop:
         if progress.lr is None:
             with self.clock(f"{plan.name}.lr_find"):
                 result = find_lr(self.experiment, plan, weights, train_features)
-                # One noisy curve may mislead where several fresh heads do not. They say nothing of a trained head.
+                # One noisy curve may mislead where several fresh heads do not. Fresh heads tell nothing about a trained one.
                 if result.refusal and features and progress.step == 0:
                     result = find_lr(self.experiment, plan, weights, train_features, Sweep(seeds=LR_FIND_SEEDS))
             if self.workdir and distributed.is_primary():
@@ -342,7 +342,7 @@ class TrainingLoop:
         bar.set_postfix_str(f"loss {self.progress.train_loss:.4f}")
 
     def evaluate_epoch(self, plan: PhasePlan, state: TrainState, features: np.ndarray | None) -> np.ndarray:
-        """Logits of the validation images. A signal breaks it off: the state is saved, and a resumed run begins with it."""
+        """Logits of the validation images. A signal interrupts it and saves the state; a resumed run starts with it."""
         experiment, valid = self.experiment, self.experiment.index.splits["valid"]
         try:
             with self.clock(f"{plan.name}.evaluate"), self.stopping.patient(False):
@@ -351,7 +351,7 @@ class TrainingLoop:
                 )
         except Stopped as stopped:
             if stopped.signum == signal.SIGINT and distributed.is_multiprocess():
-                raise  # The other processes know nothing of it, and a checkpoint needs them all.
+                raise  # The other processes are not told of Ctrl-C, and a checkpoint needs them all.
             self.save(plan, state)
             raise self.stopping.leave(self.progress.step) from None
 
@@ -377,7 +377,7 @@ class TrainingLoop:
                 raise self.stopping.leave(progress.step)
 
     def save(self, plan: PhasePlan, state: TrainState, metrics: dict[str, float] | None = None) -> None:
-        """Starts a checkpoint; RunError instead of one whose weights are not numbers."""
+        """Starts saving a checkpoint; raises RunError if its weights are not finite."""
         weights = jax.device_get(jax.tree.leaves((state.params, state.batch_stats)))
         if not all(np.isfinite(x).all() for x in weights):
             raise _diverged(plan, f"the weights are no longer numbers at step {self.progress.step}")

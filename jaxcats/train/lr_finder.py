@@ -45,7 +45,7 @@ WINDOW, STANDARD_ERRORS, SHARE = 10, 4.0, 0.01  # see `changes`
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a range test goes through; the defaults are fastai v2's. UserError for values that are impossible.
+    """The settings of a range test; the defaults are fastai v2's. Impossible values raise UserError.
 
     Attributes:
         start: first learning rate.
@@ -159,9 +159,7 @@ def group_rates(plan: PhasePlan, sweep: Sweep) -> list[Schedule]:
     """An exponential rate for each layer group, in the ratios of the phase; the last group goes from `start` to `end`."""
     lrs = (1.0, 1.0, 1.0) if plan.phase.lr == "auto" else plan.phase.lrs
     if not lrs[-1]:
-        raise UserError(
-            f"lr_find: the rate of the last layer group is 0 in {lrs}; give it one, so that one can be found."
-        )
+        raise UserError(f"lr_find: the rate of the last layer group is 0 in {lrs}; set it above 0.")
     ratios = [lr / lrs[-1] for lr in lrs]
     return [exponential(sweep.start * r, sweep.end * r, sweep.iterations) if r else constant(0.0) for r in ratios]
 
@@ -260,7 +258,7 @@ class Curve:
             return f"too few points: {needed}; the test {self.why}; ask for more iterations or a lower start"
         infinite = np.isinf(smoothed)
         if infinite.sum() > 1:  # One ends a test; with more, slopes are differences of infinities.
-            return f"the loss is infinite: from learning rate {lrs[infinite.argmax()]:.2g} on, and the test went on"
+            return f"the loss is infinite: from learning rate {lrs[infinite.argmax()]:.2g} on, and the test continued"
         if not fell:
             return "no descent: the loss never fell clearly below its noise; is the model trained already, or frozen?"
         return disagreement(self.rates)
@@ -286,7 +284,7 @@ class LRFindResult:
         if len(self.curves) == 1:
             return refusals[0]
         [(reason, times)] = Counter(refusal.split(":")[0] for refusal in refusals).most_common(1)
-        answers = f"{len(self.trusted)} of {len(self.curves)} seeds give an answer, fewer than half"
+        answers = f"{len(self.trusted)} of {len(self.curves)} seeds give a rate, fewer than half"
         return f"{answers}; {times} times {reason}"
 
     def _medians(self) -> dict[str, float]:
@@ -313,20 +311,22 @@ class LRFindResult:
         if method not in RULES:
             raise UserError(f"method {method!r} is not one of {', '.join(RULES)}.")
         if self.refusal:
-            raise UserError(f"lr_find has no trustworthy answer: {self.refusal}")
+            raise UserError(f"lr_find has no trustworthy rate: {self.refusal}")
         if method in self.outliers:
             middle = f"more than a factor {AGREEMENT:.0f} from the middle of the four"
-            raise UserError(f"lr_find has no trustworthy answer by {method}: it is {middle}; choose another method.")
+            raise UserError(
+                f"lr_find has no trustworthy rate by {method}: its rate is {middle}; choose another method."
+            )
         return self.suggestions[method]
 
     @property
     def why(self) -> str:
-        """Where and why the test stopped; of a band, how far its tests ran and how many give an answer."""
+        """Where and why the test stopped; of a band, how far its tests ran and how many give a rate."""
         if len(self.curves) == 1:
             return self.curves[0].why
         lengths = [len(curve.lrs) for curve in self.curves]
         ran = f"ran {min(lengths)} to {max(lengths)} of {self.curves[0].iterations} iterations"
-        return f"{ran} under {len(self.curves)} seeds, of which {len(self.trusted)} give an answer"
+        return f"{ran} under {len(self.curves)} seeds, of which {len(self.trusted)} give a rate"
 
     def table(self) -> str:
         """The result as plain text."""

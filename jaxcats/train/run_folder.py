@@ -57,7 +57,7 @@ def open_run(config: Config, name: str | None, *, workdir: str | None, resume: b
         )
     if resumed and (changes := training_changes(flat(from_file(saved)), flat(config))):
         raise UserError(
-            f"--resume: {folder} was started with other settings ({'; '.join(changes)}); leave them, or use another --workdir."
+            f"--resume: {folder} was started with other settings ({'; '.join(changes)}); restore them, or use another --workdir."
         )
     for place in (folder, folder / "figures"):
         remove_stale_temporaries(place, older=-math.inf)
@@ -100,10 +100,10 @@ def training_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
 
 
 def check_config(config: Config, meta: Mapping[str, Any]) -> None:
-    """Raises UserError where a Config would train otherwise than the one that a checkpoint with facts `meta` was saved under."""
+    """Raises UserError if a Config would train differently from the Config in `meta`, the facts of a checkpoint."""
     if changes := training_changes(meta["config"], flat(config)):
         raise UserError(
-            f"config.yaml: the checkpoint was trained with other settings ({'; '.join(changes)}). Restore it, or train anew."
+            f"config.yaml: the checkpoint was trained with other settings ({'; '.join(changes)}). Restore config.yaml, or train in a new folder."
         )
 
 
@@ -123,7 +123,7 @@ class RunLog:
         folder: the run folder.
         resume_step: the step that training resumes from: rows of later steps are dropped, because they will be written
             again; None for a new log.
-        evaluated: whether the evaluation at `resume_step` is in the log to stay; otherwise it will be written again.
+        evaluated: whether the log keeps the evaluation at `resume_step`; otherwise it is written again.
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None = None, evaluated: bool = True):
@@ -136,7 +136,7 @@ class RunLog:
 
     @staticmethod
     def rows(path: Path, last_step: float = math.inf) -> list[dict[str, Any]]:
-        """The rows up to a step. Damaged lines are skipped, such as a last one that a killed process left unfinished."""
+        """The rows up to a step. Damaged lines are skipped, for example an unfinished last line of a killed process."""
         rows = []
         for line in path.read_bytes().split(b"\n") if path.exists() else []:
             try:

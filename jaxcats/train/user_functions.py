@@ -68,7 +68,7 @@ class UserFunctions:
             image = jax.ShapeDtypeStruct((size, size, 3), np.float32)
             changed = jax.eval_shape(self.augment, image, jax.eval_shape(lambda: jax.random.key(0)))
             _check_shape("augment", self.augment, changed, "an image of the size it was given", image.shape)
-        if self.metrics:  # Found now, a mistake in it does not cost an epoch.
+        if self.metrics:  # A mistake that is found now does not cost an epoch.
             labels = np.arange(4 * classes, dtype=np.int32) % classes
             self.measure(np.random.default_rng(0).standard_normal((len(labels), classes), np.float32), labels)
 

@@ -1,4 +1,4 @@
-"""Your own train step: jaxcats' step plus a moving average of the weights, with one program for each epoch.
+"""Your own train step: jaxcats' step plus a moving average of the weights; for a first phase with precompute.
 
 python scripts/examples/step.py --config configs/dogscats_lite0.yaml --data.root data/dogscats
 """

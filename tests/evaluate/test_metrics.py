@@ -323,7 +323,7 @@ def test_the_table_names_the_worst_classes_and_fits_the_screen():
         (0.99987, "at a probability of 0.99987 or more"),
         (0.99999987, "at a probability of 0.99999987 or more"),
         (0.0, "at a probability of 0 or more"),
-        (None, "Every answer is given; there is no threshold"),
+        (None, "Every prediction is given; there is no threshold"),
     ],
 )
 def test_the_table_says_when_answers_are_given(threshold, words):
