@@ -16,7 +16,7 @@ DESCRIPTION = (
 )
 SHOWN = 5  # items of a finding that are printed
 COSINE = 0.95  # of features of EfficientNet-Lite0, set so that no pair of different photos reaches it
-# How earlier outputs begin, which may be replaced.
+# The beginnings of doctor's earlier outputs, which may be replaced.
 JSON_START = re.compile(rb'\{\s*"folder": "(?:[^"\\]|\\.)*",\s*"pictures": \d+,\s*"seconds": ')
 HTML_START = re.compile(rb"<!doctype html>\n.{,300}<title>[^<]*: what a look at it found</title>", re.DOTALL)
 
@@ -84,8 +84,8 @@ def diagnose(root: Path, *, backbone: str | None = None, progress: bool = True) 
         backbone: a pretrained network, whose features of the images are compared too.
 
     Returns:
-        {"folder", "pictures" (their number), "seconds", "understood" (the splits and classes that the images were taken
-        for), "findings": [{"kind", "grave", "meaning", "items": [{"paths", "detail"}]}]}.
+        {"folder", "pictures" (their number), "seconds", "understood" (the splits and classes assigned to the
+        images), "findings": [{"kind", "grave", "meaning", "items": [{"paths", "detail"}]}]}.
     """
     from jaxcats.data.labels import existing_folder
     from jaxcats.data.quality import KINDS, examine_folder
@@ -103,7 +103,7 @@ def diagnose(root: Path, *, backbone: str | None = None, progress: bool = True) 
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """What is printed of a diagnosis."""
+    """The lines to print for a diagnosis."""
     from jaxcats.data.quality import Finding
 
     n, seconds = report["pictures"], report["seconds"]

@@ -316,7 +316,7 @@ def test_an_output_never_replaces_an_image_and_is_checked_first(tmp_path, capsys
     assert photo.read_bytes() == (tmp_path / "photo.txt").read_bytes() == before
     both = str(tmp_path / "x")
     assert run_command(doctor.main, [str(root), "--json", both, "--html", both]) == 2
-    assert "given already" in capsys.readouterr().err
+    assert "is an input or another output already" in capsys.readouterr().err
 
 
 def test_the_folder_is_required(capsys):

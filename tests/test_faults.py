@@ -101,7 +101,7 @@ def test_a_disk_that_fills_while_it_trains_costs_one_line_and_a_resume(place, si
     (line,) = [line for line in complaint.splitlines() if line.startswith("stopped: ")]
     assert str(disk / "run") in line
     assert "(No space left on device)" in line
-    assert line.endswith("Make room and run the same again (train: with --resume).")
+    assert line.endswith("Free some space and run the same command again (train: with --resume).")
     assert complaint.strip() == line
     whole = run("train", *words[3:-1], place / "whole")
     assert whole.returncode == 0, whole.stderr
@@ -117,7 +117,7 @@ def test_a_disk_that_fills_while_the_report_is_written_loses_no_training(place, 
     said = small_disk(TRAIN_GROW_AND_RESUME, disk, size, *words, DISK=str(disk))
     assert said == "first 1\nsecond 0\n"
     complaint = (place / "first.err").read_text()
-    assert "(No space left on device). Make room" in complaint
+    assert "(No space left on device). Free some space" in complaint
     assert "Traceback" not in complaint
     assert "Finished already" in (place / "second.out").read_text()
 
@@ -236,7 +236,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 
 
-SAID = "has changed since the folder was indexed; put the file back, or start again"
+SAID = "has changed since the folder was indexed; restore the file, or run the command again"
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_a_test_split_is_judged_only_when_asked_for(pictures, tmp_path, capsys):
     assert len(judged) == 10
     before = (workdir / "metrics.json").read_bytes()
     assert run_command(evaluate_command.main, ["--run", str(workdir), "--split", "test"]) == 0
-    assert "Test images: neither training nor a choice has seen them." in capsys.readouterr().out
+    assert "Test images: neither training nor a choice has used them." in capsys.readouterr().out
     tested = {r["path"] for r in csv.DictReader((workdir / "evaluations/test/predictions.csv").open())}
     assert len(tested) == 6
     assert not tested & judged

@@ -305,7 +305,7 @@ def test_nothing_to_predict_is_a_mistake(model, tmp_path, monkeypatch, words):
         (["--model", "M", "--tta", "-1", "x.png"], "tta: -1"),
         (["--model", "M", "--batch_size", "0", "x.png"], "batch_size: 0"),
         (["--model", "M", "--kaggle", "s.csv", "x.png"], "number in the file's name"),
-        (["--model", "M", "--kaggle", "s.csv", "1.png", "cat.1.png"], "has the id of 1.png"),
+        (["--model", "M", "--kaggle", "s.csv", "1.png", "cat.1.png"], "has the same id as 1.png"),
         (["--model", "M", "--kaggle", "s.csv", "1.png"], "two classes"),
         (["--model", "M", "--show", "s.png", "x.png"], "none of the images"),
     ],
@@ -409,4 +409,4 @@ def test_an_output_never_replaces_an_image_or_a_device(flag, tmp_path, capfd):
 def test_two_outputs_can_not_share_a_file(tmp_path, capfd):
     both = str(tmp_path / "x.csv")
     assert run_command(predict.main, ["--model", str(tmp_path), "a.jpg", "--csv", both, "--jsonl", both]) == 2
-    assert "given already" in capfd.readouterr().err
+    assert "is an input or another output already" in capfd.readouterr().err

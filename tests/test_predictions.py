@@ -143,7 +143,7 @@ def test_images_seen_before_are_said(run, capsys):
     shutil.copytree(Path(read_root(run)) / "valid", valid)
     assert command(evaluate_command, "--run", run, "--data", valid, "--report", "no") == 0
     out = capsys.readouterr().out
-    assert "21 of the run's own valid images were found: the result flatters." in out
+    assert "These images contain 21 of the run's own valid images: the result is too good." in out
     assert "1 of the run's own train images" in out  # the leak
     assert read(next((run / "evaluations").iterdir()) / "metrics.json")["seen_before"] == {"train": 1, "valid": 21}
 

@@ -97,7 +97,7 @@ def test_a_network_of_ones_own_may_share_published_weights_and_takes_no_name_awa
     models.register("zmine", registry.get("efficientnet_lite0"))
     assert registry.named_weights()["efficientnet_lite0"] == "efficientnet_lite0"
     assert registry.sources("zmine", "efficientnet_lite0") == registry.sources("efficientnet_lite0")
-    with pytest.raises(UserError, match="are those of resnet18, not of zmine"):
+    with pytest.raises(UserError, match="belong to resnet18, not to zmine"):
         registry.sources("zmine", "resnet18.a1_in1k")
 
 
@@ -255,7 +255,7 @@ def test_a_name_brings_its_own_preprocessing():
 
 
 def test_a_name_of_another_network_or_of_none_is_explained():
-    with pytest.raises(UserError, match=r"those of resnet50, not of resnet34; set `model.backbone: resnet50`"):
+    with pytest.raises(UserError, match=r"belong to resnet50, not to resnet34; set `model.backbone: resnet50`"):
         models.find_weights("resnet34", "resnet50.a1_in1k")
     with pytest.raises(UserError, match=r"or one of resnet50.tv_in1k, .*Did you mean 'resnet50.a1_in1k'\?"):
         models.find_weights("resnet50", "resnet50.a1")

@@ -152,7 +152,7 @@ def readable_error(message: str, types: Mapping[str, Any]) -> str:
 
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:
-    """The value of --NAME VALUE or --NAME=VALUE, the last one of several; None without the flag. It parses nothing else."""
+    """The value of --NAME VALUE or --NAME=VALUE, the last one if repeated; None without it. It ignores other flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}", nargs="?")
     return getattr(parser.parse_known_args(argv)[0], name)

@@ -193,7 +193,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes that train together. If all are empty, SLURM, Open MPI, Kubernetes or a TPU pod may name the processes.
+    """Several processes that train together. If all are empty, SLURM, Open MPI, Kubernetes or a TPU pod may name them.
 
     Args:
         coordinator: HOST:PORT of the primary process, reachable from all.

@@ -64,7 +64,7 @@ def start(settings: DistributedConfig) -> None:
 
 
 def has_joined() -> bool:
-    """Whether this process has joined others; unlike `is_multiprocess` it asks no backend, which may wait for them."""
+    """Whether this process has joined others; unlike `is_multiprocess` it uses no backend, which may wait for them."""
     return _has_joined
 
 

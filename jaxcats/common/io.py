@@ -60,12 +60,12 @@ def write_json(path: Path, tree: Any, *, indent: int | None = 1) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Where this process writes a file or folder before it is renamed to `path`."""
+    """The path at which this process writes a file or folder before it is renamed to `path`."""
     return path.with_name(f".{shorten_bytes(path.name, 200)}.{os.getpid()}.tmp")
 
 
 def shorten_bytes(name: str, limit: int) -> str:
-    """The beginning of a file name, at most `limit` bytes long: file systems allow 255 bytes, not letters."""
+    """The beginning of a file name, at most `limit` bytes long: file systems allow 255 bytes, not 255 characters."""
     return os.fsencode(name)[:limit].decode(errors="ignore")
 
 

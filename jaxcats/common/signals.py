@@ -55,7 +55,7 @@ class Stopping:
 
     @contextlib.contextmanager
     def patient(self, patient: bool = True) -> Iterator[None]:
-        """Inside the block a signal waits for `asked`; inside a nested `patient(False)` it interrupts the work at once."""
+        """Inside the block a signal waits for `asked`; inside `patient(False)` it interrupts long work at once."""
         self.check()
         before, self._patient = self._patient, patient
         try:
@@ -85,7 +85,7 @@ class Stopping:
 
 
 def safe_keyboard_interrupt() -> contextlib.AbstractContextManager[None]:
-    """Inside the block Ctrl-C raises KeyboardInterrupt at a safe place; a handler other than Python's is not replaced."""
+    """Inside the block Ctrl-C raises KeyboardInterrupt at a safe place; only Python's own handler is replaced."""
     signals = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
     return _handling(signals, lambda _, frame: raise_when_safe(KeyboardInterrupt(), frame))
 

@@ -66,7 +66,7 @@ def summary(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 def brier(log_probs: np.ndarray, labels: np.ndarray) -> float:
     """Mean squared distance of the probabilities from the truth (Brier, Mon. Weather Rev. 78, 1950): [N, C], [N].
 
-    With two classes it uses the second class alone (0 to 1); otherwise it sums over the classes (0 to 2), as scikit-learn does.
+    With two classes it uses the second class alone (0 to 1); else it sums over the classes (0 to 2), as scikit-learn.
     """
     truth = np.arange(log_probs.shape[1]) == np.asarray(labels)[:, None]
     squares = ((np.exp(log_probs) - truth) ** 2).sum(-1)

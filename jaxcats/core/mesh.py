@@ -89,7 +89,7 @@ def place_batch(batch: dict[str, np.ndarray], rows: int) -> dict[str, Any]:
 
 
 def place_order(order: np.ndarray) -> Any:
-    """Row numbers int32 [steps, B], sharded by B so that each device gathers its own part; replicated if B does not divide."""
+    """Row numbers int32 [steps, B], sharded so that each device gathers its part; replicated if B does not divide."""
     if not has_many_devices():
         return order
     return replicate(order, by_row(1) if order.shape[1] % jax.device_count() == 0 else replicated())

@@ -25,7 +25,7 @@ def scale_by_group(schedules: Sequence[Schedule], groups: Any) -> optax.Gradient
 
     def update(updates, state, params=None):
         lrs = [jnp.asarray(s(state.count), jnp.float32) for s in schedules]
-        # A frozen leaf is None and so no leaf of `updates`: the groups are looked up by path.
+        # JAX does not count a frozen leaf (None) as a leaf of `updates`, so the groups are looked up by path.
         by_path = dict(jax.tree_util.tree_leaves_with_path(groups))
         scaled = jax.tree_util.tree_map_with_path(lambda path, u: -lrs[by_path[path]] * u, updates)
         return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))

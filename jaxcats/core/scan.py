@@ -72,7 +72,7 @@ def stream_epoch(step: Callable, state: Any, batches: Iterator[dict[str, np.ndar
 
 
 BETA = 0.98  # decay of the average loss in the range test, as in fastai
-DIVERGED = 4  # The range test stops when the average is this many times its best.
+DIVERGED = 4  # The range test stops when the average exceeds its best value by this factor.
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["state", "average", "best", "count", "reason"], meta_fields=[])

@@ -147,7 +147,7 @@ class Draw(NamedTuple):
 
 
 def draw(augmentation: Augmentation, *, key: jax.Array, epoch: jax.Array | int, index: jax.Array) -> Draw:
-    """The choices for images `index` int32 [B] in `epoch`; those of one image and operation are independent of all others."""
+    """The choices for images `index` int32 [B] in `epoch`; each image and operation is independent of the others."""
 
     def uniforms(operation: jax.Array, row: jax.Array) -> jax.Array:
         epoch_key = jax.random.fold_in(jax.random.fold_in(key, operation), epoch)
@@ -230,7 +230,7 @@ def relight(images: jax.Array, mean: jax.Array, brightness: jax.Array, contrast:
     """fastai 0.7's `lighting` on the 0..255 scale: float32 [B, H, W, C], clipped to it.
 
     Args:
-        mean: [B], what the contrast turns about, 0..255.
+        mean: [B], the value that the contrast leaves unchanged, 0..255.
         brightness, contrast: [B], fastai's b and c, on its 0..1 scale.
     """
     factor = jnp.where(contrast >= 0, 1 + contrast, 1 / (1 - jnp.minimum(contrast, 0)))

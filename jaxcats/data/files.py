@@ -34,7 +34,7 @@ QUEUE = 4096  # files given to the decoding threads at a time: a queue of all wo
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What decoding a file showed.
+    """The result of decoding a file.
 
     Attributes:
         bad: the reason why the file can't be used; None for a good image.
@@ -239,7 +239,7 @@ def check_targets(targets: dict[str, str | None], inputs: Sequence[str]) -> None
             continue
         suffix = Path(file).suffix.lower()
         is_wrong = suffix != ".png" if flag == "show" else suffix in IMAGE_EXTENSIONS
-        if is_wrong or file == "-":  # as in --csv *.jpg, where the shell puts a photo
+        if is_wrong or file == "-":  # as in --csv *.jpg, where the shell inserts a photo's name
             raise UserError(f"--{flag} {file}: expected a {'.png' if flag == 'show' else 'text'} file to write.")
         if os.path.realpath(file) in taken:
             raise UserError(f"--{flag} {file}: is an input or another output already; name another file.")

@@ -201,7 +201,7 @@ def bad_reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Decoded:
-    """An upright RGB image, the EXIF orientation (1 to 8) of its file, and notes on what was unusual and how it was handled."""
+    """An upright RGB image, the EXIF orientation (1 to 8) of its file, and notes on unusual properties."""
 
     image: Image.Image
     orientation: int
@@ -255,7 +255,7 @@ def _frames_note(image: Image.Image, content: bytes) -> str:
     with _open(content) as reopened:
         try:
             frames = getattr(reopened, "n_frames", 1)
-        except Exception:  # of as many kinds as in open_image
+        except Exception:  # a damaged file raises many kinds, as in open_image
             return "first of several frames, later ones damaged"
     return f"first of {frames:,} frames" if frames > 1 else ""
 
@@ -333,7 +333,7 @@ def _grey_conversion(image: Image.Image) -> Conversion:
 
 
 def _finite_range(image: Image.Image) -> tuple[float, float]:
-    """Least and greatest finite value; for 16 bits the least and greatest possible value, because all are scaled alike."""
+    """Least and greatest finite value; for 16 bits the range of the type, because it fixes their scale."""
     if image.mode.startswith("I;16"):
         return 0.0, 65535.0
     low, high = math.inf, -math.inf

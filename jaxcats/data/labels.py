@@ -156,7 +156,7 @@ def check_classes(place: str | Path, found: Collection[str], expected: Sequence[
 
 
 def normalized_name(name: str) -> str:
-    """A form of a name that is equal for names that differ only in capitals, spaces around them, or how an accent is encoded."""
+    """A name in a form that ignores capitals, spaces around it, and how accents are encoded."""
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 
@@ -167,7 +167,7 @@ def shortened(names: Sequence[str], most: int = 8, separator: str = ", ") -> str
 
 
 def extensions() -> str:
-    """What counts as an image, for messages."""
+    """The extensions of image files, as text for messages."""
     return " ".join(sorted(IMAGE_EXTENSIONS))
 
 
@@ -245,7 +245,7 @@ def read_table(
             if name not in header and (key, name) != ("split", "split"):
                 problem = f"{file}: has no column '{name}'; it has {', '.join(header) or 'none'}."
                 option = "data.group" if key == "group" else f"data.columns.{key}"
-                raise UserError(f"{problem}{nearest(name, header)} Set {option} to its name.")
+                raise UserError(f"{problem}{nearest(name, header)} Set {option} to the name that it has.")
         return _rows_of_lines(root, file, lines, {k: header.index(name) for k, name in names.items() if name in header})
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror or error}).") from None

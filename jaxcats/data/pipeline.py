@@ -133,7 +133,7 @@ _open_batches: "weakref.WeakSet[Any]" = weakref.WeakSet()
 def _close_all() -> None:
     # TensorFlow's threads call Python. Left alone they wait for the interpreter while it, shutting down, waits for them.
     for batches in list(_open_batches):
-        with contextlib.suppress(ValueError):  # it is running, in another thread
+        with contextlib.suppress(ValueError):  # the generator is running in another thread
             batches.close()
 
 
@@ -150,5 +150,5 @@ def _tensorflow() -> Any:
         tf.config.threading.set_intra_op_parallelism_threads(1)
     except RuntimeError:  # the program has used TensorFlow before, so its settings remain
         pass
-    atexit.register(_close_all)  # after TensorFlow's own, so that it runs before them
+    atexit.register(_close_all)  # registered after TensorFlow's exit functions, so that it runs before them
     return tf

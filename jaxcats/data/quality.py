@@ -154,7 +154,7 @@ def examine_folder(
         features_of: computes features of images: pairs with a cosine of at least `cosine` count as look-alikes too.
 
     Returns:
-        The number of images, a sentence about the splits and classes that they were taken for, and the findings by kind.
+        The number of images, a sentence about the splits and classes assigned to them, and the findings by kind.
     """
     paths, layout = files.list_images(root, root), find_layout(root)
     found = list(check_other_files(root))
@@ -185,7 +185,7 @@ def examine_folder(
 
 @dataclass
 class Look:
-    """What inspecting one image showed.
+    """The result of inspecting one image.
 
     Attributes:
         sha256: of its content; "" for a bad file.
@@ -303,7 +303,7 @@ def check_copies(contents: Iterable[Sequence[PlacedImage]]) -> Iterator[Finding]
 
 
 def check_balance(number: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
-    """Splits in which one class has many times the images of another; `number` is by split and class."""
+    """Splits in which one class has many times the images of another; `number` counts images by split and class."""
     for split, by_class in number.items():
         filled = sorted((n, name) for name, n in by_class.items() if n)
         if filled and filled[-1][0] >= IMBALANCE * filled[0][0]:
@@ -454,7 +454,7 @@ class Layout:
         return split, folders[0] if folders and folders[0] in self.classes else ""
 
     def is_ignored(self, path: str) -> bool:
-        """Whether training ignores an image; False too where the folders don't tell."""
+        """Whether training ignores an image; also False where the folders don't determine it."""
         split, label = self.place(path)
         return not self.table and (not split or (self.has_folder_labels and not label and split != "test"))
 
@@ -482,7 +482,7 @@ def _table(root: Path) -> str:
 
 
 def _describe(number: Mapping[tuple[str, str], int], layout: Layout) -> str:
-    """The splits and classes that the images were taken for; `number` is of images by (split, class)."""
+    """The splits and classes assigned to the images; `number` counts images by (split, class)."""
     classes_of = defaultdict(list)
     for (split, label), n in sorted(number.items()):
         classes_of[split or "elsewhere"].append(f"{label or 'no class'} {n:,}")
@@ -495,7 +495,7 @@ def _describe(number: Mapping[tuple[str, str], int], layout: Layout) -> str:
 
 
 def check_class_folders(number: Mapping[tuple[str, str], int], layout: Layout, root: Path) -> Iterator[Finding]:
-    """Class folders that are empty, alone, unequal or oddly named; `number` is of images by split and class."""
+    """Class folders that are empty, alone, unequal or oddly named; `number` counts images by split and class."""
     classes, split_folders = layout.classes, layout.split_folders
     if not classes or layout.table:  # images without labels, or with others
         return
@@ -520,7 +520,7 @@ def check_class_folders(number: Mapping[tuple[str, str], int], layout: Layout, r
 
 
 def check_training(ignored: Sequence[str], layout: Layout, root: Path) -> Iterator[Finding]:
-    """What training would refuse, and the images it would ignore, where the labels come from folders; uses training's code."""
+    """What training's own code would refuse, and the images it would ignore, where the labels come from folders."""
     if not layout.has_folder_labels:
         return
     try:

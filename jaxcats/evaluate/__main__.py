@@ -125,7 +125,7 @@ def list_label_errors(run: "Run", folder: Path) -> None:
     write_suspects(folder, suspects, splits["train"].root)
     n = sum(map(len, splits.values()))
     print(
-        f"{len(suspects):,} of {n:,} images should be checked; {folder}/suspects.csv lists the likeliest mistakes first."
+        f"{len(suspects):,} of {n:,} images should be checked; {folder}/suspects.csv has the likeliest mistakes first."
     )
 
 
@@ -145,7 +145,7 @@ def images_to_evaluate(run: "Run", options: Namespace) -> "tuple[Split, Sequence
             f"--split test: {run.config.data.root} has no test images; add test/, or train with data.test_fraction."
         )
     if options.split == "test":
-        print("Test images: neither training nor a choice has used them. Each further evaluation weakens this.")
+        print("Test images: neither training nor a choice has used them. Each further evaluation makes this less true.")
     for line in skipped(bad_files):
         print(line)
     return split, bad_files

@@ -21,7 +21,7 @@ class Calibration:
     Attributes:
         temperature: probabilities are softmax(logits / temperature).
         threshold: of the highest probability; the classifier abstains below it. None: it never abstains.
-        max_error: the share of wrong answers that the threshold was chosen for.
+        max_error: the share of wrong predictions that the threshold was chosen for.
     """
 
     temperature: float = 1.0

@@ -26,7 +26,7 @@ from jaxcats.train.run_folder import RunLog
 
 PER_CLASS = 4  # images of each class in a gallery
 CLASSES = 10  # in a gallery that has a row per class
-HEAT_MAPS = 4  # top losses with a heat map, and as many of the most confident right predictions
+HEAT_MAPS = 4  # heat maps of the top losses, and of the most confident right predictions
 GROUPS = ("early layers", "late layers", "head layers")
 
 
@@ -53,7 +53,7 @@ class EvaluatedSplit:
 
     @cached_property
     def out_of_fold(self) -> np.ndarray:
-        """The same; if the temperature was fitted on these images, each image uses the temperature of the other folds."""
+        """The same; if the temperature was fitted on these images, each image uses that of the other folds."""
         facts = self.metrics["calibration"]
         if not facts["fold_temperatures"]:
             return self.log_probs
@@ -66,7 +66,7 @@ class EvaluatedSplit:
         return self.logits.argmax(1) == self.split.labels
 
     def file(self, row: int) -> Path:
-        """Where an image is."""
+        """The path of an image."""
         return self.split.root / self.split.paths[row]
 
     def title(self, row: int) -> str:

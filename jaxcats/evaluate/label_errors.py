@@ -62,7 +62,7 @@ class Suspect:
 def find_suspects(run: Run, splits: Mapping[str, Split], *, folds: int = 5) -> list[Suspect]:
     """The images whose label looks wrong, and those unlike all others, in the order that `Suspect` gives.
 
-    If the run trained its backbone, features of the pretrained one are used, because the trained one has seen the labels.
+    If the run trained its backbone, the pretrained one's features are used, because the trained one saw the labels.
 
     Args:
         run: a trained run.

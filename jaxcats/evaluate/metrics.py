@@ -26,7 +26,7 @@ def evaluation_metrics(
         classes: C names.
         calibration: chosen on other images, to be evaluated here. None: it is fitted on these images, and each image's
             numbers "after" are those of the temperature and the threshold that the other folds choose.
-        max_error: the share of wrong answers to choose the threshold for; only where no calibration is given.
+        max_error: the share of wrong predictions to choose the threshold for; only where no calibration is given.
 
     Returns:
         What `summary` gives and {"brier", "auc" (two classes only), "macro_f1", "balanced_accuracy", "top_k", "classes",

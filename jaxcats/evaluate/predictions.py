@@ -41,7 +41,7 @@ def write_results(
         split: N images, with labels or without (-1).
         logits: [N, C].
         facts: further entries of metrics.json ("seconds", "checkpoint", ...).
-        max_error: the share of wrong answers wanted when the classifier may abstain; None: the run's.
+        max_error: the share of wrong predictions to allow when the classifier may abstain; None: the run's.
         calibration: chosen on other images; None: these are the validation images, so it is fitted on them and reported
             out of fold.
 

@@ -39,7 +39,7 @@ def top_losses(log_probs: np.ndarray, labels: np.ndarray, *, n: int = 9) -> np.n
 def label_errors(log_probs: np.ndarray, labels: np.ndarray, *, most: float = 0.05) -> np.ndarray:
     """Images whose label looks wrong because another class is likelier; the lowest probability of the label comes first.
 
-    At most the share `most` of all images, unless more are confident: the likeliest class of a confident image has at least
+    At most the share `most` of all images, unless more are confident: such an image's likeliest class has at least
     the mean probability that this class has over the images labelled with it (Northcutt et al., confident learning, arXiv:1911.00068).
 
     Args:

@@ -101,7 +101,7 @@ def _with_total(seconds: dict[str, float], started: float) -> dict[str, float]:
 
 
 def time_summary(seconds: dict[str, float], counts: dict[str, int]) -> str:
-    """Says in a line where the time went."""
+    """Describes in one line how long each part took."""
     parts = [f"{name} {value:.1f} s" for name, value in seconds.items() if value >= 0.05 and name != "total"]
     from_cache = f" ({counts['reused']:,} features from the cache)" if counts.get("reused") else ""
     return f"{seconds['total']:.1f} s in all{from_cache}: {', '.join(parts)}"

@@ -19,7 +19,7 @@ from jaxcats.data.images import Preprocess, evaluation_pixels
 from jaxcats.data.index import FolderIndex, Split, scan_unlabelled
 from jaxcats.train.experiment import augment_key, index_images
 
-SIZE = 224  # of the shown images, until a network says otherwise
+SIZE = 224  # of the shown images, until a network sets another size
 
 
 @dataclass(eq=False)

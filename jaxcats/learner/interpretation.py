@@ -40,7 +40,7 @@ class Interpretation:
     # Which images to look at: rows of the validation split
 
     def errors(self, log_probs: np.ndarray | None = None) -> tuple[int, int]:
-        """(wrong predictions, images) of the validation split; `jaxcats.sentence(*learn.errors())` formats them as a text."""
+        """(wrong predictions, images) of the validation split; `jaxcats.sentence(*learn.errors())` formats them."""
         log_probs, labels = self.log_probs if log_probs is None else log_probs, self.data.val_y
         if len(log_probs) != len(labels):
             raise UserError(f"errors: {len(log_probs):,} predictions; there are {len(labels):,} validation images.")
@@ -64,7 +64,7 @@ class Interpretation:
         return ranking.top_losses(self.log_probs, self.data.val_y, n=n)
 
     def plot_val_with_title(self, indices: Sequence[int] | np.ndarray, title: str = "") -> plots.Figure:
-        """Validation images titled as in the lesson: the probability of the second of two classes, else of the prediction."""
+        """Validation images with the lesson's titles: of two classes the second's probability, else that predicted."""
         probabilities, classes, labels = np.exp(self.log_probs), self.data.classes, self.data.val_y
         best, paths, titles = probabilities.argmax(1), self.data.val_paths, []
         for i in indices:

@@ -1,4 +1,4 @@
-"""The notebook interface: a Learner holds the state of a network and calls the functions that train, evaluate and draw."""
+"""The notebook interface: a Learner holds a network's state and calls the functions that train, evaluate and draw."""
 
 import dataclasses
 import functools
@@ -139,7 +139,7 @@ class Learner:
             cycle_len: epochs of the first cycle; None: no cycles, a constant rate.
             cycle_mult: length of each cycle relative to the one before: fit(lr, 3, cycle_len=1, cycle_mult=2)
                 is 1 + 2 + 4 epochs.
-            keep: the epoch whose state is used afterwards: last, or best (fewest validation errors, then the lowest loss).
+            keep: the epoch whose state stays: last, or best (fewest validation errors, then the lowest loss).
             **options: further fields of jaxcats.Phase: optimizer, momentum, weight_decay, schedule, batch_size,
                 label_smoothing, clip, accumulate, driver, ...; and functions of your own, `loss_fn`, `augment` and
                 `metrics`, see jaxcats.train.user_functions.UserFunctions.
@@ -233,7 +233,7 @@ class Learner:
             if not in_notebook():
                 result = sentence(best["errors"], best["n"])
                 print(
-                    f"Kept epoch {best['epoch']}, the best: {result}; it was chosen on these images, so the result is too good."
+                    f"Kept epoch {best['epoch']}, the best: {result}; chosen on these images: the result is too good."
                 )
         config = dataclasses.replace(self._experiment.config, phases={plan.name: plan.phase})
         self._phases[plan.name] = plan.phase
@@ -250,7 +250,7 @@ class Learner:
             self._features = precompute(self._experiment, self.params, self.batch_stats)[0]
         return self._features
 
-    # Predictions and what can be seen in them
+    # Predictions, and their metrics and figures
 
     def logits(self, split: str = "valid") -> np.ndarray:
         """Logits float32 [n, classes] of the train, valid or test images, in the order of the files."""

@@ -21,7 +21,7 @@ def locate(place: str, *, download: bool = True) -> Path:
 
     Raises:
         UserError: a wrong name, a missing login, or a setting that does not work, with the way out.
-        RunError: a temporary problem: no network, no room on the disk, a hub that is busy or out of order, with the way out.
+        RunError: no network, no room on the disk, or a hub that is busy or out of order, with the way out.
     """
     parts = place.split("/", 2)
     if len(parts) != 3 or not all(parts):
@@ -76,7 +76,7 @@ def _explain(error: Exception, repo: str, file: str) -> Exception:
         error = error.__cause__  # what kept hf_hub_download from asking the hub
     status = getattr(getattr(error, "response", None), "status_code", None)
 
-    # The hub answered. It says 401 for a repository that does not exist, too, so that nobody can guess private names.
+    # The hub answered. It also answers 401 for a missing repository, so that nobody can guess private names.
     no_repository = isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError)
     if no_repository or status == 404:
         return UserError(f"{place}: the hub has no such file that you may read; check the name, or {WAYS_OUT}")
@@ -86,7 +86,7 @@ def _explain(error: Exception, repo: str, file: str) -> Exception:
     if status is not None:
         return RunError(f"{place}: the hub answers HTTP {status}: try again in some minutes, or {WAYS_OUT}")
 
-    # No answer of the hub.
+    # The hub did not answer.
     if is_full(error) or (isinstance(error, OSError) and error.filename):
         cache = f"{place}: the cache {hub.constants.HF_HUB_CACHE} (HF_HOME chooses another folder)"
         return unwritable(cache, error if isinstance(error, OSError) else OSError(0, reason(error)))

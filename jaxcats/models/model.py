@@ -124,7 +124,7 @@ class Model:
 
         Args:
             params: as from `init` or `load_pretrained`.
-            batch_stats: likewise.
+            batch_stats: as from `init` or `load_pretrained`.
             images: float32 [N,H,W,channels], normalised.
             train: the head's dropout is on, and its BatchNorm uses the batch's statistics and updates its averages.
             bn_train: the backbone's BatchNorms do so too; otherwise they use their stored averages.

@@ -148,7 +148,7 @@ def _locate_in_package(place: str) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors, .pth, .pt or .npz file by name, without the "module." that DataParallel puts before.
+    """The arrays of a .safetensors, .pth, .pt or .npz file by name, without DataParallel's prefix "module.".
 
     Raises:
         UserError: names the file and the reason why it cannot be read.

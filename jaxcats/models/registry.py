@@ -76,7 +76,7 @@ def get(name: str) -> Backbone:
 
 
 def unknown(value: Any, choices: Sequence[str]) -> str:
-    """Words for an error: the value, the choices, and the one that was probably meant."""
+    """The text of an error: the value, the choices, and the one that was probably meant."""
     return f"unknown value {value!r}, expected one of {', '.join(choices)}.{nearest(str(value), choices)}"
 
 

@@ -107,7 +107,7 @@ def reliability(panels: Mapping[str, tuple[Sequence[Mapping[str, Any]], float, n
 
 
 def _position(share: Any, stretched: bool) -> np.ndarray:
-    """Where a share stands on an axis: itself, or its number of nines on a stretched axis."""
+    """The position of a share on an axis: the share itself, or its number of nines on a stretched axis."""
     share = np.clip(np.asarray(share, float), 0, 1)
     return -np.log10(np.maximum(1 - share, 1 - STRETCHED_TICKS[-1])) if stretched else share
 
@@ -137,7 +137,7 @@ def risk_coverage(
     ax.axhline(max_error, color=ORANGE, linestyle="--", linewidth=1.3, label=f"wanted: at most {100 * max_error:.3g} %")
     top = max(y[-1], max_error, high[-1] / 1.3)
     if point is not None:
-        label = f"chosen: {100 * point[0]:.{percent_digits(n)}f} % answered, {100 * point[1]:.2g} % of them wrong"
+        label = f"chosen: {100 * point[0]:.{percent_digits(n)}f} % predicted, {100 * point[1]:.2g} % of them wrong"
         ring = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.8}
         ax.plot(*point, "o", linestyle="none", label=label, clip_on=False, zorder=4, **ring)
         top = max(top, point[1])
@@ -169,7 +169,7 @@ def per_class(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ax.set_xlim(max(0.0, locator.tick_values(low.min(), 1)[0]), 1)
     ax.xaxis.set_major_locator(locator)
     ax.xaxis.set_major_formatter(PERCENT)
-    ax.tick_params(axis="y", length=0, pad=8)  # room for a dot that stands on the edge
+    ax.tick_params(axis="y", length=0, pad=8)  # room for a dot on the edge
     for place, row in enumerate(shown):
         missed = f"{row['n'] - round(row['recall'] * row['n']):,} of {row['n']:,} missed"
         ax.annotate(missed, (1, place), (10, 0), textcoords="offset points", va="center", fontsize=9, color=INK)

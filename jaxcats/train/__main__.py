@@ -45,8 +45,8 @@ def train_main(
 
     Args:
         loss_fn: see jaxcats.train.user_functions.UserFunctions.
-        augment: likewise.
-        metrics: likewise.
+        augment: see UserFunctions.
+        metrics: see UserFunctions.
         argv: flags, as of the command; None: those of the script.
 
     Returns:

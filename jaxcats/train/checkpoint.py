@@ -83,7 +83,7 @@ class Checkpoints:
         state, step = copy(state), int(meta["step"])
         if metrics:
             badness = selection_metric(metrics)
-            if self._best is None or badness <= self._best["badness"]:  # Of equals the later.
+            if self._best is None or badness <= self._best["badness"]:  # the later of two equals
                 self._best = {"step": step, "badness": badness}
         facts = {"meta": dict(meta), "metrics": metrics, "best": self._best, "arrays": tree_hash(state)}
         sealed = ocp.args.JsonSave({"facts": facts, "sha256": _json_hash(facts)})
@@ -199,7 +199,7 @@ class Checkpoints:
         except Exception as e:  # Orbax and tensorstore raise many kinds for a damaged file.
             if "tructure" in str(e) and "ismatch" in str(e):
                 raise UserError(
-                    f"{place}: its network (backbone, head, optimizer) differs from that in config.yaml; restore config.yaml."
+                    f"{place}: holds another network than config.yaml (backbone, head, optimizer); restore config.yaml."
                 ) from e
             if not place.exists():
                 raise UserError(

@@ -81,7 +81,7 @@ class Table:
 
 
 class NotebookTable(Table):
-    """The same as an HTML table that grows in its place."""
+    """The same as an HTML table that is updated in place."""
 
     def __init__(self):
         super().__init__(lambda text: None)

@@ -130,7 +130,7 @@ def feature_program(model: models.Model, preprocess: Preprocess) -> Callable:
 def source_hash(backbone: models.Backbone) -> str | None:
     """Hash of the code that computes the features of a backbone; None for one from outside this package, or without its code.
 
-    The cache's key has it in place of the program: lowering the network to hash the program would take a second per run.
+    The cache's key holds it instead of the program's hash: lowering the network for that takes a second in every run.
     """
     build = backbone.build
     if not getattr(build, "func", build).__module__.startswith(f"{models.__name__}."):

@@ -93,7 +93,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What training leaves.
+    """The result of a training.
 
     Attributes:
         params: of the checkpoint that the configuration chooses (last or best).
@@ -138,7 +138,7 @@ def train_run(
         progress, state = resumed or (Progress(), None)
         log: Log = NoLog()
         if distributed.is_primary():
-            # If the state was saved within an epoch, or before the evaluation at its end, that evaluation is still to run.
+            # A state saved within an epoch, or before the evaluation at its end, still needs that evaluation.
             step, evaluated = progress.step if resumed else None, progress.epoch_step == 0
             log = stack.enter_context(contextlib.closing(RunLog(workdir, resume_step=step, evaluated=evaluated)))
         loop = TrainingLoop(experiment, progress, log, checkpoints, facts, stopping=stopping, workdir=workdir)
@@ -282,7 +282,7 @@ class TrainingLoop:
         if progress.lr is None:
             with self.clock(f"{plan.name}.lr_find"):
                 result = find_lr(self.experiment, plan, weights, train_features)
-                # One noisy curve may mislead where several fresh heads do not. Fresh heads tell nothing about a trained one.
+                # One noisy curve may mislead where several fresh heads do not. They can't replace a trained head.
                 if result.refusal and features and progress.step == 0:
                     result = find_lr(self.experiment, plan, weights, train_features, Sweep(seeds=LR_FIND_SEEDS))
             if self.workdir and distributed.is_primary():

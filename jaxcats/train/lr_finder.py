@@ -208,7 +208,7 @@ class Curve:
         lrs: float64 [m], learning rate of the last layer group at each iteration that ran.
         losses: float64 [m], raw training losses; the last may be NaN.
         smoothed: float64 [m], their average, as `stats.smooth` computes it.
-        iterations: how many were asked for; m is that or less.
+        iterations: the number of iterations requested; m is at most this.
         stopped: "end", "diverged" (the smoothed loss passed 4 times its best) or "nan" (or infinite).
     """
 
@@ -257,7 +257,7 @@ class Curve:
             needed = f"{len(lrs)} of the {ENOUGH_POINTS} needed"
             return f"too few points: {needed}; the test {self.why}; ask for more iterations or a lower start"
         infinite = np.isinf(smoothed)
-        if infinite.sum() > 1:  # One ends a test; with more, slopes are differences of infinities.
+        if infinite.sum() > 1:  # One infinite loss ends a test; with more, slopes would be differences of infinities.
             return f"the loss is infinite: from learning rate {lrs[infinite.argmax()]:.2g} on, and the test continued"
         if not fell:
             return "no descent: the loss never fell clearly below its noise; is the model trained already, or frozen?"

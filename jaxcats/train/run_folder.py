@@ -103,7 +103,7 @@ def check_config(config: Config, meta: Mapping[str, Any]) -> None:
     """Raises UserError if a Config would train differently from the Config in `meta`, the facts of a checkpoint."""
     if changes := training_changes(meta["config"], flat(config)):
         raise UserError(
-            f"config.yaml: the checkpoint was trained with other settings ({'; '.join(changes)}). Restore config.yaml, or train in a new folder."
+            f"config.yaml: differs from the checkpoint ({'; '.join(changes)}). Restore it, or use a new folder."
         )
 
 

@@ -377,7 +377,7 @@ def test_two_validation_folders(two_classes, folder):
 
 
 def test_a_fraction_beside_a_validation_folder(two_classes):
-    with pytest.raises(UserError, match=r"already has a valid split; leave valid_fraction out"):
+    with pytest.raises(UserError, match=r"has a valid split already; leave valid_fraction out"):
         scan(two_classes, valid_fraction=0.2)
 
 

@@ -197,7 +197,7 @@ def test_what_leaves_a_class_without_a_side_is_not_a_manifest_that_is_not_there(
         }
     )
     with pytest.raises(
-        UserError, match=r"what it shares with other classes leaves it no \w+ images; try another split_seed"
+        UserError, match=r"no \w+ images because of images that it shares with other classes; try another split_seed"
     ):
         scan(root, labels=r"^(?P<label>\w)\.", group=r"^\w\.(?P<group>\w)\.", valid_fraction=0.5)
 

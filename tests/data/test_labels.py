@@ -150,7 +150,7 @@ def test_rows_that_cannot_be_used_are_listed_with_their_reasons(flat, table):
         ("", r"has no column 'path'; it has none"),
         ("path,label\n", r"labels\.csv: has no row that can be used; expected a path in .* and a label in each"),
         ("\n,,\n \n", r"has no column 'path'; it has none"),
-        ("file,label\na.jpg,cat\n", r"has no column 'path'; it has file, label\. Say with data\.columns\.path"),
+        ("file,label\na.jpg,cat\n", r"has no column 'path'; it has file, label\. Set data\.columns\.path"),
         ("path,lable\na.jpg,cat\n", "Did you mean 'lable'"),
         ("path,label,split\ncat.0.jpg,cat,dev\n", r"labels\.csv line 2: the split 'dev' is none of"),
         ('path,label\n"cat.0.jpg,cat\n', "line 2: can't be read as CSV"),

@@ -162,7 +162,7 @@ def test_what_cannot_be_held_out_is_said(subjects):
             subjects / "valid" / kind / "v.jpg"
         )
     for how in ({"test_fraction": 0.1}, {"group": SUBJECT}):
-        with pytest.raises(UserError, match="already has a valid split"):
+        with pytest.raises(UserError, match="has a valid split already"):
             scan(subjects, **how)
 
 

@@ -212,7 +212,7 @@ def test_a_wrong_hash_is_refused(tmp_path, monkeypatch):
         ("package:numpy", "expected package:MODULE/FILE"),
         ("hf:timm/resnet18", "expected hf:OWNER/REPO/FILE"),
         ("hf:timm/../a.pth", "cannot be asked for it (Repo id must use"),
-        (None, f"{seeded.TINY} has no weights of its own: give a local file"),
+        (None, f"{seeded.TINY} has no default weights: give a local file"),
     ],
 )
 def test_malformed_sources_are_named(tiny, source, word):

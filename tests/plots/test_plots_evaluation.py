@@ -146,7 +146,7 @@ def test_risk_by_coverage_marks_the_threshold_and_what_was_wanted():
     risk = wrong.cumsum() / np.arange(1, 1001)
     figure = plots.risk_coverage(coverage, risk, n=1000, point=(0.984, risk[983]), max_error=0.005)
     (ax,) = figure.axes
-    assert {"chosen: 98.4 % answered, 0.3 % of them wrong", "wanted: at most 0.5 %"} <= set(words(figure))
+    assert {"chosen: 98.4 % predicted, 0.3 % of them wrong", "wanted: at most 0.5 %"} <= set(words(figure))
     low, high = ax.get_ylim()
     assert low == 0
     assert 0.01 < high < 0.03  # ten errors of a thousand fill the figure

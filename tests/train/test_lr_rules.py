@@ -132,7 +132,7 @@ def test_a_method_that_stands_alone_gives_no_number_and_the_others_do(monkeypatc
     assert result.refusal is None
     assert result.outliers == ("steep", "minimum")
     assert result.suggestion() == 2e-3
-    with pytest.raises(UserError, match="no trustworthy answer by steep"):
+    with pytest.raises(UserError, match="no trustworthy rate by steep"):
         result.suggestion("steep")
     assert result.table().count("not to be trusted") == 2
     assert set(result.suggestions) == set(RULES)
@@ -221,7 +221,7 @@ def test_a_band_is_the_median_of_its_seeds():
     assert len(answers) >= 3
     assert band.suggestion() == np.median(answers)
     assert band.ranges["valley"] == (min(answers), max(answers))
-    assert f"under 6 seeds, of which {len(answers)} give an answer" in repr(band)
+    assert f"under 6 seeds, of which {len(answers)} give a rate" in repr(band)
     assert "seed 5: no descent" in repr(band)
     back = band_of(json.loads(json.dumps(band.to_dict(), allow_nan=False)))
     assert back.suggestions == band.suggestions
@@ -232,7 +232,7 @@ def test_a_band_needs_half_of_its_seeds():
     good, flat = curve("late divergence"), curve("flat")
     assert band_of_results(good, flat).suggestion("steep") == good.suggestion("steep")
     band = band_of_results(good, flat, flat)
-    assert band.refusal == "1 of 3 seeds give an answer, fewer than half; 2 times no descent"
+    assert band.refusal == "1 of 3 seeds give a rate, fewer than half; 2 times no descent"
     with pytest.raises(UserError, match="1 of 3 seeds"):
         band.suggestion()
     assert band.suggestions == band.ranges == {}
