@@ -345,7 +345,7 @@ def test_evaluate_where_it_cannot_write(mistake, run_folder, tmp_path):
 
 def test_a_run_without_checkpoints(mistake, run_folder):
     shutil.rmtree(run_folder / "checkpoints")
-    said(mistake(evaluate_command, "--run", run_folder), run_folder, "no checkpoint", "--resume")
+    said(mistake(evaluate_command, "--run", run_folder), run_folder, "no checkpoint", "train")
     (run_folder / "checkpoints").mkdir()
     said(mistake(evaluate_command, "--run", run_folder), run_folder, "no complete checkpoint", "train")
 
@@ -371,7 +371,7 @@ def alter(path: Path) -> None:
 def test_a_damaged_checkpoint(part, damage, mistake, run_folder):
     damage(max((run_folder / "checkpoints").glob(f"*/{part}"), key=lambda p: p.stat().st_size))
     message = mistake(evaluate_command, "--run", run_folder)
-    said(message, run_folder / "checkpoints" / "2", "train again")
+    said(message, run_folder / "checkpoints" / "2", "remove that folder")
     assert "bound method" not in message
 
 

@@ -479,8 +479,7 @@ def test_a_value_left_empty_is_named(text, key, complaint, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(text + "\n")
     message = complaint(train_command, "--config", file, "--print_config")
-    assert f"'{key}' is empty" in message
-    assert str(file) in message
+    assert f"{key}: None can't be used; expected" in message
 
 
 @pytest.mark.parametrize(
@@ -561,7 +560,7 @@ def test_nested_folders_without_labels_are_predicted_on(trial, tmp_path, complai
     assert command(evaluate_command, *argv, "--unlabelled") == 0
     said = capfd.readouterr().out
     assert "2 images without labels" in said
-    assert "predictions.csv" in said
+    assert str(out) in said
     assert "metrics.json" not in said
     assert [p.name for p in out.iterdir()] == ["predictions.csv"]
     assert [(r["path"], r["label"]) for r in predictions(out)] == [("part1/a.jpg", ""), ("part2/b.jpg", "")]

@@ -80,7 +80,7 @@ def walk(folder: Path, root: Path, *, hidden: bool = False) -> Iterator[tuple[st
     visits: Counter[tuple[int, int]] = Counter()
     above = [path for path in folder.parents if path.is_relative_to(root)]
     # The folders on the way to each folder, by device and inode.
-    way_to = {str(folder.parent): frozenset((status.st_dev, status.st_ino) for status in map(os.stat, above))}
+    way_to = {os.path.dirname(folder): frozenset((status.st_dev, status.st_ino) for status in map(os.stat, above))}
     for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
         status, way = os.stat(here), way_to[os.path.dirname(here)]

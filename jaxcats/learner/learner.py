@@ -206,7 +206,8 @@ class Learner:
         self, fixed: Mapping[str, Any], options: Mapping[str, Any]
     ) -> tuple[PhasePlan, tuple[Any, Any], dict[str, np.ndarray]]:
         """The plan of the next phase, the weights that it starts from, and features where it trains on them."""
-        functions = {k: v for k, v in options.items() if k in UserFunctions.__annotations__ and not isinstance(v, str)}
+        names = [k for k in UserFunctions.__annotations__ if k != "augment" or callable(options.get(k))]
+        functions = {k: v for k, v in options.items() if k in names}
         user_functions, options = UserFunctions(**functions), {k: v for k, v in options.items() if k not in functions}
         defaults: dict[str, Any] = {"batch_size": self.data.batch_size, "augment": self.data.augment}
         defaults |= {"freeze": self._freeze, "bn": self._bn, "precompute": self._precompute}

