@@ -179,7 +179,8 @@ def test_a_subset_is_even_over_the_classes_and_copies_only(helpers, pictures, tm
 
 
 def run(arguments: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), **environment}
+    path = os.pathsep.join([str(Path(__file__).parent), str(SCRIPT.parent)])
+    env = os.environ | {"PYTHONPATH": path, **environment}
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
