@@ -154,8 +154,9 @@ def images_to_evaluate(run: "Run", options: Namespace) -> "tuple[Split, Sequence
 def write_tta(folder: Path, run: "Run", split: "Split", logits: np.ndarray, options: Namespace) -> dict[str, Any]:
     """Writes predictions_tta.csv; with labels prints the result, and returns it for metrics.json. {} without --tta."""
     if not options.tta:
-        if (folder / "predictions_tta.csv").exists():
-            (folder / "predictions_tta.csv").unlink()  # of an earlier evaluation, maybe of other weights
+        stale = folder / "predictions_tta.csv"  # of an earlier evaluation, maybe of other weights
+        if stale.exists() and not options.out:  # A folder that the user names is theirs.
+            stale.unlink()
         return {}
     from jaxcats.evaluate.tta import evaluate_with_tta, tta_preset
 
