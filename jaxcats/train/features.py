@@ -33,7 +33,7 @@ from jaxcats.data.index import Split
 from jaxcats.train.drivers import decoding, image_batches, one_batch_late
 from jaxcats.train.experiment import Experiment
 
-SHARD_ROWS = 64  # A killed process loses the last rows: less than a minute of work at two images a second or more.
+SHARD_ROWS = 256  # A killed process loses the last rows: at most a minute of work at five images a second or more.
 XLA_ALIGNMENT = 64  # bytes
 
 
