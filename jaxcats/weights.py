@@ -1,6 +1,5 @@
 """`python -m jaxcats.weights list|fetch|check|convert`: pretrained weights, ahead of the run that needs them."""
 
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -42,15 +41,16 @@ def _list(parser: Parser, argv: Sequence[str]) -> None:
 
     rows = [("name", "parameters", "size", "top-1", "at", "licence", "here", "source")]
     for name, backbone in sorted(registry.named_weights().items(), key=lambda pair: (len(pair[1]), pair[1])):
-        count = (registry.get(backbone).parameters or math.nan) / 1e6
+        count = registry.get(backbone).parameters
+        parameters, size = (f"{count / 1e6:.1f} M", f"{4 * count / 1e6:.0f} MB") if count else ("?", "?")
         source = next(s for s in registry.get(backbone).sources if s.name == name)
-        top1, size = f"{source.top1 or math.nan:.2f} %", f"{source.preprocess.size} px"
+        top1 = f"{source.top1:.2f} %" if source.top1 else "?"
         try:
             pretrained.locate(source.location, download=False)
             here = "yes"
         except UserError:
             here = "no"
-        facts = (f"{count:.1f} M", f"{4 * count:.0f} MB", top1, size, source.licence or "?", here)
+        facts = (parameters, size, top1, f"{source.preprocess.size} px", source.licence or "?", here)
         rows.append((name, *facts, source.location))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -68,7 +68,7 @@ def evaluate_with_tta(
 
         decoding: dict[str, Any] = run.decoding | {"preprocess": augment.source_preprocess(run.preprocess, changes)}
         batches = image_batches(split, **decoding)
-        augmented = run_evaluation(step, run.params, run.batch_stats, batches).astype(np.float64)
+        augmented = run_evaluation(step, run.params, run.batch_stats, batches, n=len(split)).astype(np.float64)
     weight = 1 / (n + 1) if weight is None else weight
     mixed = weight * np.exp(log_softmax(logits)) + (1 - weight) * augmented
     return np.log(np.maximum(mixed, np.finfo(np.float64).tiny)), {"versions": n, "weight": weight, "augment": preset}

@@ -303,7 +303,7 @@ class Learner:
     plot_heat_maps = _of_interpretation(Interpretation.plot_heat_maps)
     plot_top_losses = _of_interpretation(Interpretation.plot_top_losses)
     evaluate = _of_interpretation(Interpretation.metrics)
-    judge = evaluate  # the name before version 0.2
+    judge = evaluate  # its former name
     export = _of_interpretation(Interpretation.export)
     report = _of_interpretation(Interpretation.report)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxcats import models
 from jaxcats.common.compile_cache import jit
+from jaxcats.common.errors import RunError
 from jaxcats.core import mesh
 from jaxcats.core.step import make_eval_step, normalise
 from jaxcats.data.images import Preprocess
@@ -36,10 +37,10 @@ def evaluate_split(
         batches = image_batches(split, **decoding)
     else:
         batches = array_batches({"label": split.labels, "features": features}, ARRAY_BATCH)
-    return run_evaluation(eval_step, params, batch_stats, batches)
+    return run_evaluation(eval_step, params, batch_stats, batches, n=len(split))
 
 
-def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: Batches) -> np.ndarray:
+def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: Batches, *, n: int) -> np.ndarray:
     """Logits float32 [n, C] of every image once, in the order of their index.
 
     Args:
@@ -47,13 +48,21 @@ def run_evaluation(eval_step: Callable, params: Any, batch_stats: Any, batches: 
         params: weights.
         batch_stats: running averages of BatchNorm.
         batches: padded and masked batches that hold each of the n images once.
+        n: images.
+
+    Raises:
+        RunError: the batches did not hold each image once.
     """
 
     def logits_of(batch: dict[str, np.ndarray]) -> Any:
         return eval_step(params, batch_stats, mesh.place_batch(batch, len(batch["mask"])))[0]
 
-    rows, logits = zip(*one_batch_late(batches, logits_of), strict=True)
-    return np.concatenate(logits).astype(np.float32)[np.argsort(np.concatenate(rows))]
+    parts, logits = zip(*one_batch_late(batches, logits_of), strict=True)
+    rows = np.concatenate(parts)
+    order = np.argsort(rows)
+    if not np.array_equal(rows[order], np.arange(n)):
+        raise RunError(f"The evaluation saw {len(np.unique(rows))} of {n} images.")
+    return np.concatenate(logits).astype(np.float32)[order]
 
 
 @functools.cache  # A notebook evaluates the same network after every fit: one program for all.
